@@ -9,6 +9,7 @@ sharp that rounding errors grow from layer to layer.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def learn_merges(text: str, count: int) -> list[tuple[str, str]]:
     symbols = list(text.replace(" ", "\u2581"))
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
-        pairs = Counter(zip(symbols, symbols[1:], strict=False))
+        pairs = Counter(itertools.pairwise(symbols))
         best = min(pairs.items(), key=lambda item: (-item[1], item[0]))
         if best[1] < 2:
             break
