@@ -1,0 +1,28 @@
+"""Derives the Python binding's declarations from the C header: python make_cdef.py csrc/diffgguf.h OUTPUT
+
+cffi's parser knows no preprocessor, so what is left out is exactly what a preprocessor would consume: comments,
+directives, the C++ linkage block and the export macro. Nothing is rewritten: the header stays the one source.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+# The one function that C calls in Python: see pydiffgguf/_native.py.
+CALLBACK = 'extern "Python" int dg_python_poll(void *user);\n'
+
+
+def derive(header: str) -> str:
+    text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    text = re.sub(r"//[^\n]*", "", text)
+    text = text.replace("\\\n", " ")
+    lines = [line.replace("DG_API ", "") for line in text.splitlines() if not line.lstrip().startswith("#")]
+    lines = [line for line in lines if line.strip() not in ("", 'extern "C" {', "}")]
+    return "\n".join(lines) + "\n" + CALLBACK
+
+
+if __name__ == "__main__":
+    source, output = map(Path, sys.argv[1:])
+    output.write_text(derive(source.read_text(encoding="utf-8")), encoding="utf-8")
