@@ -1,0 +1,269 @@
+"""The tokenizer against transformers' own Gemma tokenizer, built from the same vocabulary and merges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydiffgguf.errors import ModelFormatError, UnsupportedError
+from pydiffgguf.tokenizer import Tokenizer
+
+BYTES = [f"<0x{value:02X}>" for value in range(256)]
+CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "</s>"]
+MARKUP = ["<|channel>", "<channel|>", "<|tool_response>", '<|"|>']
+USER_DEFINED = ["<table>"]
+SPECIAL_COUNT = len(CONTROL) + len(MARKUP)
+IDS = {"bos_id": 2, "eos_id": 1, "unk_id": 3, "pad_id": 0, "add_bos": True}
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog\n\nthe dog sleeps\n",
+    "def add(a, b):\n    return a + b\n\n\n    # the sum\n" * 3,
+    "naïve café naïve café 12345 1234 123\t\tthe the the",
+    "привет мир, привет " * 3,
+]
+
+HOSTILE = [
+    "",
+    " ",
+    "  the   dog    sleeps     ",
+    "\n\n\n\n the\n \n  \r\n\t",
+    "👩‍👩‍👧‍👦 🇩🇪 👍🏽 the",
+    "e\u0301 versus é, Å versus A\u030a, \u0301alone",
+    "שלום the عربى \u202ethe\u202c",
+    "中文 the 日本語 한국어",
+    "\x00\x01\x1b[31m\x7f\u0085\u2028\ufeff\ufffd",
+    "".join(chr(value) for value in range(256)),
+    "already \u2581 the\u2581dog \u2581\u2581",
+    "<bos>the<eos></s><turn|><|turn>model\nthe<|channel>thought\n<channel|>dog",
+    "<|channel><|channel>> <<bos>> <|turn <table></table> <0x41> <0xE2>",
+    "<|\"|>quote<|\"|> <mask><unk> <bos",
+    "the" * 2000,
+    "😀" * 300,
+    "\U0010ffff\ue000\u200b\u200d",
+]
+
+
+@pytest.fixture(scope="session")
+def parts() -> tuple[list[str], list[int], list[str]]:
+    """tokens, token types and merges of a small vocabulary, as a GGUF would hold them."""
+    import json
+
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import models, normalizers, trainers
+
+    rust = Rust(models.BPE())
+    rust.normalizer = normalizers.Replace(" ", "\u2581")
+    rust.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=160, show_progress=False))
+    model = json.loads(rust.to_str())["model"]
+    head = [*CONTROL, *MARKUP, *USER_DEFINED, *BYTES]
+    learnt = sorted(model["vocab"], key=model["vocab"].get)
+    tokens = head + [token for token in learnt if token not in head]
+    types = [3] * len(CONTROL) + [4] * (len(MARKUP) + len(USER_DEFINED)) + [6] * 256
+    types += [1] * (len(tokens) - len(types))
+    return tokens, types, [" ".join(merge) for merge in model["merges"]]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(parts: tuple[list[str], list[int], list[str]]) -> Tokenizer:
+    return Tokenizer.from_gguf(*parts, **IDS)
+
+
+@pytest.fixture(scope="session")
+def reference(parts: tuple[list[str], list[int], list[str]]) -> Any:
+    """transformers' GemmaTokenizer over the same vocabulary."""
+    from tokenizers import AddedToken
+    from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
+
+    tokens, _, merges = parts
+    reference = GemmaTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        additional_special_tokens=[*CONTROL[5:], *MARKUP],
+    )
+    reference.add_tokens([AddedToken(text, normalized=False) for text in USER_DEFINED])
+    return reference
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_ids_equal_the_reference(tokenizer: Tokenizer, reference: Any, text: str) -> None:
+    """Specials in the text are matched as in transformers, and everything else merges to the same ids."""
+    assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text, add_bos=True) == [2, *tokenizer.encode(text)]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_ids_without_specials_equal_the_reference(tokenizer: Tokenizer, reference: Any, text: str) -> None:
+    """special=False is transformers' split_special_tokens: no id of a special token can come out."""
+    ids = tokenizer.encode(text, special=False)
+    assert ids == reference.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert not tokenizer.special_ids.intersection(ids)
+
+
+@pytest.mark.parity
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_text_gives_the_reference_ids(tokenizer: Tokenizer, reference: Any, text: str) -> None:
+    """Also for texts that nobody thought of."""
+    assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_decode_gives_the_text_back(tokenizer: Tokenizer, text: str) -> None:
+    """Nothing is lost but the difference between a space and U+2581, which the scheme cannot keep."""
+    expected = text.replace("\u2581", " ")
+    assert tokenizer.decode(tokenizer.encode(text)) == expected
+    assert tokenizer.decode(tokenizer.encode(text, special=False)) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=40), data=st.data())
+def test_a_cut_text_is_a_prefix(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
+    """However few of the tokens are there, their text is the beginning of the whole and holds no garbage."""
+    ids = tokenizer.encode(text)
+    cut = data.draw(st.integers(0, len(ids)))
+    part = tokenizer.decode(ids[:cut])
+    assert tokenizer.decode(ids).startswith(part)
+    assert part.count("\ufffd") <= text.count("\ufffd")
+
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.binary(max_size=12), tail=st.text(alphabet="a ", max_size=2), data=st.data())
+def test_bytes_decode_as_python_decodes_them(
+    tokenizer: Tokenizer, values: bytes, tail: str, data: st.DataObject
+) -> None:
+    """Any run of byte tokens, then ordinary tokens: invalid bytes are replaced exactly as errors="replace" does, and a
+    longer list never changes what was shown before."""
+    ids = [tokenizer.token_id(BYTES[value]) for value in values] + tokenizer.encode(tail)
+    ids = [id_ for id_ in ids if id_ is not None]
+    if tail:
+        assert tokenizer.decode(ids) == values.decode("utf-8", errors="replace") + tail
+    cut = data.draw(st.integers(0, len(ids)))
+    assert tokenizer.decode(ids).startswith(tokenizer.decode(ids[:cut]))
+
+
+def test_an_unfinished_character_is_withheld(tokenizer: Tokenizer) -> None:
+    """The first three bytes of an emoji show nothing; followed by a letter they show one U+FFFD."""
+    emoji = [tokenizer.token_id(BYTES[value]) for value in "😀".encode()]
+    ids = [id_ for id_ in emoji if id_ is not None]
+    assert tokenizer.decode(ids[:3]) == ""
+    assert tokenizer.decode([*ids[:3], *tokenizer.encode("the")]) == "\ufffdthe"
+    assert tokenizer.decode(ids) == "😀"
+
+
+def test_pieces_show_bytes_by_name(tokenizer: Tokenizer) -> None:
+    """A byte that is no character keeps its name; spaces show as spaces."""
+    for text, shown in (("<0xE2>", "<0xE2>"), ("<0x41>", "A"), ("\u2581", " "), ("<turn|>", "<turn|>")):
+        id_ = tokenizer.token_id(text)
+        assert id_ is not None
+        assert tokenizer.piece(id_) == shown
+    assert tokenizer.token_id("no such token") is None
+
+
+def test_skip_special_drops_markup_of_either_type(tokenizer: Tokenizer) -> None:
+    """Markup that the file calls user-defined is as special as a control token; other user-defined text stays."""
+    ids = tokenizer.encode("<bos>the<|channel><table><turn|>")
+    assert tokenizer.decode(ids, skip_special=True) == "the<table>"
+    assert tokenizer.decode(ids) == "<bos>the<|channel><table><turn|>"
+
+
+def test_markup_is_special_whatever_its_type(parts: tuple[list[str], list[int], list[str]]) -> None:
+    """Two files that differ only in the type of their markup, and one without types, encode alike."""
+    tokens, types, merges = parts
+    other = [3 if token in MARKUP else kind for token, kind in zip(tokens, types, strict=True)]
+    text = "<|channel>the<channel|><|\"|>"
+    expected = Tokenizer.from_gguf(tokens, types, merges, **IDS).encode(text)
+    assert Tokenizer.from_gguf(tokens, other, merges, **IDS).encode(text) == expected
+    assert Tokenizer.from_gguf(tokens, None, merges, **IDS).encode(text) == expected
+
+
+def test_end_ids_go_by_text(parts: tuple[list[str], list[int], list[str]], tokenizer: Tokenizer) -> None:
+    """<eos>, <turn|> and <|tool_response>, the eos key and the extra ids end a generation; </s> does not."""
+    named = {text: tokenizer.token_id(text) for text in ("<eos>", "<turn|>", "<|tool_response>", "</s>", "<mask>")}
+    assert tokenizer.end_ids == {named["<eos>"], named["<turn|>"], named["<|tool_response>"]}
+    ids = dict(IDS, eos_id=named["</s>"])
+    widened = Tokenizer.from_gguf(*parts, **ids, extra_end_ids=[named["<mask>"]])
+    assert widened.end_ids == {*tokenizer.end_ids, named["</s>"], named["<mask>"]}
+
+
+def test_merges_cross_newlines(parts: tuple[list[str], list[int], list[str]], tokenizer: Tokenizer) -> None:
+    """The text is not split at newlines: a token that spans one is found."""
+    spanning = [token for token in parts[0] if "\n" in token.strip("\n") and token not in BYTES]
+    assert spanning, "the corpus was chosen so that such a token is learnt"
+    assert any(tokenizer.encode(token.replace("\u2581", " ")) == [tokenizer.token_id(token)] for token in spanning)
+
+
+def test_long_texts_are_not_quadratic(tokenizer: Tokenizer) -> None:
+    """200,000 characters without a split take a second at most; quadratic merging would take minutes."""
+    import time
+
+    begin = time.perf_counter()
+    assert len(tokenizer.encode("the dog " * 25_000)) > 25_000
+    assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: ([], p[1], p[2]), "tokenizer.ggml.tokens is empty"),
+        (lambda p: ([*p[0][:-1], p[0][5]], p[1], p[2]), r"tokenizer.ggml.tokens: 5 and \d+ are both '<\|turn>'"),
+        (lambda p: ([*p[0][:-1], "\ud800"], p[1], p[2]), "not UTF-8"),
+        (lambda p: (p[0], p[1][:-1], p[2]), r"token_type: \d+ entries, expected \d+"),
+        (lambda p: (p[0], p[1], ["nothing"]), "entry 0 is 'nothing', expected two parts"),
+        (lambda p: (p[0], p[1], ["t h", "a  b"]), "entry 1 is 'a  b', expected two parts"),
+        (lambda p: (p[0], p[1], ["t h", "Q Z"]), r"entry 1 \('Q', 'Z'\): 'Q' is not in the vocabulary"),
+        (lambda p: (p[0], p[1], ["x x"]), r"entry 0 \('x', 'x'\): 'xx' is not in the vocabulary"),
+    ],
+    ids=["empty", "duplicate", "surrogate", "types", "one-part", "three-parts", "unknown-part", "unknown-result"],
+)
+def test_broken_vocabularies_are_refused(parts: Any, change: Any, message: str) -> None:
+    """Each with one line that names the key."""
+    with pytest.raises(ModelFormatError, match=message) as info:
+        Tokenizer.from_gguf(*change(parts), **IDS)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("key", ["bos_id", "eos_id", "unk_id", "pad_id", "extra_end_ids"])
+@pytest.mark.parametrize("value", [-1, 10_000])
+def test_ids_out_of_range_are_refused(parts: Any, key: str, value: int) -> None:
+    """Also in the list of further end tokens."""
+    with pytest.raises(ModelFormatError, match=rf"_token_ids?: {value} is not"):
+        Tokenizer.from_gguf(*parts, **{**IDS, key: [value] if key == "extra_end_ids" else value})
+
+
+def test_a_vocabulary_that_cannot_write_every_text_is_refused(parts: Any) -> None:
+    """Without an unknown token all 256 byte tokens must be there, or text would vanish in silence."""
+    tokens, types, merges = parts
+    whole = Tokenizer.from_gguf(tokens, types, merges, **{**IDS, "unk_id": None})
+    assert whole.decode(whole.encode("😀")) == "😀"
+    lacking = [f"gone {token}" if token == "<0xF0>" else token for token in tokens]
+    with pytest.raises(ModelFormatError, match="only 255 of 256 byte tokens"):
+        Tokenizer.from_gguf(lacking, types, merges, **{**IDS, "unk_id": None})
+
+
+def test_a_vocabulary_of_scores_is_unsupported(parts: Any) -> None:
+    """SentencePiece files have scores and no merges; guessing merges would give other ids."""
+    with pytest.raises(UnsupportedError, match="merges is empty"):
+        Tokenizer.from_gguf(parts[0], parts[1], [], **IDS)
+
+
+def test_callers_mistakes(parts: Any, tokenizer: Tokenizer) -> None:
+    """ValueError or TypeError that name the value; nothing is replaced in silence."""
+    with pytest.raises(ValueError, match="lone surrogate at character 3"):
+        tokenizer.encode("the\udcff")
+    with pytest.raises(TypeError, match="text must be a str, not bytes"):
+        tokenizer.encode(b"the")  # type: ignore[arg-type]
+    for id_ in (-1, tokenizer.n_vocab):
+        with pytest.raises(ValueError, match=f"token id {id_} is not in"):
+            tokenizer.decode([id_])
+        with pytest.raises(ValueError, match=f"token id {id_} is not in"):
+            tokenizer.piece(id_)
+    without = Tokenizer.from_gguf(*parts, **{**IDS, "bos_id": None})
+    with pytest.raises(ValueError, match="no bos token"):
+        without.encode("the", add_bos=True)
+    with pytest.raises(TypeError, match="from_gguf"):
+        Tokenizer()
