@@ -1,0 +1,457 @@
+// The C boundary. Every exception stops here and becomes a status and a message.
+#include "diffgguf.h"
+
+#include "error.h"
+#include "log_capture.h"
+#include "loop.h"
+#include "model.h"
+#include "random.h"
+#include "sampler.h"
+#include "session.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "gguf.h"
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+#ifndef DG_VERSION
+#    error "DG_VERSION is set by the build"
+#endif
+
+struct dg_model {
+    std::shared_ptr<const dg::Model> model;
+};
+
+struct dg_session {
+    dg::Session session;
+    dg::CanvasLoop loop;
+    std::atomic_flag busy = ATOMIC_FLAG_INIT;
+
+    dg_session(std::shared_ptr<const dg::Model> model, const dg_session_options &options)
+        : session(std::move(model), options), loop(session) {}
+};
+
+namespace {
+
+void write_message(const char *message, char *err, size_t err_size) noexcept {
+    if (err && err_size > 0) {
+        const size_t n = std::min(std::strlen(message), err_size - 1);
+        std::memcpy(err, message, n);
+        err[n] = '\0';
+    }
+}
+
+template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) noexcept {
+    write_message("", err, err_size);
+    try {
+        dg::initialize_ggml();
+        const dg::AbortGuard no_abort;
+        body();
+        return DG_OK;
+    } catch (const dg::Error &error) {
+        write_message(error.what(), err, err_size);
+        return error.status();
+    } catch (const std::bad_alloc &) {
+        write_message("an allocation was refused", err, err_size);
+        return DG_ERROR_MEMORY;
+    } catch (const std::exception &error) {
+        write_message(error.what(), err, err_size);
+        return DG_ERROR_INTERNAL;
+    } catch (...) {
+        write_message("an unknown exception", err, err_size);
+        return DG_ERROR_INTERNAL;
+    }
+}
+
+void require(const void *pointer, const char *name) {
+    if (!pointer) {
+        throw dg::Error(DG_ERROR_ARGUMENT, std::string(name) + " is NULL");
+    }
+}
+
+// Runs `body` as the one thread inside the session.
+template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) noexcept {
+    return guarded(err, err_size, [&] {
+        require(session, "session");
+        if (session->busy.test_and_set(std::memory_order_acquire)) {
+            throw dg::Error(DG_ERROR_BUSY, "another thread is inside this session");
+        }
+        struct Leave {
+            std::atomic_flag &busy;
+            ~Leave() { busy.clear(std::memory_order_release); }
+        } const leave{session->busy};
+        body();
+    });
+}
+
+const gguf_context *metadata(const dg_model *model) { return model->model->gguf(); }
+
+bool valid_kv(const dg_model *model, int64_t index) { return index >= 0 && index < gguf_get_n_kv(metadata(model)); }
+
+} // namespace
+
+// ------------------------------------------------------------------------------------------------------- model
+
+dg_model_options dg_model_options_default(void) { return {0, true}; }
+
+dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err,
+                        size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(out, "out");
+        *out = nullptr;
+        require(path, "path");
+        require(options, "options");
+        auto model = std::make_unique<dg_model>();
+        model->model = std::make_shared<const dg::Model>(path, *options);
+        *out = model.release();
+    });
+}
+
+void dg_model_free(dg_model *model) { delete model; }
+
+dg_config dg_model_config(const dg_model *model) { return model->model->config(); }
+
+dg_layer_config dg_model_layer(const dg_model *model, int32_t layer) {
+    const std::vector<dg::LayerWeights> &layers = model->model->weights().layers;
+    if (layer < 0 || static_cast<size_t>(layer) >= layers.size()) {
+        return {};
+    }
+    const dg::LayerWeights &l = layers[static_cast<size_t>(layer)];
+    return {l.sliding, static_cast<int32_t>(l.n_head_kv), static_cast<int32_t>(l.head_dim)};
+}
+
+dg_sampling dg_model_sampling(const dg_model *model) { return model->model->sampling(); }
+
+int32_t dg_model_n_warnings(const dg_model *model) { return static_cast<int32_t>(model->model->warnings().size()); }
+
+const char *dg_model_warning(const dg_model *model, int32_t index) {
+    const std::vector<std::string> &warnings = model->model->warnings();
+    return index >= 0 && static_cast<size_t>(index) < warnings.size() ? warnings[static_cast<size_t>(index)].c_str()
+                                                                     : nullptr;
+}
+
+int64_t dg_model_n_kv(const dg_model *model) { return gguf_get_n_kv(metadata(model)); }
+
+const char *dg_model_kv_key(const dg_model *model, int64_t index) {
+    return valid_kv(model, index) ? gguf_get_key(metadata(model), index) : nullptr;
+}
+
+int32_t dg_model_kv_type(const dg_model *model, int64_t index) {
+    return valid_kv(model, index) ? static_cast<int32_t>(gguf_get_kv_type(metadata(model), index)) : -1;
+}
+
+int32_t dg_model_kv_array_type(const dg_model *model, int64_t index) {
+    if (!valid_kv(model, index) || gguf_get_kv_type(metadata(model), index) != GGUF_TYPE_ARRAY) {
+        return -1;
+    }
+    return static_cast<int32_t>(gguf_get_arr_type(metadata(model), index));
+}
+
+size_t dg_model_kv_length(const dg_model *model, int64_t index) {
+    if (!valid_kv(model, index)) {
+        return 0;
+    }
+    return gguf_get_kv_type(metadata(model), index) == GGUF_TYPE_ARRAY ? gguf_get_arr_n(metadata(model), index) : 1;
+}
+
+const void *dg_model_kv_data(const dg_model *model, int64_t index) {
+    if (!valid_kv(model, index)) {
+        return nullptr;
+    }
+    const gguf_type type = gguf_get_kv_type(metadata(model), index);
+    if (type == GGUF_TYPE_ARRAY) {
+        return gguf_get_arr_type(metadata(model), index) == GGUF_TYPE_STRING ? nullptr
+                                                                             : gguf_get_arr_data(metadata(model), index);
+    }
+    return type == GGUF_TYPE_STRING ? nullptr : gguf_get_val_data(metadata(model), index);
+}
+
+size_t dg_model_kv_strings(const dg_model *model, int64_t index, char *out, size_t out_size) {
+    if (!valid_kv(model, index)) {
+        return 0;
+    }
+    const gguf_context *g = metadata(model);
+    const gguf_type type = gguf_get_kv_type(g, index);
+    const bool array = type == GGUF_TYPE_ARRAY && gguf_get_arr_type(g, index) == GGUF_TYPE_STRING;
+    if (!array && type != GGUF_TYPE_STRING) {
+        return 0;
+    }
+    const size_t n = array ? gguf_get_arr_n(g, index) : 1;
+    size_t needed = 0;
+    for (size_t i = 0; i < n; ++i) {
+        const char *text = array ? gguf_get_arr_str(g, index, i) : gguf_get_val_str(g, index);
+        const size_t size = std::strlen(text) + 1;
+        if (out && size <= out_size && needed <= out_size - size) {
+            std::memcpy(out + needed, text, size);
+        }
+        needed += size;
+    }
+    return needed;
+}
+
+int64_t dg_model_n_tensors(const dg_model *model) { return gguf_get_n_tensors(metadata(model)); }
+
+dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
+    const gguf_context *g = metadata(model);
+    dg_tensor_info info = {};
+    if (index < 0 || index >= gguf_get_n_tensors(g)) {
+        return info;
+    }
+    const ggml_type type = gguf_get_tensor_type(g, index);
+    info.name = gguf_get_tensor_name(g, index);
+    info.type = static_cast<int32_t>(type);
+    info.type_name = ggml_type_name(type);
+    const int64_t *ne = gguf_get_tensor_ne(g, index);
+    info.n_dims = 1;
+    for (int32_t i = 0; i < 4; ++i) {
+        info.ne[i] = ne[i];
+        info.n_dims = ne[i] > 1 ? i + 1 : info.n_dims;
+    }
+    info.n_bytes = gguf_get_tensor_size(g, index);
+    return info;
+}
+
+// ----------------------------------------------------------------------------------------------------- session
+
+dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16}; }
+
+dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg_memory *out, char *err,
+                          size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(model, "model");
+        require(options, "options");
+        require(out, "out");
+        *out = dg::Session::predict(model->model, *options);
+    });
+}
+
+dg_status dg_session_create(dg_session **out, dg_model *model, const dg_session_options *options, char *err,
+                            size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(out, "out");
+        *out = nullptr;
+        require(model, "model");
+        require(options, "options");
+        *out = new dg_session(model->model, *options);
+    });
+}
+
+void dg_session_free(dg_session *session) { delete session; }
+
+dg_memory dg_session_memory(const dg_session *session) { return session->session.memory(); }
+
+int32_t dg_session_n_ctx(const dg_session *session) { return session->session.n_ctx(); }
+
+int32_t dg_session_n_threads(const dg_session *session) { return session->session.n_threads(); }
+
+int32_t dg_session_n_past(const dg_session *session) { return session->session.n_past(); }
+
+dg_status dg_session_encode(dg_session *session, const int32_t *ids, int32_t n, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(ids, "ids");
+        session->loop.drop();
+        session->session.encode(ids, n);
+    });
+}
+
+dg_status dg_session_truncate(dg_session *session, int32_t n, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        session->loop.drop();
+        session->session.truncate(n);
+    });
+}
+
+dg_status dg_session_tokens(const dg_session *session, int32_t *out, char *err, size_t err_size) {
+    return inside(const_cast<dg_session *>(session), err, err_size, [&] {
+        require(out, "out");
+        const std::vector<int32_t> &tokens = session->session.tokens();
+        std::copy(tokens.begin(), tokens.end(), out);
+    });
+}
+
+dg_status dg_session_save(dg_session *session, const char *path, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(path, "path");
+        session->session.save(path);
+    });
+}
+
+dg_status dg_session_load(dg_session *session, const char *path, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(path, "path");
+        session->loop.drop();
+        session->session.load(path);
+    });
+}
+
+dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, const float *self_conditioning, float *logits,
+                             char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(canvas, "canvas");
+        require(logits, "logits");
+        dg::Session &s = session->session;
+        s.check_ids("canvas", canvas, s.model().config().canvas_length);
+        session->loop.drop();
+        if (self_conditioning) {
+            std::memcpy(s.logits(), self_conditioning, s.logits_size());
+            s.condition_on_logits();
+        } else {
+            s.condition_on_nothing();
+        }
+        s.denoise(canvas);
+        std::memcpy(logits, s.logits(), s.logits_size());
+    });
+}
+
+// ------------------------------------------------------------------------------------------ denoising a canvas
+
+dg_canvas_options dg_canvas_options_default(const dg_model *model) {
+    return {dg_model_sampling(model), 0, 0, nullptr, nullptr};
+}
+
+dg_status dg_session_canvas_begin(dg_session *session, const dg_canvas_options *options, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(options, "options");
+        session->loop.begin(*options);
+    });
+}
+
+dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noise, dg_step *out, char *err,
+                                 size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(out, "out");
+        *out = session->loop.step(noise);
+    });
+}
+
+dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
+                    const dg_noise *noise, const int32_t *pinned, int32_t *argmax, int32_t *canvas, uint8_t *accepted,
+                    double *entropy, char *err, size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(z, "z");
+        require(sampling, "sampling");
+        require(noise, "noise");
+        require(argmax, "argmax");
+        require(canvas, "canvas");
+        require(accepted, "accepted");
+        require(entropy, "entropy");
+        if (n_rows < 1 || n_vocab < 1) {
+            throw dg::Error(DG_ERROR_ARGUMENT, dg::format("z is %d x %d: it must not be empty", n_rows, n_vocab));
+        }
+        dg::check_sampling(*sampling);
+        if (step < 0 || step >= sampling->steps) {
+            throw dg::Error(DG_ERROR_ARGUMENT,
+                            dg::format("step is %d: it must be from 0 to %d", step, sampling->steps - 1));
+        }
+        dg::check_noise(*noise, n_rows, n_vocab);
+        for (int32_t i = 0; pinned && i < n_rows; ++i) {
+            if (pinned[i] < -1 || pinned[i] >= n_vocab) {
+                throw dg::Error(DG_ERROR_ARGUMENT,
+                                dg::format("pinned[%d] is %d: it must be -1 (free) or a token id up to %d", i,
+                                           pinned[i], n_vocab - 1));
+            }
+        }
+        std::vector<float> processed(z, z + static_cast<int64_t>(n_rows) * n_vocab);
+        dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, pinned, 1,
+                        {argmax, canvas, accepted, entropy});
+    });
+}
+
+void dg_noise_canvas(uint64_t seed, uint32_t canvas_index, int32_t n_rows, int32_t n_vocab, int32_t *out) {
+    for (int32_t i = 0; i < n_rows; ++i) {
+        out[i] = dg::draw_id(seed, canvas_index, 0, static_cast<uint32_t>(i), dg::Stream::FIRST_CANVAS, n_vocab);
+    }
+}
+
+void dg_noise_uniform(uint64_t seed, uint32_t canvas_index, uint32_t step, int32_t n_rows, double *out) {
+    for (int32_t i = 0; i < n_rows; ++i) {
+        out[i] = dg::draw_uniform(seed, canvas_index, step, static_cast<uint32_t>(i));
+    }
+}
+
+void dg_noise_renoise(uint64_t seed, uint32_t canvas_index, uint32_t step, int32_t n_rows, int32_t n_vocab,
+                      int32_t *out) {
+    for (int32_t i = 0; i < n_rows; ++i) {
+        out[i] = dg::draw_id(seed, canvas_index, step, static_cast<uint32_t>(i), dg::Stream::RENOISE, n_vocab);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- cancelling
+
+void dg_session_cancel(dg_session *session) { session->session.cancel(); }
+
+void dg_session_clear_cancel(dg_session *session) { session->session.clear_cancel(); }
+
+dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] { session->session.set_poll(poll, user); });
+}
+
+// ------------------------------------------------------------------------------------------------------- build
+
+const char *dg_version(void) { return DG_VERSION; }
+
+int32_t dg_abi_version(void) { return 1; }
+
+const char *dg_ggml_version(void) { return ggml_version(); }
+
+const char *dg_compiler(void) {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#elif defined(__GNUC__)
+    return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+    return "msvc";
+#else
+    return "unknown";
+#endif
+}
+
+const char *dg_cpu_features(void) {
+    static const std::string features = [] {
+        std::string text;
+        const auto add = [&text](const char *name, int has) {
+            if (has) {
+                text += (text.empty() ? "" : ",") + std::string(name);
+            }
+        };
+        add("sse3", ggml_cpu_has_sse3());
+        add("ssse3", ggml_cpu_has_ssse3());
+        add("avx", ggml_cpu_has_avx());
+        add("avx2", ggml_cpu_has_avx2());
+        add("avx_vnni", ggml_cpu_has_avx_vnni());
+        add("bmi2", ggml_cpu_has_bmi2());
+        add("f16c", ggml_cpu_has_f16c());
+        add("fma", ggml_cpu_has_fma());
+        add("avx512", ggml_cpu_has_avx512());
+        add("avx512_vbmi", ggml_cpu_has_avx512_vbmi());
+        add("avx512_vnni", ggml_cpu_has_avx512_vnni());
+        add("avx512_bf16", ggml_cpu_has_avx512_bf16());
+        add("amx_int8", ggml_cpu_has_amx_int8());
+        add("neon", ggml_cpu_has_neon());
+        add("arm_fma", ggml_cpu_has_arm_fma());
+        add("fp16_va", ggml_cpu_has_fp16_va());
+        add("dotprod", ggml_cpu_has_dotprod());
+        add("matmul_int8", ggml_cpu_has_matmul_int8());
+        add("sve", ggml_cpu_has_sve());
+        add("riscv_v", ggml_cpu_has_riscv_v());
+        add("vsx", ggml_cpu_has_vsx());
+        add("llamafile", ggml_cpu_has_llamafile());
+        return text;
+    }();
+    return features.c_str();
+}
+
+int32_t dg_n_backends(void) {
+    dg::initialize_ggml();
+    return static_cast<int32_t>(ggml_backend_reg_count());
+}
+
+const char *dg_backend_name(int32_t index) {
+    return index >= 0 && index < dg_n_backends() ? ggml_backend_reg_name(ggml_backend_reg_get(static_cast<size_t>(index)))
+                                                 : nullptr;
+}

@@ -1,0 +1,300 @@
+/* diffgguf: DiffusionGemma from GGUF files, in your own process.
+ *
+ * Two nouns. A `dg_model` is an opened GGUF file: immutable, shareable between threads and sessions. A `dg_session` is
+ * one timeline on a model: a prefix in the KV cache, buffers, and at most one canvas that is being denoised. A session
+ * is used by one thread at a time; a second caller gets DG_ERROR_BUSY and changes nothing. A session keeps its model
+ * alive, so the two may be freed in any order.
+ *
+ * Data flows one way: file -> model -> session -> canvas. Text, prompts and chat templates are not known here.
+ *
+ *     dg_model_options mo = dg_model_options_default();
+ *     dg_model *model = NULL;
+ *     char err[512];
+ *     if (dg_model_open(&model, "model.gguf", &mo, err, sizeof err) != DG_OK) { puts(err); return 1; }
+ *     dg_session_options so = dg_session_options_default();
+ *     dg_session *session = NULL;
+ *     dg_session_create(&session, model, &so, err, sizeof err);
+ *     dg_session_encode(session, prompt_ids, n_prompt, err, sizeof err);
+ *     dg_canvas_options co = dg_canvas_options_default(model);
+ *     dg_session_canvas_begin(session, &co, err, sizeof err);
+ *     dg_step step = {0};
+ *     while (!step.finished)
+ *         dg_session_canvas_step(session, NULL, &step, err, sizeof err);
+ *     // step.argmax holds the finished canvas
+ *
+ * Errors. Every call that can fail returns a dg_status and writes one line, NUL-terminated and cut to fit, into the
+ * caller's buffer `err` of `err_size` bytes (NULL and 0 are allowed). There is no other error state anywhere. What a
+ * failed call leaves behind is said at the call. Nothing here aborts, exits or prints.
+ *
+ * Arrays are row-major. C is the canvas length, V the vocabulary size, both from dg_model_config.
+ * This file compiles as C, alone, and is the one source of the Python binding's declarations.
+ */
+#ifndef DIFFGGUF_H
+#define DIFFGGUF_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32) && defined(DG_SHARED)
+#    ifdef DG_BUILD
+#        define DG_API __declspec(dllexport)
+#    else
+#        define DG_API __declspec(dllimport)
+#    endif
+#elif defined(__GNUC__)
+#    define DG_API __attribute__((visibility("default")))
+#else
+#    define DG_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Outcome of a call. */
+typedef enum dg_status {
+    DG_OK = 0,
+    DG_ERROR_ARGUMENT = 1,    /* the caller's mistake: a value out of range, a call out of order */
+    DG_ERROR_IO = 2,          /* the file cannot be opened or read or written; the message holds the system's reason */
+    DG_ERROR_FORMAT = 3,      /* not a GGUF, another architecture, or a broken file: says which key or tensor */
+    DG_ERROR_UNSUPPORTED = 4, /* well-formed, but this build or this program cannot serve it */
+    DG_ERROR_MEMORY = 5,      /* an allocation was refused: says how much was asked for */
+    DG_ERROR_CONTEXT = 6,     /* does not fit into the session's context */
+    DG_ERROR_BUSY = 7,        /* another thread is inside this session */
+    DG_ERROR_CANCELLED = 8,   /* dg_session_cancel or the poll function stopped the call */
+    DG_ERROR_INTERNAL = 9     /* a defect here or in ggml, or logits that are not finite */
+} dg_status;
+
+/* Type of the KV cache's elements. */
+typedef enum dg_kv_type { DG_KV_F32 = 0, DG_KV_F16 = 1, DG_KV_BF16 = 2, DG_KV_Q8_0 = 3 } dg_kv_type;
+
+typedef struct dg_model dg_model;
+typedef struct dg_session dg_session;
+
+/* ------------------------------------------------------------------------------------------------ model */
+
+typedef struct dg_model_options {
+    int32_t n_gpu_layers; /* 0: none; -1: as many as fit. More than 0 on a build without a GPU: DG_ERROR_UNSUPPORTED */
+    bool use_mmap;        /* map the file (default) instead of reading the weights into memory */
+} dg_model_options;
+
+DG_API dg_model_options dg_model_options_default(void);
+
+/* The figures of a model, all read from the file. Layers may be sliding or full; see dg_model_layer. */
+typedef struct dg_config {
+    int32_t n_layer;
+    int32_t n_embd;   /* hidden size */
+    int32_t n_vocab;
+    int32_t n_head;   /* query heads, the same on all layers */
+    int32_t n_ff;     /* dense FFN */
+    int32_t n_ff_exp; /* one expert */
+    int32_t n_expert;
+    int32_t n_expert_used;
+    int32_t sliding_window; /* a position sees itself and the sliding_window - 1 before it */
+    int32_t canvas_length;  /* C */
+    int32_t n_ctx_train;    /* context_length of the file */
+    float norm_eps;
+    float logit_softcap; /* 0: none */
+    float rope_base_full;
+    float rope_base_sliding;
+    bool has_self_conditioning;
+    bool has_encoder_scalars;
+} dg_config;
+
+typedef struct dg_layer_config {
+    bool sliding;
+    int32_t n_head_kv;
+    int32_t head_dim;
+} dg_layer_config;
+
+/* The entropy-bound sampler's options (MODEL: arXiv 2505.24857 and the released generation config). */
+typedef struct dg_sampling {
+    int32_t steps;               /* N of the temperature schedule, >= 1; default 48 */
+    int32_t max_steps;           /* stop after so many steps, whatever the schedule; 0: no cap besides steps */
+    int32_t stability_threshold; /* equal argmax canvases before this one that a stop needs, >= 0; default 1 */
+    double t_min;                /* temperature of step n of N, n counting down: t_min + (t_max - t_min) * n / N */
+    double t_max;
+    double entropy_bound;        /* nats, >= 0; default 0.1 */
+    double confidence_threshold; /* nats, >= 0: a stop needs the mean entropy of the free rows below it; 0.005 */
+} dg_sampling;
+
+/* Opens a GGUF file; every key and tensor that will be used is checked here (presence, type, shape, bounds).
+ * On failure *out is NULL and nothing is held. */
+DG_API dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err,
+                               size_t err_size);
+
+/* Releases the caller's hold; sessions made from the model keep theirs. NULL is allowed. */
+DG_API void dg_model_free(dg_model *model);
+
+DG_API dg_config dg_model_config(const dg_model *model);
+DG_API dg_layer_config dg_model_layer(const dg_model *model, int32_t layer); /* zeros when out of range */
+
+/* The file's sampler values, with the released defaults where the file holds none. */
+DG_API dg_sampling dg_model_sampling(const dg_model *model);
+
+/* What was odd but usable about the file (a missing encoder scalar, say), one line each; lives as long as the model. */
+DG_API int32_t dg_model_n_warnings(const dg_model *model);
+DG_API const char *dg_model_warning(const dg_model *model, int32_t index);
+
+/* Metadata. Types are GGUF's numbers: 0..3 u8 i8 u16 i16, 4 u32, 5 i32, 6 f32, 7 bool, 8 string, 9 array, 10 u64,
+ * 11 i64, 12 f64. Pointers live as long as the model. */
+DG_API int64_t dg_model_n_kv(const dg_model *model);
+DG_API const char *dg_model_kv_key(const dg_model *model, int64_t index);
+DG_API int32_t dg_model_kv_type(const dg_model *model, int64_t index);
+DG_API int32_t dg_model_kv_array_type(const dg_model *model, int64_t index); /* -1 when not an array */
+DG_API size_t dg_model_kv_length(const dg_model *model, int64_t index);      /* 1 when not an array */
+DG_API const void *dg_model_kv_data(const dg_model *model, int64_t index);   /* NULL for strings */
+/* All strings of a string or an array of strings, each closed by a NUL, written to `out` when they fit into
+ * `out_size`; returns the number of bytes they need. One call for 262,144 tokens instead of as many calls. */
+DG_API size_t dg_model_kv_strings(const dg_model *model, int64_t index, char *out, size_t out_size);
+
+/* Tensors, in the file's order. */
+typedef struct dg_tensor_info {
+    const char *name;
+    const char *type_name; /* ggml's */
+    int32_t type;
+    int32_t n_dims;
+    int64_t ne[4]; /* ggml's order: ne[0] is contiguous */
+    size_t n_bytes;
+} dg_tensor_info;
+
+DG_API int64_t dg_model_n_tensors(const dg_model *model);
+DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
+
+/* ---------------------------------------------------------------------------------------------- session */
+
+typedef struct dg_session_options {
+    int32_t n_ctx;      /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
+    int32_t n_batch;    /* a prompt is encoded in chunks of so many tokens; default 512 */
+    int32_t n_threads;  /* 0: the physical cores this process may use */
+    dg_kv_type type_kv; /* default DG_KV_F16 */
+} dg_session_options;
+
+DG_API dg_session_options dg_session_options_default(void);
+
+/* Bytes by kind. */
+typedef struct dg_memory {
+    size_t weights;        /* tensor bytes of the file */
+    size_t weights_mapped; /* of which are file pages, shared and reclaimable */
+    size_t kv_cache;
+    size_t compute; /* intermediate tensors, for the largest graph */
+    size_t logits;  /* one canvas of logits, V * C floats */
+} dg_memory;
+
+/* What a session with these options would take, without making one. */
+DG_API dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg_memory *out, char *err,
+                                 size_t err_size);
+
+/* Makes a session; the cache and all buffers are allocated here, for the largest graphs it can meet.
+ * n_ctx smaller than C + 1: DG_ERROR_CONTEXT. On failure *out is NULL. */
+DG_API dg_status dg_session_create(dg_session **out, dg_model *model, const dg_session_options *options, char *err,
+                                   size_t err_size);
+DG_API void dg_session_free(dg_session *session); /* NULL is allowed; no thread may be inside */
+
+DG_API dg_memory dg_session_memory(const dg_session *session);
+DG_API int32_t dg_session_n_ctx(const dg_session *session);
+DG_API int32_t dg_session_n_threads(const dg_session *session);
+/* Positions in the cache. Safe from any thread. */
+DG_API int32_t dg_session_n_past(const dg_session *session);
+
+/* Encoder mode: appends `n` tokens to the prefix, causally, in chunks of n_batch.
+ * DG_ERROR_CONTEXT when prefix + n + C would pass n_ctx: nothing is changed. DG_ERROR_CANCELLED: the chunks that were
+ * finished stay, n_past says how many. A canvas that was under way is dropped. */
+DG_API dg_status dg_session_encode(dg_session *session, const int32_t *ids, int32_t n, char *err, size_t err_size);
+
+/* Cuts the prefix to its first `n` tokens. Free while the sliding layers' rings still hold the window before n;
+ * otherwise the kept tokens are encoded again (DG_ERROR_CANCELLED can then leave a shorter prefix, see n_past). */
+DG_API dg_status dg_session_truncate(dg_session *session, int32_t n, char *err, size_t err_size);
+
+/* Copies the prefix's tokens, n_past of them. */
+DG_API dg_status dg_session_tokens(const dg_session *session, int32_t *out, char *err, size_t err_size);
+
+/* Writes the prefix (tokens and cache) to a file, under its final name only when whole; reads it back into a session
+ * of the same model, type_kv and a context that holds it. A failed load leaves an empty prefix. */
+DG_API dg_status dg_session_save(dg_session *session, const char *path, char *err, size_t err_size);
+DG_API dg_status dg_session_load(dg_session *session, const char *path, char *err, size_t err_size);
+
+/* Decoder mode, once: canvas [C] ids -> logits [C, V] float32, softcapped, before temperature. The cache is read, not
+ * changed. `self_conditioning` [C, V]: the *processed* logits of the step before, or NULL for a zero signal. */
+DG_API dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, const float *self_conditioning,
+                                    float *logits, char *err, size_t err_size);
+
+/* --------------------------------------------------------------------------------------- denoising a canvas */
+
+typedef struct dg_canvas_options {
+    dg_sampling sampling;
+    uint64_t seed;
+    uint32_t canvas_index; /* which canvas of the generation this is: part of every draw's counter */
+    const int32_t *pinned; /* [C]: the id where a row is fixed, -1 where it is free; NULL: all free */
+    const int32_t *canvas; /* [C]: the canvas to start from; NULL: uniform random ids */
+} dg_canvas_options;
+
+DG_API dg_canvas_options dg_canvas_options_default(const dg_model *model);
+
+/* Draws of one step, handed in instead of Philox's. Both arrays have C entries. */
+typedef struct dg_noise {
+    const double *uniform;  /* [C] in [0, 1): the u of the inverse-CDF draw */
+    const int32_t *renoise; /* [C] ids for the rows that are not accepted */
+} dg_noise;
+
+/* What one step did. The arrays [C] belong to the session and live until its next call. */
+typedef struct dg_step {
+    int32_t step;        /* from 0, in order of execution */
+    int32_t steps;       /* the most there can be: min(steps, max_steps) */
+    bool finished;       /* no further step will be made; argmax is the finished canvas */
+    bool converged;      /* finished because stable and confident, not because the steps ran out */
+    double mean_entropy; /* nats, over the free rows */
+    const int32_t *argmax;   /* the canvas that counts */
+    const int32_t *canvas;   /* the canvas for the next step: accepted draws, renoise elsewhere, pins */
+    const uint8_t *accepted; /* 1 where the draw was accepted; 0 on pinned rows, which take no part */
+    const double *entropy;   /* nats, at this step's temperature; 0 on pinned rows */
+} dg_step;
+
+/* Starts a canvas after the prefix (which must hold at least one token). Drops a canvas that was under way. */
+DG_API dg_status dg_session_canvas_begin(dg_session *session, const dg_canvas_options *options, char *err,
+                                         size_t err_size);
+
+/* One denoise step. After DG_ERROR_CANCELLED the canvas is as before the step and the step may be repeated.
+ * A step after the last one is DG_ERROR_ARGUMENT. The prefix never changes. */
+DG_API dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noise, dg_step *out, char *err,
+                                        size_t err_size);
+
+/* The sampler alone, on handed-in logits z [n_rows, n_vocab] (softcapped, before temperature); no session is needed.
+ * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. Needs finite or -inf logits. */
+DG_API dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
+                           const dg_noise *noise, const int32_t *pinned, int32_t *argmax, int32_t *canvas,
+                           uint8_t *accepted, double *entropy, char *err, size_t err_size);
+
+/* The Philox4x32-10 draws that the loop makes for itself: a pure function of the arguments, row by row. */
+DG_API void dg_noise_canvas(uint64_t seed, uint32_t canvas_index, int32_t n_rows, int32_t n_vocab, int32_t *out);
+DG_API void dg_noise_uniform(uint64_t seed, uint32_t canvas_index, uint32_t step, int32_t n_rows, double *out);
+DG_API void dg_noise_renoise(uint64_t seed, uint32_t canvas_index, uint32_t step, int32_t n_rows, int32_t n_vocab,
+                             int32_t *out);
+
+/* ------------------------------------------------------------------------------------------- cancelling */
+
+/* From any thread: the call that is running, or else the next one that computes, returns DG_ERROR_CANCELLED within one
+ * ggml operator. dg_session_clear_cancel forgets a request that met no call. */
+DG_API void dg_session_cancel(dg_session *session);
+DG_API void dg_session_clear_cancel(dg_session *session);
+
+/* Called on the computing thread between operators, at most every 20 ms; nonzero cancels. NULL: none. */
+typedef int (*dg_poll)(void *user);
+DG_API dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size);
+
+/* ------------------------------------------------------------------------------------------------ build */
+
+DG_API const char *dg_version(void);      /* of this library, MAJOR.MINOR.PATCH */
+DG_API int32_t dg_abi_version(void);      /* changes when a struct or a signature above changes */
+DG_API const char *dg_ggml_version(void); /* of the ggml inside */
+DG_API const char *dg_compiler(void);
+DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */
+DG_API int32_t dg_n_backends(void);
+DG_API const char *dg_backend_name(int32_t index); /* NULL when out of range */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

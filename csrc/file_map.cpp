@@ -1,0 +1,190 @@
+#include "file_map.h"
+
+#include "error.h"
+
+#include <cerrno>
+#include <cstring>
+#include <new>
+
+#ifdef _WIN32
+#    define WIN32_LEAN_AND_MEAN
+#    define NOMINMAX
+#    include <io.h>
+#    include <process.h>
+#    include <windows.h>
+#else
+#    include <fcntl.h>
+#    include <sys/mman.h>
+#    include <sys/stat.h>
+#    include <unistd.h>
+#endif
+
+namespace dg {
+namespace {
+
+[[noreturn]] void fail_io(const std::string &path, const char *what) {
+    throw Error(DG_ERROR_IO, format("%s: %s: %s", path.c_str(), what, std::strerror(errno)));
+}
+
+class ReadFile final : public FileBytes {
+  public:
+    explicit ReadFile(const std::string &path) {
+        std::FILE *file = std::fopen(path.c_str(), "rb");
+        if (!file) {
+            fail_io(path, "cannot open");
+        }
+        const std::unique_ptr<std::FILE, int (*)(std::FILE *)> closer(file, std::fclose);
+#ifdef _WIN32
+        const int seek_failed = _fseeki64(file, 0, SEEK_END);
+        const long long end = _ftelli64(file);
+#else
+        const int seek_failed = fseeko(file, 0, SEEK_END);
+        const off_t end = ftello(file);
+#endif
+        if (seek_failed || end < 0) {
+            fail_io(path, "cannot find its size");
+        }
+        std::rewind(file);
+        size_ = static_cast<size_t>(end);
+        // ggml wants weights on 32-byte boundaries; a GGUF's tensors are aligned relative to the start of the file.
+        bytes_.reset(static_cast<unsigned char *>(::operator new(size_ ? size_ : 1, ALIGNMENT, std::nothrow)));
+        if (!bytes_) {
+            throw Error(DG_ERROR_MEMORY, format("%s: %zu bytes of memory were refused", path.c_str(), size_));
+        }
+        if (std::fread(bytes_.get(), 1, size_, file) != size_) {
+            fail_io(path, "cannot read");
+        }
+        data_ = bytes_.get();
+    }
+
+  private:
+    static constexpr std::align_val_t ALIGNMENT{64};
+    struct Delete {
+        void operator()(unsigned char *bytes) const { ::operator delete(bytes, ALIGNMENT); }
+    };
+    std::unique_ptr<unsigned char, Delete> bytes_;
+};
+
+class MappedFile final : public FileBytes {
+  public:
+#ifdef _WIN32
+    explicit MappedFile(const std::string &path) {
+        const HANDLE file = CreateFileA(path.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
+        if (file == INVALID_HANDLE_VALUE) {
+            throw Error(DG_ERROR_IO, format("%s: cannot open: error %lu", path.c_str(), GetLastError()));
+        }
+        LARGE_INTEGER size = {};
+        const bool sized = GetFileSizeEx(file, &size);
+        const HANDLE mapping = sized ? CreateFileMappingA(file, nullptr, PAGE_READONLY, 0, 0, nullptr) : nullptr;
+        const DWORD failure = GetLastError();
+        CloseHandle(file);
+        if (!mapping) {
+            throw Error(DG_ERROR_IO, format("%s: cannot map: error %lu", path.c_str(), failure));
+        }
+        data_ = static_cast<const unsigned char *>(MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0));
+        CloseHandle(mapping);
+        if (!data_) {
+            throw Error(DG_ERROR_IO, format("%s: cannot map: error %lu", path.c_str(), GetLastError()));
+        }
+        size_ = static_cast<size_t>(size.QuadPart);
+    }
+    ~MappedFile() override { UnmapViewOfFile(data_); }
+#else
+    explicit MappedFile(const std::string &path) {
+        const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+        if (fd < 0) {
+            fail_io(path, "cannot open");
+        }
+        struct stat status = {};
+        if (::fstat(fd, &status) != 0) {
+            ::close(fd);
+            fail_io(path, "cannot stat");
+        }
+        if (!S_ISREG(status.st_mode)) {
+            ::close(fd);
+            throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
+        }
+        size_ = static_cast<size_t>(status.st_size);
+        if (size_ > 0) {
+            void *address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
+            if (address == MAP_FAILED) {
+                ::close(fd);
+                fail_io(path, "cannot map");
+            }
+            data_ = static_cast<const unsigned char *>(address);
+        }
+        ::close(fd);
+    }
+    ~MappedFile() override {
+        if (data_) {
+            ::munmap(const_cast<unsigned char *>(data_), size_);
+        }
+    }
+#endif
+    MappedFile(const MappedFile &) = delete;
+    MappedFile &operator=(const MappedFile &) = delete;
+};
+
+} // namespace
+
+std::unique_ptr<FileBytes> FileBytes::open(const std::string &path, bool map) {
+    if (map) {
+        return std::make_unique<MappedFile>(path);
+    }
+    return std::make_unique<ReadFile>(path);
+}
+
+AtomicFile::AtomicFile(const std::string &path) : path_(path) {
+#ifdef _WIN32
+    temporary_ = path + format(".tmp%d", _getpid());
+#else
+    temporary_ = path + format(".tmp%d", static_cast<int>(::getpid()));
+#endif
+    file_ = std::fopen(temporary_.c_str(), "wb");
+    if (!file_) {
+        fail_io(path_, "cannot write");
+    }
+}
+
+AtomicFile::~AtomicFile() {
+    if (file_) {
+        std::fclose(file_);
+        std::remove(temporary_.c_str());
+    }
+}
+
+void AtomicFile::write(const void *data, size_t size) {
+    if (size > 0 && std::fwrite(data, 1, size, file_) != size) {
+        fail_io(path_, "cannot write");
+    }
+}
+
+void AtomicFile::commit() {
+    if (std::fflush(file_) != 0) {
+        fail_io(path_, "cannot write");
+    }
+#ifdef _WIN32
+    const bool synced = _commit(_fileno(file_)) == 0;
+#else
+    const bool synced = ::fsync(fileno(file_)) == 0;
+#endif
+    if (!synced) {
+        fail_io(path_, "cannot write");
+    }
+    std::FILE *file = file_;
+    file_ = nullptr;
+    const bool closed = std::fclose(file) == 0;
+#ifdef _WIN32
+    const bool renamed = closed && MoveFileExA(temporary_.c_str(), path_.c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
+#else
+    const bool renamed = closed && std::rename(temporary_.c_str(), path_.c_str()) == 0;
+#endif
+    if (!renamed) {
+        const int reason = errno;
+        std::remove(temporary_.c_str());
+        errno = reason;
+        fail_io(path_, "cannot write");
+    }
+}
+
+} // namespace dg

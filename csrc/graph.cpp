@@ -1,0 +1,255 @@
+#include "graph.h"
+
+#include "error.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace dg {
+namespace {
+
+constexpr size_t NODES_PER_LAYER = 128; // 85 in the widest layer, plus 2 for each expert that a row uses
+constexpr size_t NODES_BESIDES = 64;
+// Floats of transposed embedding that exist at a time in build_soft_embedding: 16 MB.
+constexpr int64_t SOFT_SLICE_FLOATS = 4 << 20;
+
+Graph make_graph(size_t n_nodes) {
+    Graph graph;
+    ggml_init_params params = {};
+    params.mem_size = ggml_graph_overhead_custom(n_nodes, false) + n_nodes * ggml_tensor_overhead();
+    params.no_alloc = true;
+    graph.context.reset(ggml_init(params));
+    if (!graph.context) {
+        throw Error(DG_ERROR_MEMORY, format("%zu bytes for a graph were refused", params.mem_size));
+    }
+    graph.nodes = ggml_new_graph_custom(graph.context.get(), n_nodes, false);
+    return graph;
+}
+
+class PassBuilder {
+  public:
+    PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass)
+        : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass),
+          graph_(make_graph(static_cast<size_t>(c_.n_layer) *
+                                (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used)) +
+                            NODES_BESIDES)),
+          ctx_(graph_.context.get()) {}
+
+    Graph build() {
+        const Weights &w = model_.weights();
+        ids_ = head_of(io_.ids);
+        positions_ = head_of(io_.positions);
+        ggml_tensor *x = embed();
+        for (size_t i = 0; i < w.layers.size(); ++i) {
+            const bool only_cache = pass_.mode == Mode::ENCODE && i + 1 == w.layers.size();
+            x = layer(w.layers[i], cache_.layers()[i], x, only_cache);
+        }
+        if (pass_.mode == Mode::DENOISE) {
+            head(x);
+        }
+        return std::move(graph_);
+    }
+
+  private:
+    const Model &model_;
+    const dg_config &c_;
+    const KvCache &cache_;
+    const GraphIo &io_;
+    const Pass pass_;
+    Graph graph_;
+    ggml_context *ctx_;
+    ggml_tensor *ids_ = nullptr;
+    ggml_tensor *positions_ = nullptr;
+
+    // The first n entries of an input of the largest size.
+    ggml_tensor *head_of(ggml_tensor *input) const { return ggml_view_1d(ctx_, input, pass_.n, 0); }
+
+    ggml_tensor *norm(ggml_tensor *x) const { return ggml_rms_norm(ctx_, x, c_.norm_eps); }
+    ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight) const { return ggml_mul(ctx_, norm(x), weight); }
+
+    // gelu_tanh(gate) * up, in float32: gelu_tanh(g) = g * sigmoid(g * w) with w = 2 sqrt(2/pi) (1 + 0.044715 g^2), and
+    // swiglu_split(a, b) = a * sigmoid(a) * b. ggml's own CPU gelu reads a half-precision table, which costs 3e-4 in the
+    // logits; this form costs 6e-7 and runs on every device.
+    ggml_tensor *gelu_mul(ggml_tensor *gate, ggml_tensor *up) const {
+        const float a = 2.0f * std::sqrt(2.0f / 3.14159265358979f);
+        ggml_tensor *w = ggml_scale_bias(ctx_, ggml_sqr(ctx_, gate), a * 0.044715f, a);
+        return ggml_swiglu_split(ctx_, ggml_mul(ctx_, gate, w), ggml_div(ctx_, up, w));
+    }
+
+    ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) const {
+        return ggml_mul_mat(ctx_, down, gelu_mul(ggml_mul_mat(ctx_, gate, x), ggml_mul_mat(ctx_, up, x)));
+    }
+
+    // -> [n_embd, n]
+    ggml_tensor *embed() const {
+        const Weights &w = model_.weights();
+        ggml_tensor *x = ggml_get_rows(ctx_, w.token_embd, ids_);
+        x = ggml_scale(ctx_, x, std::sqrt(static_cast<float>(c_.n_embd)));
+        if (pass_.mode == Mode::ENCODE) {
+            return x;
+        }
+        if (c_.has_self_conditioning) {
+            ggml_tensor *signal = gated_mlp(norm(io_.soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up,
+                                            w.self_cond_down);
+            x = ggml_add(ctx_, x, signal);
+        }
+        return norm(x); // also on the first step, whose signal is zero
+    }
+
+    ggml_tensor *rope(const LayerWeights &l, ggml_tensor *x) const {
+        ggml_tensor *factors = l.sliding ? model_.weights().rope_factors_sliding : model_.weights().rope_factors_full;
+        // Base 1: the angle is position / factor, see Weights.
+        return ggml_rope_ext(ctx_, x, positions_, factors, static_cast<int>(l.head_dim), GGML_ROPE_TYPE_NEOX, 0, 1.0f,
+                             1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+    }
+
+    void write_cache(ggml_tensor *cache, ggml_tensor *rows, bool sliding) const {
+        ggml_tensor *slots = head_of(sliding ? io_.slots_sliding : io_.slots_full);
+        ggml_tensor *flat = ggml_reshape_2d(ctx_, rows, cache->ne[0], pass_.n);
+        ggml_build_forward_expand(graph_.nodes, ggml_set_rows(ctx_, cache, flat, slots));
+    }
+
+    // The cache's rows that this pass sees, as [head_dim, rows, n_head_kv].
+    ggml_tensor *read_cache(const LayerWeights &l, ggml_tensor *cache) const {
+        const int64_t rows = cache_.visible_rows(l.sliding, pass_.end());
+        return ggml_view_3d(ctx_, cache, l.head_dim, rows, l.n_head_kv, cache->nb[1],
+                            ggml_row_size(cache->type, l.head_dim), 0);
+    }
+
+    // q: [head_dim, n_head, n] -> [head_dim * n_head, n]. Scale 1: the norms of q and k take its place.
+    ggml_tensor *attend(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) const {
+        ggml_tensor *k = read_cache(l, cache.k);
+        ggml_tensor *v = read_cache(l, cache.v);
+        if (v->type != GGML_TYPE_F32) {
+            v = ggml_cast(ctx_, v, GGML_TYPE_F32);
+        }
+        v = ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 0, 2, 3)); // [rows, head_dim, n_head_kv]
+        ggml_tensor *mask = nullptr;
+        if (needs_mask(model_, pass_, l.sliding)) {
+            ggml_tensor *input = l.sliding ? io_.mask_sliding : io_.mask_full;
+            const int64_t rows = k->ne[1];
+            mask = ggml_view_2d(ctx_, input, rows, pass_.n, ggml_row_size(input->type, rows), 0);
+        }
+        ggml_tensor *scores = ggml_mul_mat(ctx_, k, ggml_permute(ctx_, q, 0, 2, 1, 3)); // [rows, n, n_head]
+        scores = ggml_soft_max_ext(ctx_, scores, mask, 1.0f, 0.0f);
+        ggml_tensor *out = ggml_mul_mat(ctx_, v, scores); // [head_dim, n, n_head]
+        out = ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3));
+        return ggml_reshape_2d(ctx_, out, l.head_dim * c_.n_head, pass_.n);
+    }
+
+    ggml_tensor *attention(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) const {
+        ggml_tensor *h = norm(x, l.attn_norm);
+        ggml_tensor *k = ggml_mul_mat(ctx_, l.attn_k, h);
+        ggml_tensor *v = l.attn_v ? ggml_mul_mat(ctx_, l.attn_v, h) : k; // the raw projection, before k_norm and rope
+        k = ggml_reshape_3d(ctx_, k, l.head_dim, l.n_head_kv, pass_.n);
+        v = ggml_reshape_3d(ctx_, v, l.head_dim, l.n_head_kv, pass_.n);
+        write_cache(cache.k, rope(l, norm(k, l.attn_k_norm)), l.sliding);
+        write_cache(cache.v, norm(v), l.sliding);
+        if (only_cache) {
+            return nullptr;
+        }
+        ggml_tensor *q = ggml_reshape_3d(ctx_, ggml_mul_mat(ctx_, l.attn_q, h), l.head_dim, c_.n_head, pass_.n);
+        q = rope(l, norm(q, l.attn_q_norm));
+        return norm(ggml_mul_mat(ctx_, l.attn_output, attend(l, cache, q)), l.post_attention_norm);
+    }
+
+    // Both inputs come from the raw residual x: the router has a norm of its own, without a weight.
+    ggml_tensor *experts(const LayerWeights &l, ggml_tensor *x) const {
+        const int64_t n_used = c_.n_expert_used;
+        ggml_tensor *probabilities =
+            ggml_soft_max(ctx_, ggml_mul_mat(ctx_, l.router, norm(x, l.router_scale))); // [n_expert, n]
+        ggml_tensor *selected =
+            ggml_cont(ctx_, ggml_argsort_top_k(ctx_, probabilities, static_cast<int>(n_used))); // [n_used, n]
+        ggml_tensor *weights = ggml_get_rows(
+            ctx_, ggml_reshape_3d(ctx_, probabilities, 1, c_.n_expert, pass_.n), selected); // [1, n_used, n]
+        weights = ggml_reshape_2d(ctx_, weights, n_used, pass_.n);
+        weights = ggml_div(ctx_, weights, ggml_sum_rows(ctx_, weights));
+        ggml_tensor *scales =
+            ggml_get_rows(ctx_, l.down_exps_scale, ggml_reshape_1d(ctx_, selected, n_used * pass_.n));
+        weights = ggml_mul(ctx_, weights, ggml_reshape_2d(ctx_, scales, n_used, pass_.n));
+
+        ggml_tensor *h = ggml_reshape_3d(ctx_, norm(x, l.pre_ffw_norm_2), c_.n_embd, 1, pass_.n);
+        ggml_tensor *gate = nullptr;
+        ggml_tensor *up = nullptr; // both [n_ff_exp, n_used, n]
+        if (l.gate_up_exps) {
+            ggml_tensor *both = ggml_mul_mat_id(ctx_, l.gate_up_exps, h, selected);
+            gate = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, pass_.n, both->nb[1], both->nb[2], 0);
+            up = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, pass_.n, both->nb[1], both->nb[2],
+                              static_cast<size_t>(c_.n_ff_exp) * both->nb[0]);
+        } else {
+            gate = ggml_mul_mat_id(ctx_, l.gate_exps, h, selected);
+            up = ggml_mul_mat_id(ctx_, l.up_exps, h, selected);
+        }
+        ggml_tensor *out = ggml_mul_mat_id(ctx_, l.down_exps, gelu_mul(gate, up), selected); // [n_embd, n_used, n]
+        out = ggml_mul(ctx_, out, ggml_reshape_3d(ctx_, weights, 1, n_used, pass_.n));
+        ggml_tensor *sum = nullptr;
+        for (int64_t i = 0; i < n_used; ++i) {
+            ggml_tensor *one =
+                ggml_view_2d(ctx_, out, c_.n_embd, pass_.n, out->nb[2], static_cast<size_t>(i) * out->nb[1]);
+            sum = sum ? ggml_add(ctx_, sum, one) : one;
+        }
+        return n_used == 1 ? ggml_cont(ctx_, sum) : sum;
+    }
+
+    ggml_tensor *layer(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) const {
+        ggml_tensor *attended = attention(l, cache, x, only_cache);
+        if (only_cache) {
+            return nullptr;
+        }
+        x = ggml_add(ctx_, x, attended);
+        ggml_tensor *dense = gated_mlp(norm(x, l.ffn_norm), l.ffn_gate, l.ffn_up, l.ffn_down);
+        ggml_tensor *both =
+            ggml_add(ctx_, norm(dense, l.post_ffw_norm_1), norm(experts(l, x), l.post_ffw_norm_2));
+        x = ggml_add(ctx_, x, norm(both, l.post_ffw_norm));
+        return ggml_scale(ctx_, x, pass_.mode == Mode::ENCODE ? l.encoder_output_scale : l.output_scale);
+    }
+
+    // The product is placed in io.logits and softcapped there: a canvas of logits exists once (268 MB at the released
+    // shape).
+    void head(ggml_tensor *x) const {
+        ggml_tensor *logits = ggml_mul_mat(ctx_, model_.weights().token_embd, norm(x, model_.weights().output_norm));
+        logits->data = io_.logits->data;
+        logits->buffer = io_.logits->buffer;
+        if (c_.logit_softcap > 0.0f) {
+            logits = ggml_scale_inplace(ctx_, logits, 1.0f / c_.logit_softcap);
+            logits = ggml_tanh_inplace(ctx_, logits);
+            logits = ggml_scale_inplace(ctx_, logits, c_.logit_softcap);
+        }
+        ggml_build_forward_expand(graph_.nodes, logits);
+    }
+};
+
+} // namespace
+
+Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass) {
+    return PassBuilder(model, cache, io, pass).build();
+}
+
+Graph build_soft_embedding(const Model &model, const GraphIo &io) {
+    const dg_config &c = model.config();
+    ggml_tensor *embedding = model.weights().token_embd;
+    const int64_t slice = std::clamp<int64_t>(SOFT_SLICE_FLOATS / c.n_embd, 32, c.n_vocab);
+    const int64_t n_slices = (c.n_vocab + slice - 1) / slice;
+    Graph graph = make_graph(static_cast<size_t>(n_slices) * 7 + 16);
+    ggml_context *ctx = graph.context.get();
+    ggml_tensor *p = ggml_soft_max(ctx, io.logits); // [n_vocab, C]
+    ggml_tensor *sum = nullptr;
+    for (int64_t first = 0; first < c.n_vocab; first += slice) {
+        const int64_t n = std::min<int64_t>(slice, c.n_vocab - first);
+        ggml_tensor *rows = ggml_view_2d(ctx, embedding, c.n_embd, n, embedding->nb[1],
+                                         static_cast<size_t>(first) * embedding->nb[1]);
+        if (rows->type != GGML_TYPE_F32) {
+            rows = ggml_cast(ctx, rows, GGML_TYPE_F32);
+        }
+        ggml_tensor *transposed = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n, n_embd]
+        ggml_tensor *weights =
+            ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
+        ggml_tensor *product = ggml_mul_mat(ctx, transposed, weights); // [n_embd, C]
+        sum = sum ? ggml_add(ctx, sum, product) : product;
+    }
+    sum = ggml_scale(ctx, sum, std::sqrt(static_cast<float>(c.n_embd)));
+    ggml_build_forward_expand(graph.nodes, ggml_cpy(ctx, sum, io.soft));
+    return graph;
+}
+
+} // namespace dg

@@ -1,0 +1,73 @@
+#include "log_capture.h"
+
+#include "error.h"
+
+#include "ggml.h"
+
+#include <exception>
+#include <mutex>
+
+namespace dg {
+namespace {
+
+thread_local LogCapture *current_log = nullptr;
+thread_local bool guarded = false;
+
+// ggml.cpp sets a terminate handler while the library is loaded, for the whole process. This object is made before it
+// (priority 101 precedes all objects without one), remembers the host's handler, and initialize_ggml puts it back.
+struct HostTerminateHandler {
+    std::terminate_handler handler = std::get_terminate();
+};
+#if defined(__GNUC__) && !defined(__APPLE__)
+__attribute__((init_priority(101)))
+#endif
+HostTerminateHandler host;
+
+void on_log(ggml_log_level /*level*/, const char *text, void * /*user*/) {
+    if (current_log) {
+        current_log->append(text);
+    }
+}
+
+void on_abort(const char *message) {
+    if (guarded) {
+        throw Error(DG_ERROR_INTERNAL, std::string("ggml gave up: ") + message);
+    }
+}
+
+} // namespace
+
+void initialize_ggml() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+#if defined(__GNUC__) && !defined(__APPLE__)
+        std::set_terminate(host.handler);
+#endif
+        ggml_log_set(on_log, nullptr);
+        ggml_set_abort_callback(on_abort);
+    });
+}
+
+LogCapture::LogCapture() : outer_(current_log) { current_log = this; }
+
+LogCapture::~LogCapture() { current_log = outer_; }
+
+std::string LogCapture::last_line(const std::string &otherwise) const {
+    std::string text = text_;
+    while (!text.empty() && text.back() == '\n') {
+        text.pop_back();
+    }
+    const size_t line = text.rfind('\n');
+    text = line == std::string::npos ? text : text.substr(line + 1);
+    const size_t name = text.find(": ");
+    if (name != std::string::npos && text.compare(0, 4, "gguf") == 0) {
+        text = text.substr(name + 2);
+    }
+    return text.empty() ? otherwise : text;
+}
+
+AbortGuard::AbortGuard() : outer_(guarded) { guarded = true; }
+
+AbortGuard::~AbortGuard() { guarded = outer_; }
+
+} // namespace dg

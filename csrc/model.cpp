@@ -1,0 +1,622 @@
+// Opens a GGUF: checks every key's type and every tensor's shape, binds them once.
+#include "model.h"
+
+#include "error.h"
+#include "log_capture.h"
+#include "names.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "gguf.h"
+
+#include <cinttypes>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace dg {
+namespace {
+
+// Sizes beyond these are taken for damage: they bound every product of two figures well inside 63 bits.
+constexpr int64_t MAX_LAYERS = 1024;
+constexpr int64_t MAX_WIDTH = 1 << 20;
+constexpr int64_t MAX_VOCAB = 1 << 24;
+constexpr int64_t MAX_CANVAS = 1 << 16;
+constexpr int64_t MAX_CONTEXT = 1 << 28;
+
+constexpr float NO_ROTATION = 1e30f; // as in the files' rope_freqs
+
+std::string shape_text(const int64_t *ne, int n) {
+    std::string text = "[";
+    for (int i = 0; i < n; ++i) {
+        text += format("%s%" PRId64, i ? ", " : "", ne[i]);
+    }
+    return text + "]";
+}
+
+uint64_t fnv1a(uint64_t hash, const void *data, size_t size) {
+    const auto *bytes = static_cast<const unsigned char *>(data);
+    for (size_t i = 0; i < size; ++i) {
+        hash = (hash ^ bytes[i]) * 1099511628211ull;
+    }
+    return hash;
+}
+
+} // namespace
+
+dg_sampling released_sampling() {
+    dg_sampling sampling = {};
+    sampling.steps = 48;
+    sampling.max_steps = 0;
+    sampling.stability_threshold = 1;
+    sampling.t_min = 0.4;
+    sampling.t_max = 0.8;
+    sampling.entropy_bound = 0.1;
+    sampling.confidence_threshold = 0.005;
+    return sampling;
+}
+
+void check_sampling(const dg_sampling &s) {
+    const auto check_count = [](const char *name, int32_t value, int32_t least) {
+        if (value < least || value > 1000000) {
+            throw Error(DG_ERROR_ARGUMENT, format("%s is %d: it must be from %d to 1000000", name, value, least));
+        }
+    };
+    const auto check_real = [](const char *name, double value, bool zero_allowed) {
+        if (!std::isfinite(value) || value < 0.0 || (!zero_allowed && value == 0.0)) {
+            throw Error(DG_ERROR_ARGUMENT,
+                        format("%s is %g: it must be a finite number %s 0", name, value, zero_allowed ? ">=" : ">"));
+        }
+    };
+    check_count("steps", s.steps, 1);
+    check_count("max_steps", s.max_steps, 0);
+    check_count("stability_threshold", s.stability_threshold, 0);
+    check_real("t_min", s.t_min, true);
+    check_real("t_max", s.t_max, false);
+    check_real("entropy_bound", s.entropy_bound, true);
+    check_real("confidence_threshold", s.confidence_threshold, true);
+    if (s.t_max < s.t_min) {
+        throw Error(DG_ERROR_ARGUMENT, format("t_max is %g: it must be at least t_min, %g", s.t_max, s.t_min));
+    }
+    if (s.t_min == 0.0 && s.t_max / s.steps < 1e-6) {
+        throw Error(DG_ERROR_ARGUMENT, format("t_max is %g: the last step's temperature would be 0", s.t_max));
+    }
+}
+
+// Reads one file into one Model; everything that can be wrong with a file is found here.
+class ModelReader {
+  public:
+    ModelReader(Model &model, const std::string &path, const dg_model_options &options)
+        : model_(model), path_(path), options_(options) {}
+
+    void read() {
+        open();
+        read_config();
+        bind();
+        model_.fingerprint_ = fnv1a(model_.fingerprint_, &model_.config_, sizeof model_.config_);
+    }
+
+  private:
+    Model &model_;
+    const std::string &path_;
+    const dg_model_options &options_;
+    size_t data_offset_ = 0;
+    struct Owned {
+        ggml_tensor *tensor;
+        std::vector<float> values;
+    };
+    std::vector<Owned> owned_;
+
+    [[noreturn]] void fail(dg_status status, const std::string &what) const {
+        throw Error(status, path_ + ": " + what);
+    }
+    [[noreturn]] void fail_format(const std::string &what) const { fail(DG_ERROR_FORMAT, what); }
+
+    // ------------------------------------------------------------------------------------------- the container
+
+    void open() {
+        if (options_.n_gpu_layers < -1) {
+            throw Error(DG_ERROR_ARGUMENT, format("n_gpu_layers is %d: it must be -1 (as many as fit) or more",
+                                                  options_.n_gpu_layers));
+        }
+        if (options_.n_gpu_layers > 0) {
+            throw Error(DG_ERROR_UNSUPPORTED,
+                        format("n_gpu_layers is %d, but this version computes on the CPU only; use n_gpu_layers=0 "
+                               "(GPU builds will be installed with CMAKE_ARGS=\"-DGGML_CUDA=on\" pip install "
+                               "--no-binary pydiffgguf pydiffgguf)",
+                               options_.n_gpu_layers));
+        }
+        model_.file_ = FileBytes::open(path_, options_.use_mmap);
+        model_.mapped_ = options_.use_mmap;
+        const FileBytes &file = *model_.file_;
+        if (file.size() == 0) {
+            fail_format("the file is empty");
+        }
+        if (file.size() < 4 || std::memcmp(file.data(), "GGUF", 4) != 0) {
+            fail_format("not a GGUF file (its first four bytes are not \"GGUF\")");
+        }
+        LogCapture log;
+        ggml_context *context = nullptr;
+        gguf_init_params params = {};
+        params.no_alloc = true;
+        params.ctx = &context;
+        model_.gguf_.reset(gguf_init_from_buffer(file.data(), file.size(), params));
+        model_.tensors_.reset(context);
+        if (!model_.gguf_) {
+            fail_format("broken GGUF header: " + log.last_line("truncated or damaged"));
+        }
+        data_offset_ = gguf_get_data_offset(model_.gguf_.get());
+        check_tensor_bounds();
+        model_.file_buffer_.reset(
+            ggml_backend_cpu_buffer_from_ptr(const_cast<unsigned char *>(file.data()), file.size()));
+        if (!model_.file_buffer_) {
+            fail(DG_ERROR_INTERNAL, "ggml refused the weights' buffer");
+        }
+        ggml_backend_buffer_set_usage(model_.file_buffer_.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
+
+    void check_tensor_bounds() {
+        const gguf_context *g = model_.gguf_.get();
+        const size_t size = model_.file_->size();
+        for (int64_t i = 0; i < gguf_get_n_tensors(g); ++i) {
+            const size_t offset = gguf_get_tensor_offset(g, i);
+            const size_t bytes = gguf_get_tensor_size(g, i);
+            if (data_offset_ > size || offset > size - data_offset_ || bytes > size - data_offset_ - offset) {
+                fail_format(format("tensor %s lies at bytes %zu to %zu, but the file ends at %zu: it is truncated",
+                                   gguf_get_tensor_name(g, i), data_offset_ + offset, data_offset_ + offset + bytes,
+                                   size));
+            }
+            model_.weight_bytes_ += bytes;
+        }
+    }
+
+    // -------------------------------------------------------------------------------------------------- keys
+
+    // Keys that begin with a dot stand behind the architecture.
+    static std::string full_key(const char *key) {
+        return key[0] == '.' ? std::string(names::ARCHITECTURE) + key : std::string(key);
+    }
+
+    int64_t find_key(const char *key, bool required) const {
+        const std::string name = full_key(key);
+        const int64_t id = gguf_find_key(model_.gguf_.get(), name.c_str());
+        if (id < 0 && required) {
+            fail_format("key " + name + " is missing");
+        }
+        return id;
+    }
+
+    [[noreturn]] void fail_key_type(const char *key, const char *expected, gguf_type got) const {
+        fail_format(format("key %s has type %s, expected %s", full_key(key).c_str(), gguf_type_name(got), expected));
+    }
+
+    static bool integer_at(gguf_type type, const void *data, size_t i, int64_t &out) {
+        switch (type) {
+            case GGUF_TYPE_UINT8: out = static_cast<const uint8_t *>(data)[i]; return true;
+            case GGUF_TYPE_INT8: out = static_cast<const int8_t *>(data)[i]; return true;
+            case GGUF_TYPE_UINT16: out = static_cast<const uint16_t *>(data)[i]; return true;
+            case GGUF_TYPE_INT16: out = static_cast<const int16_t *>(data)[i]; return true;
+            case GGUF_TYPE_UINT32: out = static_cast<const uint32_t *>(data)[i]; return true;
+            case GGUF_TYPE_INT32: out = static_cast<const int32_t *>(data)[i]; return true;
+            case GGUF_TYPE_INT64: out = static_cast<const int64_t *>(data)[i]; return true;
+            case GGUF_TYPE_UINT64: {
+                const uint64_t value = static_cast<const uint64_t *>(data)[i];
+                out = value > INT64_MAX ? INT64_MAX : static_cast<int64_t>(value);
+                return true;
+            }
+            default: return false;
+        }
+    }
+
+    void check_range(const char *key, int64_t value, int64_t least, int64_t most) const {
+        if (value < least || value > most) {
+            fail_format(format("key %s is %" PRId64 ", expected %" PRId64 " to %" PRId64, full_key(key).c_str(), value,
+                               least, most));
+        }
+    }
+
+    int32_t integer(const char *key, int64_t least, int64_t most) const {
+        const int64_t id = find_key(key, true);
+        const gguf_type type = gguf_get_kv_type(model_.gguf_.get(), id);
+        int64_t value = 0;
+        if (type == GGUF_TYPE_ARRAY || type == GGUF_TYPE_STRING ||
+            !integer_at(type, gguf_get_val_data(model_.gguf_.get(), id), 0, value)) {
+            fail_key_type(key, "an integer", type);
+        }
+        check_range(key, value, least, most);
+        return static_cast<int32_t>(value);
+    }
+
+    int32_t integer_or(const char *key, int64_t least, int64_t most, int32_t fallback) const {
+        return find_key(key, false) < 0 ? fallback : integer(key, least, most);
+    }
+
+    double real(const char *key, double least, double most) const {
+        const int64_t id = find_key(key, true);
+        const gguf_type type = gguf_get_kv_type(model_.gguf_.get(), id);
+        double value = 0;
+        if (type == GGUF_TYPE_FLOAT32) {
+            value = static_cast<double>(gguf_get_val_f32(model_.gguf_.get(), id));
+        } else if (type == GGUF_TYPE_FLOAT64) {
+            value = gguf_get_val_f64(model_.gguf_.get(), id);
+        } else {
+            fail_key_type(key, "a real number", type);
+        }
+        if (!(value >= least && value <= most)) { // NaN as well
+            fail_format(format("key %s is %g, expected %g to %g", full_key(key).c_str(), value, least, most));
+        }
+        return value;
+    }
+
+    double real_or(const char *key, double least, double most, double fallback) const {
+        return find_key(key, false) < 0 ? fallback : real(key, least, most);
+    }
+
+    // An array of n integers, or one integer that stands for all.
+    std::vector<int64_t> integers(const char *key, size_t n, int64_t least, int64_t most) const {
+        const gguf_context *g = model_.gguf_.get();
+        const int64_t id = find_key(key, true);
+        if (gguf_get_kv_type(g, id) != GGUF_TYPE_ARRAY) {
+            return std::vector<int64_t>(n, integer(key, least, most));
+        }
+        check_array_length(key, id, n);
+        const gguf_type type = gguf_get_arr_type(g, id);
+        std::vector<int64_t> values(n);
+        for (size_t i = 0; i < n; ++i) {
+            if (type == GGUF_TYPE_STRING || !integer_at(type, gguf_get_arr_data(g, id), i, values[i])) {
+                fail_key_type(key, "an array of integers", type);
+            }
+            check_range(key, values[i], least, most);
+        }
+        return values;
+    }
+
+    std::vector<bool> bools(const char *key, size_t n) const {
+        const gguf_context *g = model_.gguf_.get();
+        const int64_t id = find_key(key, true);
+        if (gguf_get_kv_type(g, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(g, id) != GGUF_TYPE_BOOL) {
+            fail_key_type(key, "an array of bools", gguf_get_kv_type(g, id));
+        }
+        check_array_length(key, id, n);
+        const auto *data = static_cast<const int8_t *>(gguf_get_arr_data(g, id));
+        return std::vector<bool>(data, data + n);
+    }
+
+    void check_array_length(const char *key, int64_t id, size_t n) const {
+        const size_t got = gguf_get_arr_n(model_.gguf_.get(), id);
+        if (got != n) {
+            fail_format(format("key %s has %zu entries, expected one a layer, %zu", full_key(key).c_str(), got, n));
+        }
+    }
+
+    void read_config() {
+        const gguf_context *g = model_.gguf_.get();
+        const int64_t id = find_key(names::KEY_ARCHITECTURE, true);
+        if (gguf_get_kv_type(g, id) != GGUF_TYPE_STRING) {
+            fail_key_type(names::KEY_ARCHITECTURE, "a string", gguf_get_kv_type(g, id));
+        }
+        const std::string architecture = gguf_get_val_str(g, id);
+        if (architecture != names::ARCHITECTURE) {
+            fail_format("general.architecture is \"" + architecture + "\", expected \"" + names::ARCHITECTURE + "\"");
+        }
+
+        dg_config &c = model_.config_;
+        c.n_layer = integer(names::KEY_BLOCK_COUNT, 1, MAX_LAYERS);
+        c.n_ctx_train = integer(names::KEY_CONTEXT_LENGTH, 1, MAX_CONTEXT);
+        c.n_embd = integer(names::KEY_EMBEDDING_LENGTH, 1, MAX_WIDTH);
+        c.n_ff = integer(names::KEY_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
+        c.n_head = integer(names::KEY_HEAD_COUNT, 1, 4096);
+        c.n_expert = integer(names::KEY_EXPERT_COUNT, 1, 65536);
+        c.n_expert_used = integer(names::KEY_EXPERT_USED_COUNT, 1, c.n_expert);
+        c.n_ff_exp = integer(names::KEY_EXPERT_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
+        c.sliding_window = integer(names::KEY_SLIDING_WINDOW, 2, MAX_CONTEXT);
+        c.canvas_length = integer(names::KEY_CANVAS_LENGTH, 1, MAX_CANVAS);
+        c.norm_eps = static_cast<float>(real(names::KEY_RMS_EPSILON, 0.0, 1.0));
+        c.logit_softcap = static_cast<float>(real(names::KEY_FINAL_LOGIT_SOFTCAPPING, 0.0, 1e6));
+        c.rope_base_full = static_cast<float>(real(names::KEY_ROPE_FREQ_BASE, 1.0, 1e12));
+        c.rope_base_sliding = static_cast<float>(real(names::KEY_ROPE_FREQ_BASE_SWA, 1.0, 1e12));
+        refuse_unless_zero(names::KEY_SHARED_KV_LAYERS);
+        refuse_unless_zero(names::KEY_EMBEDDING_LENGTH_PER_LAYER);
+        read_layers();
+        read_sampling();
+    }
+
+    void refuse_unless_zero(const char *key) const {
+        const int32_t value = integer_or(key, 0, INT32_MAX, 0);
+        if (value != 0) {
+            fail(DG_ERROR_UNSUPPORTED, format("key %s is %d; only 0 is served", full_key(key).c_str(), value));
+        }
+    }
+
+    void read_layers() {
+        const dg_config &c = model_.config_;
+        const auto n = static_cast<size_t>(c.n_layer);
+        const std::vector<bool> sliding = bools(names::KEY_SLIDING_WINDOW_PATTERN, n);
+        const std::vector<int64_t> kv = integers(names::KEY_HEAD_COUNT_KV, n, 1, c.n_head);
+        const int64_t dim_full = head_dim(names::KEY_KEY_LENGTH, names::KEY_VALUE_LENGTH, names::KEY_ROPE_DIMENSION_COUNT);
+        const int64_t dim_sliding =
+            head_dim(names::KEY_KEY_LENGTH_SWA, names::KEY_VALUE_LENGTH_SWA, names::KEY_ROPE_DIMENSION_COUNT_SWA);
+        int64_t kv_of_type[2] = {0, 0};
+        for (size_t i = 0; i < n; ++i) {
+            LayerWeights layer;
+            layer.sliding = sliding[i];
+            layer.n_head_kv = kv[i];
+            layer.head_dim = sliding[i] ? dim_sliding : dim_full;
+            if (c.n_head % kv[i] != 0) {
+                fail_format(format("layer %zu has %" PRId64 " KV heads, which do not divide its %d query heads", i,
+                                   kv[i], c.n_head));
+            }
+            int64_t &expected = kv_of_type[sliding[i]];
+            if (expected != 0 && expected != kv[i]) {
+                fail(DG_ERROR_UNSUPPORTED, format("layer %zu has %" PRId64 " KV heads where another %s layer has %" PRId64
+                                                  "; layers of one kind must be alike",
+                                                  i, kv[i], sliding[i] ? "sliding" : "full", expected));
+            }
+            expected = kv[i];
+            model_.weights_.layers.push_back(layer);
+        }
+    }
+
+    int64_t head_dim(const char *key, const char *value_key, const char *rope_key) const {
+        const int64_t dim = integer(key, 2, 1 << 14);
+        if (dim % 2 != 0) {
+            fail_format(format("key %s is %" PRId64 ", expected an even number", full_key(key).c_str(), dim));
+        }
+        for (const char *other : {value_key, rope_key}) {
+            const int32_t got = integer_or(other, 1, 1 << 14, static_cast<int32_t>(dim));
+            if (got != dim) {
+                fail(DG_ERROR_UNSUPPORTED, format("key %s is %d; only the key length, %" PRId64 ", is served",
+                                                  full_key(other).c_str(), got, dim));
+            }
+        }
+        return dim;
+    }
+
+    void read_sampling() {
+        const dg_sampling d = released_sampling();
+        dg_sampling &s = model_.sampling_;
+        s.steps = integer_or(names::KEY_EB_MAX_STEPS, 1, 1000000, d.steps);
+        s.max_steps = d.max_steps;
+        s.stability_threshold = integer_or(names::KEY_EB_STABILITY_THRESHOLD, 0, 1000000, d.stability_threshold);
+        s.t_min = as_written(names::KEY_EB_T_MIN, d.t_min);
+        s.t_max = as_written(names::KEY_EB_T_MAX, d.t_max);
+        s.entropy_bound = as_written(names::KEY_EB_ENTROPY_BOUND, d.entropy_bound);
+        s.confidence_threshold = as_written(names::KEY_EB_CONFIDENCE_THRESHOLD, d.confidence_threshold);
+        try {
+            check_sampling(s);
+        } catch (const Error &error) {
+            fail_format(std::string("sampler keys diffusion.eb_*: ") + error.what());
+        }
+    }
+
+    // The keys are float32; somebody wrote 0.4 and means the number that prints as 0.4, not 0.4000000059604645.
+    double as_written(const char *key, double fallback) const {
+        const double value = real_or(key, 0.0, 1e6, fallback);
+        return std::strtod(format("%.7g", value).c_str(), nullptr);
+    }
+
+    // ----------------------------------------------------------------------------------------------- tensors
+
+    ggml_tensor *find(const std::string &name) const { return ggml_get_tensor(model_.tensors_.get(), name.c_str()); }
+
+    ggml_tensor *require(const std::string &name, std::initializer_list<int64_t> shape) const {
+        ggml_tensor *tensor = find(name);
+        if (!tensor) {
+            fail_format("tensor " + name + " is missing");
+        }
+        std::vector<int64_t> expected(shape);
+        expected.resize(GGML_MAX_DIMS, 1);
+        if (std::memcmp(tensor->ne, expected.data(), sizeof tensor->ne) != 0) {
+            const int dims = std::max(ggml_n_dims(tensor), static_cast<int>(shape.size()));
+            fail_format(format("tensor %s has shape %s, expected %s", name.c_str(),
+                               shape_text(tensor->ne, dims).c_str(), shape_text(expected.data(), dims).c_str()));
+        }
+        return tensor;
+    }
+
+    const unsigned char *file_data(const ggml_tensor *tensor) const {
+        const int64_t id = gguf_find_tensor(model_.gguf_.get(), ggml_get_name(tensor));
+        return model_.file_->data() + data_offset_ + gguf_get_tensor_offset(model_.gguf_.get(), id);
+    }
+
+    // A matrix, used where it lies in the file.
+    ggml_tensor *matrix(const std::string &name, std::initializer_list<int64_t> shape) const {
+        ggml_tensor *tensor = require(name, shape);
+        const ggml_type type = tensor->type;
+        const bool usable = type == GGML_TYPE_F32 || (ggml_get_type_traits_cpu(type)->vec_dot != nullptr &&
+                                                      ggml_get_type_traits(type)->to_float != nullptr);
+        if (!usable) {
+            fail(DG_ERROR_UNSUPPORTED,
+                 format("tensor %s has type %s, which cannot be multiplied with", name.c_str(), ggml_type_name(type)));
+        }
+        if (!tensor->buffer) {
+            ggml_backend_tensor_alloc(model_.file_buffer_.get(), tensor, const_cast<unsigned char *>(file_data(tensor)));
+        }
+        return tensor;
+    }
+
+    // The values of a small tensor of any type, as float32.
+    std::vector<float> values(const std::string &name, std::initializer_list<int64_t> shape) {
+        const ggml_tensor *tensor = require(name, shape);
+        const auto n = static_cast<size_t>(ggml_nelements(tensor));
+        const unsigned char *data = file_data(tensor);
+        std::vector<float> out(n);
+        if (tensor->type == GGML_TYPE_F32) {
+            std::memcpy(out.data(), data, n * sizeof(float));
+        } else if (const ggml_to_float_t to_float = ggml_get_type_traits(tensor->type)->to_float) {
+            to_float(data, out.data(), static_cast<int64_t>(n));
+        } else {
+            fail(DG_ERROR_UNSUPPORTED, format("tensor %s has type %s, which cannot be read as numbers", name.c_str(),
+                                              ggml_type_name(tensor->type)));
+        }
+        model_.fingerprint_ = fnv1a(model_.fingerprint_, out.data(), n * sizeof(float));
+        return out;
+    }
+
+    float scalar(const std::string &name) { return values(name, {1})[0]; }
+
+    // A float32 tensor of our own; its data is set when all are known.
+    ggml_tensor *own(std::vector<float> data, int64_t ne0, int64_t ne1 = 1) {
+        ggml_tensor *tensor = ggml_new_tensor_2d(model_.owned_.get(), GGML_TYPE_F32, ne0, ne1);
+        owned_.push_back({tensor, std::move(data)});
+        return tensor;
+    }
+
+    ggml_tensor *vector(const std::string &name, int64_t n) { return own(values(name, {n}), n); }
+
+    void bind() {
+        const dg_config &c = model_.config_;
+        const size_t n_owned = model_.weights_.layers.size() * 12 + 8;
+        ggml_init_params params = {};
+        params.mem_size = n_owned * ggml_tensor_overhead();
+        params.no_alloc = true;
+        model_.owned_.reset(ggml_init(params));
+        if (!model_.owned_) {
+            fail(DG_ERROR_MEMORY, format("%zu bytes for tensor headers were refused", params.mem_size));
+        }
+        bind_globals();
+        for (int32_t i = 0; i < c.n_layer; ++i) {
+            bind_layer(i, model_.weights_.layers[static_cast<size_t>(i)]);
+        }
+        model_.owned_buffer_.reset(
+            ggml_backend_alloc_ctx_tensors_from_buft(model_.owned_.get(), ggml_backend_cpu_buffer_type()));
+        if (!model_.owned_buffer_) {
+            fail(DG_ERROR_MEMORY, "memory for the norms was refused");
+        }
+        for (const Owned &o : owned_) {
+            ggml_backend_tensor_set(o.tensor, o.values.data(), 0, o.values.size() * sizeof(float));
+        }
+    }
+
+    void bind_globals() {
+        dg_config &c = model_.config_;
+        Weights &w = model_.weights_;
+        const ggml_tensor *embedding = find(names::TOKEN_EMBD);
+        if (!embedding) {
+            fail_format(std::string("tensor ") + names::TOKEN_EMBD + " is missing");
+        }
+        if (embedding->ne[1] < 2 || embedding->ne[1] > MAX_VOCAB) {
+            fail_format(format("tensor %s has %" PRId64 " rows, expected 2 to %" PRId64, names::TOKEN_EMBD,
+                               embedding->ne[1], MAX_VOCAB));
+        }
+        c.n_vocab = static_cast<int32_t>(embedding->ne[1]);
+        w.token_embd = matrix(names::TOKEN_EMBD, {c.n_embd, c.n_vocab});
+        if (find(names::OUTPUT)) {
+            fail(DG_ERROR_UNSUPPORTED, std::string("tensor ") + names::OUTPUT + " is present; only a tied head is served");
+        }
+        w.output_norm = vector(names::OUTPUT_NORM, c.n_embd);
+        bind_rope();
+
+        const std::string pre_norm = find(names::SELF_COND_PRE_NORM) ? names::SELF_COND_PRE_NORM : names::SELF_COND_NORM;
+        const bool any = find(pre_norm) || find(names::SELF_COND_GATE) || find(names::SELF_COND_UP) || find(names::SELF_COND_DOWN);
+        c.has_self_conditioning = any;
+        if (any) {
+            w.self_cond_pre_norm = vector(pre_norm, c.n_embd);
+            w.self_cond_gate = matrix(names::SELF_COND_GATE, {c.n_embd, c.n_ff});
+            w.self_cond_up = matrix(names::SELF_COND_UP, {c.n_embd, c.n_ff});
+            w.self_cond_down = matrix(names::SELF_COND_DOWN, {c.n_ff, c.n_embd});
+        } else {
+            model_.warnings_.push_back("the file has no self-conditioning tensors (self_cond_*): the signal is zero, and "
+                                       "more steps will be needed");
+        }
+    }
+
+    void bind_rope() {
+        const dg_config &c = model_.config_;
+        Weights &w = model_.weights_;
+        for (const bool sliding : {false, true}) {
+            const LayerWeights *layer = nullptr;
+            for (const LayerWeights &l : w.layers) {
+                if (l.sliding == sliding) {
+                    layer = &l;
+                }
+            }
+            if (!layer) {
+                continue;
+            }
+            const int64_t pairs = layer->head_dim / 2;
+            const std::vector<float> given =
+                sliding ? std::vector<float>(static_cast<size_t>(pairs), 1.0f) : values(names::ROPE_FREQS, {pairs});
+            const float base = sliding ? c.rope_base_sliding : c.rope_base_full;
+            std::vector<float> factors(given.size());
+            for (size_t i = 0; i < factors.size(); ++i) {
+                if (!(given[i] > 0.0f)) {
+                    fail_format(format("tensor %s holds %g at %zu, expected a positive divisor", names::ROPE_FREQS,
+                                       static_cast<double>(given[i]), i));
+                }
+                // The reference's own roundings: exponent, power and reciprocal in float32.
+                const float exponent = static_cast<float>(2 * i) / static_cast<float>(layer->head_dim);
+                const float inv_freq = 1.0f / std::pow(base, exponent);
+                const double divisor = static_cast<double>(given[i]) / static_cast<double>(inv_freq);
+                factors[i] = given[i] >= NO_ROTATION ? NO_ROTATION : static_cast<float>(divisor);
+            }
+            (sliding ? w.rope_factors_sliding : w.rope_factors_full) = own(std::move(factors), pairs);
+        }
+    }
+
+    void bind_layer(int32_t index, LayerWeights &l) {
+        const dg_config &c = model_.config_;
+        const std::string prefix = format("blk.%d.", index);
+        const int64_t n_embd = c.n_embd;
+        const int64_t q_width = l.head_dim * c.n_head;
+        const int64_t kv_width = l.head_dim * l.n_head_kv;
+
+        l.attn_norm = vector(prefix + names::ATTN_NORM, n_embd);
+        l.attn_q = matrix(prefix + names::ATTN_Q, {n_embd, q_width});
+        l.attn_k = matrix(prefix + names::ATTN_K, {n_embd, kv_width});
+        if (l.sliding) {
+            l.attn_v = matrix(prefix + names::ATTN_V, {n_embd, kv_width});
+        } else if (find(prefix + names::ATTN_V)) {
+            fail(DG_ERROR_UNSUPPORTED, "tensor " + prefix + names::ATTN_V + " is present; a full layer's V is made from K");
+        }
+        l.attn_output = matrix(prefix + names::ATTN_OUTPUT, {q_width, n_embd});
+        l.attn_q_norm = vector(prefix + names::ATTN_Q_NORM, l.head_dim);
+        l.attn_k_norm = vector(prefix + names::ATTN_K_NORM, l.head_dim);
+        l.post_attention_norm = vector(prefix + names::POST_ATTENTION_NORM, n_embd);
+
+        l.ffn_norm = vector(prefix + names::FFN_NORM, n_embd);
+        l.ffn_gate = matrix(prefix + names::FFN_GATE, {n_embd, c.n_ff});
+        l.ffn_up = matrix(prefix + names::FFN_UP, {n_embd, c.n_ff});
+        l.ffn_down = matrix(prefix + names::FFN_DOWN, {c.n_ff, n_embd});
+        l.post_ffw_norm_1 = vector(prefix + names::POST_FFW_NORM_1, n_embd);
+
+        l.router = matrix(prefix + names::FFN_GATE_INP, {n_embd, c.n_expert});
+        std::vector<float> scale = values(prefix + names::FFN_GATE_INP_SCALE, {n_embd});
+        for (float &value : scale) {
+            value *= 1.0f / std::sqrt(static_cast<float>(n_embd));
+        }
+        l.router_scale = own(std::move(scale), n_embd);
+        l.pre_ffw_norm_2 = vector(prefix + names::PRE_FFW_NORM_2, n_embd);
+        if (find(prefix + names::FFN_GATE_UP_EXPS)) {
+            l.gate_up_exps = matrix(prefix + names::FFN_GATE_UP_EXPS, {n_embd, 2 * int64_t{c.n_ff_exp}, c.n_expert});
+        } else if (find(prefix + names::FFN_GATE_EXPS)) {
+            l.gate_exps = matrix(prefix + names::FFN_GATE_EXPS, {n_embd, c.n_ff_exp, c.n_expert});
+            l.up_exps = matrix(prefix + names::FFN_UP_EXPS, {n_embd, c.n_ff_exp, c.n_expert});
+        } else {
+            fail_format("tensor " + prefix + names::FFN_GATE_UP_EXPS + " is missing");
+        }
+        l.down_exps = matrix(prefix + names::FFN_DOWN_EXPS, {c.n_ff_exp, n_embd, c.n_expert});
+        l.down_exps_scale = own(values(prefix + names::FFN_DOWN_EXPS_SCALE, {c.n_expert}), 1, c.n_expert);
+        l.post_ffw_norm_2 = vector(prefix + names::POST_FFW_NORM_2, n_embd);
+        l.post_ffw_norm = vector(prefix + names::POST_FFW_NORM, n_embd);
+
+        l.output_scale = scalar(prefix + names::LAYER_OUTPUT_SCALE);
+        dg_config &config = model_.config_;
+        if (find(prefix + names::ENC_LAYER_OUTPUT_SCALE)) {
+            l.encoder_output_scale = scalar(prefix + names::ENC_LAYER_OUTPUT_SCALE);
+            config.has_encoder_scalars = config.has_encoder_scalars || index == 0;
+        } else {
+            l.encoder_output_scale = l.output_scale;
+            if (index == 0 || config.has_encoder_scalars) {
+                model_.warnings_.push_back("encoder scalars are missing from layer " + std::to_string(index) +
+                                           " on (" + names::ENC_LAYER_OUTPUT_SCALE +
+                                           "): the decoder's are used, and long prompts will suffer");
+            }
+            config.has_encoder_scalars = false;
+        }
+    }
+};
+
+Model::Model(const std::string &path, const dg_model_options &options) { ModelReader(*this, path, options).read(); }
+
+} // namespace dg

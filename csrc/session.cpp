@@ -1,0 +1,424 @@
+#include "session.h"
+
+#include "error.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <thread>
+
+namespace dg {
+namespace {
+
+constexpr int32_t DEFAULT_CONTEXT = 8192;
+constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
+
+ggml_type cache_type(dg_kv_type type) {
+    switch (type) {
+        case DG_KV_F32: return GGML_TYPE_F32;
+        case DG_KV_F16: return GGML_TYPE_F16;
+        case DG_KV_BF16: return GGML_TYPE_BF16;
+        case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
+    }
+    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", static_cast<int>(type)));
+}
+
+int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
+    if (value < least || value > most) {
+        throw Error(DG_ERROR_ARGUMENT, format("%s is %d: it must be from %d to %d", name, value, least, most));
+    }
+    return value;
+}
+
+int32_t default_threads() { return static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency())); }
+
+int32_t context_size(const Model &model, int32_t asked) {
+    const dg_config &c = model.config();
+    checked("n_ctx", asked, 0, INT32_MAX);
+    const int32_t n_ctx = asked > 0 ? asked : std::min(DEFAULT_CONTEXT, c.n_ctx_train);
+    if (n_ctx < c.canvas_length + 1) {
+        throw Error(DG_ERROR_CONTEXT, format("n_ctx is %d: a prefix of one token and the canvas need %d", n_ctx,
+                                             c.canvas_length + 1));
+    }
+    if (n_ctx > c.n_ctx_train) {
+        throw Error(DG_ERROR_CONTEXT, format("n_ctx is %d: the file's context_length is %d", n_ctx, c.n_ctx_train));
+    }
+    return n_ctx;
+}
+
+} // namespace
+
+Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun)
+    : model_(std::move(model)), n_ctx_(context_size(*model_, options.n_ctx)),
+      n_batch_(std::min(checked("n_batch", options.n_batch, 1, 1 << 20), n_ctx_)),
+      n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
+      type_kv_(cache_type(options.type_kv)) {
+    if (n_threads_ == 0) {
+        n_threads_ = default_threads();
+    }
+}
+
+Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
+    : Session(std::move(model), options, DryRun{}) {
+    backend_.reset(ggml_backend_cpu_init());
+    if (!backend_) {
+        throw Error(DG_ERROR_MEMORY, "memory for ggml's CPU backend was refused");
+    }
+    plan(true);
+    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
+    threadpool_ = ggml_threadpool_new(&params);
+    if (!threadpool_) {
+        throw Error(DG_ERROR_MEMORY, format("%d threads were refused", n_threads_));
+    }
+    ggml_backend_cpu_set_threadpool(backend_.get(), threadpool_);
+    ggml_backend_cpu_set_n_threads(backend_.get(), n_threads_);
+    ggml_backend_cpu_set_abort_callback(
+        backend_.get(), [](void *self) { return static_cast<Session *>(self)->should_stop(); }, this);
+    tokens_.reserve(static_cast<size_t>(n_ctx_));
+}
+
+Session::~Session() {
+    if (threadpool_) {
+        ggml_backend_cpu_set_threadpool(backend_.get(), nullptr);
+        ggml_threadpool_free(threadpool_);
+    }
+}
+
+dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_session_options &options) {
+    Session session(model, options, DryRun{});
+    session.plan(false);
+    return session.memory_;
+}
+
+int32_t Session::largest_pass() const { return std::max(n_batch_, model_->config().canvas_length); }
+
+// Cache, inputs and the memory of the two largest graphs: what a session holds for its whole life.
+void Session::plan(bool allocate) {
+    const int32_t canvas = model_->config().canvas_length;
+    cache_ = std::make_unique<KvCache>(*model_, n_ctx_, largest_pass(), type_kv_, allocate);
+    make_io(allocate);
+
+    ggml_backend_buffer_type_t host = ggml_backend_cpu_buffer_type();
+    pass_allocator_.reset(ggml_gallocr_new(host));
+    soft_allocator_.reset(ggml_gallocr_new(host));
+    const int32_t longest_chunk = std::min(n_batch_, n_ctx_ - canvas);
+    const Pass largest[] = {{Mode::ENCODE, longest_chunk, n_ctx_ - canvas - longest_chunk},
+                            {Mode::DENOISE, canvas, n_ctx_ - canvas}};
+    size_t compute = 0;
+    for (const Pass &pass : largest) {
+        const Graph graph = build_pass(*model_, *cache_, io_, pass);
+        size_t size = 0;
+        ggml_gallocr_reserve_n_size(pass_allocator_.get(), graph.nodes, nullptr, nullptr, &size);
+        compute = std::max(compute, size);
+        if (allocate && !ggml_gallocr_reserve(pass_allocator_.get(), graph.nodes)) {
+            throw Error(DG_ERROR_MEMORY, format("%zu bytes for intermediate tensors were refused (n_ctx %d, n_batch %d)",
+                                                size, n_ctx_, n_batch_));
+        }
+    }
+    if (model_->config().has_self_conditioning) {
+        soft_graph_ = build_soft_embedding(*model_, io_);
+        size_t size = 0;
+        ggml_gallocr_reserve_n_size(soft_allocator_.get(), soft_graph_.nodes, nullptr, nullptr, &size);
+        compute += size;
+        if (allocate && !ggml_gallocr_alloc_graph(soft_allocator_.get(), soft_graph_.nodes)) {
+            throw Error(DG_ERROR_MEMORY, format("%zu bytes for self-conditioning were refused", size));
+        }
+    }
+    memory_.weights = model_->weight_bytes();
+    memory_.weights_mapped = model_->mapped() ? model_->weight_bytes() : 0;
+    memory_.kv_cache = cache_->bytes();
+    memory_.compute = compute;
+    memory_.logits = logits_size();
+}
+
+void Session::make_io(bool allocate) {
+    const dg_config &c = model_->config();
+    const int64_t pass = largest_pass();
+    ggml_init_params params = {};
+    params.mem_size = 16 * ggml_tensor_overhead();
+    params.no_alloc = true;
+    io_context_.reset(ggml_init(params));
+    if (!io_context_) {
+        throw Error(DG_ERROR_MEMORY, "memory for input headers was refused");
+    }
+    ggml_context *ctx = io_context_.get();
+    io_.ids = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
+    io_.positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
+    io_.slots_full = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
+    io_.slots_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
+    io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * n_batch_);
+    io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
+    io_.soft = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_embd, c.canvas_length);
+    io_.logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_vocab, c.canvas_length);
+    if (allocate) {
+        io_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type()));
+        if (!io_buffer_) {
+            throw Error(DG_ERROR_MEMORY,
+                        format("%zu bytes for a canvas of logits and the inputs were refused",
+                               ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, ggml_backend_cpu_buffer_type())));
+        }
+        condition_on_nothing();
+    } else {
+        // Planning asks only whether a tensor has memory, never where.
+        static char placeholder;
+        for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+            t->data = &placeholder;
+        }
+        for (const CacheLayer &layer : cache_->layers()) {
+            layer.k->data = &placeholder;
+            layer.v->data = &placeholder;
+        }
+    }
+}
+
+void Session::set_past(int32_t n) { n_past_.store(n, std::memory_order_relaxed); }
+
+void Session::check_ids(const char *what, const int32_t *ids, int32_t n) const {
+    const int32_t n_vocab = model_->config().n_vocab;
+    for (int32_t i = 0; i < n; ++i) {
+        if (ids[i] < 0 || ids[i] >= n_vocab) {
+            throw Error(DG_ERROR_ARGUMENT,
+                        format("%s[%d] is %d: a token id must be from 0 to %d", what, i, ids[i], n_vocab - 1));
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ passes
+
+void Session::set_pass_inputs(const Pass &pass) {
+    auto *positions = static_cast<int32_t *>(io_.positions->data);
+    auto *slots_full = static_cast<int32_t *>(io_.slots_full->data);
+    auto *slots_sliding = static_cast<int32_t *>(io_.slots_sliding->data);
+    for (int32_t i = 0; i < pass.n; ++i) {
+        const int32_t position = pass.n_past + i;
+        positions[i] = position;
+        slots_full[i] = cache_->slot(false, position);
+        slots_sliding[i] = cache_->slot(true, position);
+    }
+    for (const bool sliding : {false, true}) {
+        if (needs_mask(*model_, pass, sliding)) {
+            set_mask(pass, sliding);
+        }
+    }
+}
+
+void Session::set_mask(const Pass &pass, bool sliding) {
+    const ggml_fp16_t visible = ggml_fp32_to_fp16(0.0f);
+    const ggml_fp16_t hidden = ggml_fp32_to_fp16(-INFINITY);
+    const int32_t rows = cache_->visible_rows(sliding, pass.end());
+    const int32_t window = model_->config().sliding_window;
+    std::vector<int32_t> held(static_cast<size_t>(rows));
+    for (int32_t slot = 0; slot < rows; ++slot) {
+        held[static_cast<size_t>(slot)] = cache_->position(sliding, slot, pass.end());
+    }
+    auto *mask = static_cast<ggml_fp16_t *>((sliding ? io_.mask_sliding : io_.mask_full)->data);
+    for (int32_t i = 0; i < pass.n; ++i) {
+        // The canvas has no window inside: all its rows look back from its first one.
+        const int32_t last = pass.mode == Mode::ENCODE ? pass.n_past + i : pass.end() - 1;
+        const int32_t anchor = pass.mode == Mode::ENCODE ? last : pass.n_past;
+        const int32_t first = sliding ? std::max(0, anchor - (window - 1)) : 0;
+        ggml_fp16_t *row = mask + static_cast<int64_t>(i) * rows;
+        for (int32_t slot = 0; slot < rows; ++slot) {
+            const int32_t position = held[static_cast<size_t>(slot)];
+            row[slot] = position >= first && position <= last ? visible : hidden;
+        }
+    }
+}
+
+bool Session::should_stop() {
+    if (cancelled_.load(std::memory_order_relaxed)) {
+        return true;
+    }
+    if (poll_) {
+        const auto now = std::chrono::steady_clock::now();
+        if (now - last_poll_ >= POLL_INTERVAL) {
+            last_poll_ = now;
+            if (poll_(poll_user_) != 0) {
+                cancel();
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+void Session::compute(const Graph &graph) {
+    const ggml_status status =
+        should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), graph.nodes);
+    switch (status) {
+        case GGML_STATUS_SUCCESS: return;
+        case GGML_STATUS_ABORTED: clear_cancel(); throw Error(DG_ERROR_CANCELLED, "cancelled");
+        case GGML_STATUS_ALLOC_FAILED: throw Error(DG_ERROR_MEMORY, "memory for ggml's work buffer was refused");
+        case GGML_STATUS_FAILED: break;
+    }
+    throw Error(DG_ERROR_INTERNAL, "ggml failed to compute a graph");
+}
+
+void Session::encode(const int32_t *ids, int32_t n) {
+    if (n < 1) {
+        throw Error(DG_ERROR_ARGUMENT, format("n is %d: there must be at least one token to encode", n));
+    }
+    check_ids("ids", ids, n);
+    const int32_t canvas = model_->config().canvas_length;
+    if (n > n_ctx_ - canvas - n_past()) {
+        throw Error(DG_ERROR_CONTEXT,
+                    format("%d tokens after a prefix of %d do not fit: with the canvas of %d, n_ctx %d leaves room for %d",
+                           n, n_past(), canvas, n_ctx_, std::max(0, n_ctx_ - canvas - n_past())));
+    }
+    for (int32_t done = 0; done < n; done += n_batch_) {
+        encode_chunk(ids + done, std::min(n_batch_, n - done));
+    }
+}
+
+void Session::encode_chunk(const int32_t *ids, int32_t n) {
+    const Pass pass = {Mode::ENCODE, n, n_past()};
+    denoise_graph_past_ = -1;
+    pass_graph_ = build_pass(*model_, *cache_, io_, pass);
+    if (!ggml_gallocr_alloc_graph(pass_allocator_.get(), pass_graph_.nodes)) {
+        throw Error(DG_ERROR_MEMORY, "memory for a chunk's intermediate tensors was refused");
+    }
+    std::memcpy(io_.ids->data, ids, static_cast<size_t>(n) * sizeof *ids);
+    set_pass_inputs(pass);
+    cache_->wrote(pass.end());
+    compute(pass_graph_);
+    tokens_.insert(tokens_.end(), ids, ids + n);
+    set_past(pass.end());
+}
+
+void Session::denoise(const int32_t *canvas) {
+    const int32_t n = model_->config().canvas_length;
+    if (n_past() == 0) {
+        throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a canvas needs a prefix of at least one token");
+    }
+    if (n > n_ctx_ - n_past()) {
+        throw Error(DG_ERROR_CONTEXT,
+                    format("a canvas of %d after a prefix of %d does not fit n_ctx %d", n, n_past(), n_ctx_));
+    }
+    if (denoise_graph_past_ != n_past()) {
+        const Pass pass = {Mode::DENOISE, n, n_past()};
+        denoise_graph_past_ = -1;
+        pass_graph_ = build_pass(*model_, *cache_, io_, pass);
+        if (!ggml_gallocr_alloc_graph(pass_allocator_.get(), pass_graph_.nodes)) {
+            throw Error(DG_ERROR_MEMORY, "memory for a canvas' intermediate tensors was refused");
+        }
+        set_pass_inputs(pass);
+        cache_->wrote(pass.end());
+        denoise_graph_past_ = pass.n_past;
+    }
+    std::memcpy(io_.ids->data, canvas, static_cast<size_t>(n) * sizeof *canvas);
+    compute(pass_graph_);
+}
+
+void Session::condition_on_logits() {
+    if (model_->config().has_self_conditioning) {
+        compute(soft_graph_);
+    }
+}
+
+void Session::condition_on_nothing() { std::memset(io_.soft->data, 0, ggml_nbytes(io_.soft)); }
+
+void Session::truncate(int32_t n) {
+    if (n < 0 || n > n_past()) {
+        throw Error(DG_ERROR_ARGUMENT, format("n is %d: the prefix has %d tokens", n, n_past()));
+    }
+    denoise_graph_past_ = -1;
+    if (n > 0 && !cache_->holds_window_before(n)) {
+        const std::vector<int32_t> kept(tokens_.begin(), tokens_.begin() + n);
+        truncate(0);
+        encode(kept.data(), n);
+        return;
+    }
+    tokens_.resize(static_cast<size_t>(n));
+    set_past(n);
+    if (n == 0) {
+        cache_->clear();
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- save, load
+
+namespace {
+
+struct SavedHeader {
+    char magic[8];
+    uint64_t fingerprint;
+    int32_t type_kv;
+    int32_t n_past;
+    int32_t first_sliding; // sliding layers hold positions first_sliding .. n_past - 1
+    int32_t reserved;
+};
+constexpr char SAVED_MAGIC[8] = {'D', 'G', 'P', 'R', 'E', 'F', '0', '1'};
+
+} // namespace
+
+void Session::save(const std::string &path) {
+    SavedHeader header = {};
+    std::memcpy(header.magic, SAVED_MAGIC, sizeof header.magic);
+    header.fingerprint = model_->fingerprint();
+    header.type_kv = type_kv_;
+    header.n_past = n_past();
+    header.first_sliding = std::max(0, n_past() - (model_->config().sliding_window - 1));
+    AtomicFile file(path);
+    file.write(&header, sizeof header);
+    file.write(tokens_.data(), tokens_.size() * sizeof tokens_[0]);
+    for (const CacheLayer &layer : cache_->layers()) {
+        for (const ggml_tensor *t : {layer.k, layer.v}) {
+            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
+                file.write(static_cast<const char *>(t->data) +
+                               static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
+                           t->nb[1]);
+            }
+        }
+    }
+    file.commit();
+}
+
+void Session::load(const std::string &path) {
+    truncate(0);
+    const std::unique_ptr<FileBytes> file = FileBytes::open(path, false);
+    size_t at = 0;
+    const auto take = [&](void *out, size_t size) {
+        if (size > file->size() - at) {
+            throw Error(DG_ERROR_FORMAT, format("%s: cut short: not a whole saved session", path.c_str()));
+        }
+        std::memcpy(out, file->data() + at, size);
+        at += size;
+    };
+    SavedHeader header = {};
+    if (file->size() < sizeof header || std::memcmp(file->data(), SAVED_MAGIC, sizeof SAVED_MAGIC) != 0) {
+        throw Error(DG_ERROR_FORMAT, format("%s: not a saved session", path.c_str()));
+    }
+    take(&header, sizeof header);
+    const int32_t expected_first = std::max(0, header.n_past - (model_->config().sliding_window - 1));
+    if (header.fingerprint != model_->fingerprint() || header.type_kv != type_kv_) {
+        throw Error(DG_ERROR_FORMAT,
+                    format("%s: saved from another model or with another type_kv", path.c_str()));
+    }
+    if (header.n_past < 0 || header.first_sliding != expected_first) {
+        throw Error(DG_ERROR_FORMAT, format("%s: damaged header", path.c_str()));
+    }
+    if (header.n_past > n_ctx_ - model_->config().canvas_length) {
+        throw Error(DG_ERROR_CONTEXT, format("%s: its %d tokens and a canvas do not fit n_ctx %d", path.c_str(),
+                                             header.n_past, n_ctx_));
+    }
+    std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
+    take(tokens.data(), tokens.size() * sizeof(int32_t));
+    check_ids("saved tokens", tokens.data(), header.n_past);
+    for (const CacheLayer &layer : cache_->layers()) {
+        for (ggml_tensor *t : {layer.k, layer.v}) {
+            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
+                take(static_cast<char *>(t->data) + static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
+                     t->nb[1]);
+            }
+        }
+    }
+    // As if all had been encoded here and a canvas denoised: a ring holds no more than what was saved.
+    cache_->wrote(header.first_sliding > 0 ? header.first_sliding + cache_->slots(true) : header.n_past);
+    tokens_ = std::move(tokens);
+    set_past(header.n_past);
+}
+
+} // namespace dg

@@ -1,0 +1,99 @@
+// One timeline on a model: the prefix in the cache, the buffers, the graphs. One thread at a time; the C boundary
+// guards that. Errors leave the state that diffgguf.h promises.
+#pragma once
+
+#include "cache.h"
+#include "graph.h"
+#include "model.h"
+
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace dg {
+
+class Session {
+  public:
+    Session(std::shared_ptr<const Model> model, const dg_session_options &options);
+    ~Session();
+    Session(const Session &) = delete;
+    Session &operator=(const Session &) = delete;
+
+    // What a session would take, by the arithmetic that makes one.
+    static dg_memory predict(const std::shared_ptr<const Model> &model, const dg_session_options &options);
+
+    const Model &model() const { return *model_; }
+    int32_t n_ctx() const { return n_ctx_; }
+    int32_t n_threads() const { return n_threads_; }
+    int32_t n_past() const { return n_past_.load(std::memory_order_relaxed); }
+    const std::vector<int32_t> &tokens() const { return tokens_; }
+    dg_memory memory() const { return memory_; }
+
+    void encode(const int32_t *ids, int32_t n);
+    void truncate(int32_t n);
+    void save(const std::string &path);
+    void load(const std::string &path);
+
+    // The processed logits in logits() -> the self-conditioning signal of the next pass.
+    void condition_on_logits();
+    void condition_on_nothing();
+    // One decoder pass over the canvas [C]; the result stands in logits().
+    void denoise(const int32_t *canvas);
+    // [C, V] float32, in place: raw after denoise; the sampler turns them into the processed ones.
+    float *logits() { return static_cast<float *>(io_.logits->data); }
+    size_t logits_size() const { return ggml_nbytes(io_.logits); }
+    void check_ids(const char *what, const int32_t *ids, int32_t n) const;
+
+    void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+    void clear_cancel() { cancelled_.store(false, std::memory_order_relaxed); }
+    void set_poll(dg_poll poll, void *user) {
+        poll_ = poll;
+        poll_user_ = user;
+    }
+
+  private:
+    struct DryRun {};
+    Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun);
+
+    std::shared_ptr<const Model> model_;
+    int32_t n_ctx_;
+    int32_t n_batch_;
+    int32_t n_threads_;
+    ggml_type type_kv_;
+    std::unique_ptr<KvCache> cache_;
+    ggml_context_ptr io_context_;
+    ggml_backend_buffer_ptr io_buffer_;
+    GraphIo io_;
+    ggml_backend_ptr backend_;
+    ggml_threadpool *threadpool_ = nullptr;
+    ggml_gallocr_ptr pass_allocator_;
+    ggml_gallocr_ptr soft_allocator_;
+    Graph pass_graph_; // the denoise graph of the current n_past, or the last chunk's
+    int32_t denoise_graph_past_ = -1; // n_past that pass_graph_ is a denoise graph for, else -1
+    Graph soft_graph_;
+    std::vector<int32_t> tokens_;
+    std::atomic<int32_t> n_past_{0};
+    dg_memory memory_ = {};
+    std::atomic<bool> cancelled_{false};
+    dg_poll poll_ = nullptr;
+    void *poll_user_ = nullptr;
+    std::chrono::steady_clock::time_point last_poll_{};
+
+    int32_t largest_pass() const;
+    void plan(bool allocate);
+    void make_io(bool allocate);
+    void set_past(int32_t n);
+    void set_pass_inputs(const Pass &pass);
+    void set_mask(const Pass &pass, bool sliding);
+    void encode_chunk(const int32_t *ids, int32_t n);
+    void compute(const Graph &graph);
+    bool should_stop();
+};
+
+} // namespace dg
