@@ -1,0 +1,721 @@
+"""The only file that touches the C library: csrc/diffgguf.h in Python's terms.
+
+One class per noun of the header, one helper that turns a ``dg_status`` into an exception, and nothing else: no text,
+no sampling policy, no defaults that the header or the file does not give. ids are int32 arrays, logits float32 arrays
+``[C, V]`` with C the canvas length and V the vocabulary size.
+
+Threads. cffi's wrappers release the GIL around every call, so a method may meet another thread inside the same object.
+Each method therefore takes the C pointer into a local variable first: ``close()`` only drops the object's own
+reference, and the memory is freed when the last call that uses it has returned. Two computing calls on one session are
+told apart in C: the second raises SessionBusyError.
+
+Signals. Python runs signal handlers on the main thread between bytecodes, and a C call has none. The poll function
+below is Python code that C calls every 20 ms: a pending Ctrl-C raises in it, C is told to stop, and the exception goes
+on from where the call was made.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import index
+from typing import Any, TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from pydiffgguf import errors
+
+try:
+    from pydiffgguf._diffgguf import ffi, lib
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "pydiffgguf's compiled module is missing. In a source checkout, run `pip install .` and start Python outside "
+        "of the checkout's folder, or use `pip install -e .`"
+    ) from error
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+MetadataValue: TypeAlias = "bool | int | float | str | list[bool] | list[int] | list[float] | list[str]"
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+Float64Array: TypeAlias = npt.NDArray[np.float64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+KV_TYPES: dict[str, int] = {
+    "f16": lib.DG_KV_F16,
+    "f32": lib.DG_KV_F32,
+    "bf16": lib.DG_KV_BF16,
+    "q8_0": lib.DG_KV_Q8_0,
+}
+
+# GGUF's numbers for value types, as in the header.
+_STRING = 8
+_ARRAY = 9
+_NUMBERS: dict[int, type[np.generic]] = {
+    0: np.uint8,
+    1: np.int8,
+    2: np.uint16,
+    3: np.int16,
+    4: np.uint32,
+    5: np.int32,
+    6: np.float32,
+    7: np.bool_,
+    10: np.uint64,
+    11: np.int64,
+    12: np.float64,
+}
+
+
+# ------------------------------------------------------------------------------------------------ calls and errors
+
+_EXCEPTIONS: dict[int, type[Exception]] = {
+    lib.DG_ERROR_ARGUMENT: ValueError,
+    lib.DG_ERROR_IO: OSError,
+    lib.DG_ERROR_FORMAT: errors.ModelFormatError,
+    lib.DG_ERROR_UNSUPPORTED: errors.UnsupportedError,
+    lib.DG_ERROR_MEMORY: errors.OutOfMemoryError,
+    lib.DG_ERROR_CONTEXT: errors.ContextOverflowError,
+    lib.DG_ERROR_BUSY: errors.SessionBusyError,
+    lib.DG_ERROR_CANCELLED: errors.CancelledError,
+    lib.DG_ERROR_INTERNAL: errors.DiffGGUFError,
+}
+
+_ERROR_SIZE = 1024
+
+
+class _Poll(threading.local):
+    """What the poll function raised on this thread during the call that is running."""
+
+    error: BaseException | None = None
+
+
+_poll = _Poll()
+
+
+def _keep_poll_error(_type: object, error: BaseException, _traceback: object) -> None:
+    _poll.error = error
+
+
+@ffi.def_extern(name="dg_python_poll", error=1, onerror=_keep_poll_error)  # type: ignore[untyped-decorator]
+def _python_poll(_user: object) -> int:
+    """Does nothing: that it is Python code is what lets a pending signal handler run. 0: go on."""
+    return 0
+
+
+def _call(function: Callable[..., int], *arguments: object) -> None:
+    """Calls a function of the header that returns a dg_status; `arguments` lack the last two, the error buffer.
+
+    Raises what the poll function raised during the call, else the exception of the status, with C's message.
+    """
+    message = ffi.new("char[]", _ERROR_SIZE)
+    _poll.error = None
+    status = function(*arguments, message, _ERROR_SIZE)
+    interruption, _poll.error = _poll.error, None
+    if interruption is not None:
+        raise interruption
+    if status != lib.DG_OK:
+        raise _EXCEPTIONS[status](_text(message))
+
+
+def _text(pointer: Any) -> str:
+    """A NUL-terminated C string; bytes that are no UTF-8 (a file's name, say) are shown escaped."""
+    raw: bytes = ffi.string(pointer)
+    return raw.decode("utf-8", "backslashreplace")
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int in [low, high]. Raises TypeError for what is no integer, ValueError outside of the range."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, but is {value!r}")
+    try:
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, but is {value!r}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {number}: it must be from {low} to {high}")
+    return number
+
+
+def _int32(name: str, value: object, low: int = 0) -> int:
+    return _integer(name, value, low, 2**31 - 1)
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, but is {value!r}")
+    return float(value)
+
+
+def _id_array(name: str, value: object, length: int | None = None) -> Int32Array:
+    """`value` as a contiguous int32 array of one dimension, of `length` entries when given.
+
+    Any sequence of integers will do; which ids are valid is checked in C. Raises TypeError for other element types,
+    ValueError for another shape or numbers that do not fit into int32.
+    """
+    array = np.asarray(value)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, but has dtype {array.dtype}")
+    _check_shape(name, array, (length,))
+    if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
+        raise ValueError(f"{name} holds numbers from {array.min()} to {array.max()}: they must fit into int32")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _float_array(name: str, value: object, dtype: type[np.generic], shape: tuple[int | None, ...]) -> Any:
+    """`value` as a contiguous array of exactly `dtype` (nothing is rounded in silence) and `shape` (None: any)."""
+    array = np.asarray(value)
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, but has {array.dtype}")
+    _check_shape(name, array, shape)
+    return np.ascontiguousarray(array)
+
+
+def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int | None, ...]) -> None:
+    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} has shape {list(array.shape)}: it must be [{wanted}]")
+
+
+def _pointer_to(c_type: str, array: npt.NDArray[Any] | None) -> Any:
+    """A C pointer into `array`, which the pointer keeps alive; NULL for None."""
+    return ffi.NULL if array is None else ffi.from_buffer(c_type, array)
+
+
+def _copy(pointer: Any, n: int, dtype: type[np.generic]) -> Any:
+    """A numpy array of its own with `n` values from C memory."""
+    return np.frombuffer(ffi.buffer(pointer, n * np.dtype(dtype).itemsize), dtype=dtype).copy()
+
+
+def _encode_path(path: StrPath) -> bytes:
+    encoded = os.fsencode(os.fspath(path))
+    if b"\0" in encoded:
+        raise ValueError(f"path holds a NUL character: {os.fspath(path)!r}")
+    return encoded
+
+
+def _check_readable(path: StrPath) -> None:
+    """Raises the exact OSError (FileNotFoundError, IsADirectoryError, PermissionError) before C says it in words."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if stat.S_ISREG(mode):  # opening a pipe would block
+        os.close(os.open(path, os.O_RDONLY))
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer: `sliding` or full attention, `n_head_kv` heads of `head_dim` in the cache."""
+
+    sliding: bool
+    n_head_kv: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The figures of a model, all read from the file; the meaning of each stands at dg_config in csrc/diffgguf.h."""
+
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+    n_head: int
+    n_ff: int
+    n_ff_exp: int
+    n_expert: int
+    n_expert_used: int
+    sliding_window: int
+    canvas_length: int
+    n_ctx_train: int
+    norm_eps: float
+    logit_softcap: float
+    rope_base_full: float
+    rope_base_sliding: float
+    has_self_conditioning: bool
+    has_encoder_scalars: bool
+    layers: tuple[LayerConfig, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The entropy-bound sampler's options; units and ranges stand at dg_sampling in csrc/diffgguf.h.
+
+    Ranges are checked by the call that uses them. `max_steps` 0 means no cap besides `steps`.
+    """
+
+    steps: int
+    max_steps: int
+    stability_threshold: int
+    t_min: float
+    t_max: float
+    entropy_bound: float
+    confidence_threshold: float
+
+    def _fill(self, out: Any) -> None:
+        """Writes these values into a dg_sampling."""
+        for name in ("steps", "max_steps", "stability_threshold"):
+            setattr(out, name, _int32(name, getattr(self, name)))
+        for name in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
+            setattr(out, name, _real(name, getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of the file: `shape` in ggml's order (the first number is contiguous), `type` by ggml's name."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by kind; see dg_memory in csrc/diffgguf.h."""
+
+    weights: int
+    weights_mapped: int
+    kv_cache: int
+    compute: int
+    logits: int
+
+
+def _fields(struct: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(struct, name) for name in names}
+
+
+_SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
+_MEMORY_FIELDS = tuple(Memory.__dataclass_fields__)
+_CONFIG_FIELDS = tuple(name for name in ModelConfig.__dataclass_fields__ if name != "layers")
+
+
+class Metadata(Mapping[str, MetadataValue]):
+    """The file's key-value pairs in the file's order; a value is decoded when it is first asked for.
+
+    Numbers, bools and strings are Python's own, arrays are lists. A vocabulary of 262,144 tokens takes 30 ms to
+    decode, which a caller that wants only a name does not pay. A string that is not UTF-8 raises ModelFormatError.
+    """
+
+    def __init__(self, pointer: Any) -> None:
+        self._pointer = pointer
+        count = lib.dg_model_n_kv(pointer)
+        self._index = {_text(lib.dg_model_kv_key(pointer, i)): i for i in range(count)}
+        self._values: dict[str, MetadataValue] = {}
+
+    def __getitem__(self, key: str) -> MetadataValue:
+        if key not in self._values:
+            self._values[key] = self._decode(key, self._index[key])
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _decode(self, key: str, i: int) -> MetadataValue:
+        is_array = lib.dg_model_kv_type(self._pointer, i) == _ARRAY
+        value_type = (lib.dg_model_kv_array_type if is_array else lib.dg_model_kv_type)(self._pointer, i)
+        values: list[Any]
+        if value_type == _STRING:
+            values = self._strings(key, i)
+        else:
+            dtype = _NUMBERS.get(value_type)
+            if dtype is None:  # arrays of arrays exist in the format, and nowhere else
+                raise errors.ModelFormatError(f"key {key} has the unknown value type {value_type}")
+            values = _copy(lib.dg_model_kv_data(self._pointer, i), self._length(i), dtype).tolist()
+        value: MetadataValue = values if is_array else values[0]
+        return value
+
+    def _length(self, i: int) -> int:
+        return int(lib.dg_model_kv_length(self._pointer, i))
+
+    def _strings(self, key: str, i: int) -> list[str]:
+        size = lib.dg_model_kv_strings(self._pointer, i, ffi.NULL, 0)
+        buffer = ffi.new("char[]", size)
+        lib.dg_model_kv_strings(self._pointer, i, buffer, size)
+        try:
+            # One decode for all of them. Every string is closed by a NUL, so the piece after the last one is empty.
+            return bytes(ffi.buffer(buffer)).decode("utf-8").split("\0")[:-1]
+        except UnicodeDecodeError as error:
+            raise errors.ModelFormatError(f"key {key} holds text that is not UTF-8: {error.reason}") from None
+
+
+class NativeModel:
+    """An opened GGUF file: immutable, shareable between threads and sessions.
+
+    `n_gpu_layers`: 0 for none, -1 for as many as fit. `use_mmap` maps the file instead of reading it into memory.
+
+    Raises OSError (FileNotFoundError, IsADirectoryError, PermissionError where it is one of them), ModelFormatError,
+    UnsupportedError or OutOfMemoryError; ValueError or TypeError for bad options.
+    """
+
+    def __init__(self, path: StrPath, *, n_gpu_layers: int = 0, use_mmap: bool = True) -> None:
+        options = ffi.new("dg_model_options *", lib.dg_model_options_default())
+        options.n_gpu_layers = _int32("n_gpu_layers", n_gpu_layers, low=-1)
+        options.use_mmap = bool(use_mmap)
+        encoded = _encode_path(path)
+        _check_readable(path)
+        out = ffi.new("dg_model **")
+        _call(lib.dg_model_open, out, encoded, options)
+        pointer = ffi.gc(out[0], lib.dg_model_free)
+        self._pointer: Any = pointer
+        config = lib.dg_model_config(pointer)
+        layers = (lib.dg_model_layer(pointer, i) for i in range(config.n_layer))
+        self.config = ModelConfig(
+            **_fields(config, _CONFIG_FIELDS),
+            layers=tuple(LayerConfig(layer.sliding, layer.n_head_kv, layer.head_dim) for layer in layers),
+        )
+        self.sampling = Sampling(**_fields(lib.dg_model_sampling(pointer), _SAMPLING_FIELDS))
+        self.warnings = [_text(lib.dg_model_warning(pointer, i)) for i in range(lib.dg_model_n_warnings(pointer))]
+        self._metadata: Metadata | None = Metadata(pointer)
+
+    @property
+    def closed(self) -> bool:
+        return self._pointer is None
+
+    def close(self) -> None:
+        """Lets go of the file, which is freed as soon as no session uses it. Idempotent."""
+        self._pointer = self._metadata = None
+
+    @property
+    def metadata(self) -> Metadata:
+        metadata = self._metadata
+        if metadata is None:
+            raise errors.ModelClosedError("the model is closed")
+        return metadata
+
+    def _open_pointer(self) -> Any:
+        pointer = self._pointer
+        if pointer is None:
+            raise errors.ModelClosedError("the model is closed")
+        return pointer
+
+    def tensors(self) -> list[TensorInfo]:
+        """All tensors of the file, in its order, also those that are not used."""
+        pointer = self._open_pointer()
+        result = []
+        for i in range(lib.dg_model_n_tensors(pointer)):
+            info = lib.dg_model_tensor(pointer, i)
+            shape = tuple(info.ne[0 : info.n_dims])
+            result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes))
+        return result
+
+    def memory(self, *, n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, type_kv: str = "f16") -> Memory:
+        """What a session with these options would take, without making one. Raises what NativeSession raises."""
+        out = ffi.new("dg_memory *")
+        _call(lib.dg_model_memory, self._open_pointer(), _session_options(n_ctx, n_batch, n_threads, type_kv), out)
+        return Memory(**_fields(out, _MEMORY_FIELDS))
+
+
+# --------------------------------------------------------------------------------------------------------- session
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """What the sampler made of one step's logits; arrays of C entries.
+
+    `argmax` int32: the canvas that counts. `canvas` int32: the canvas for the next step. `accepted` bool: the draw was
+    accepted (never on pinned rows). `entropy` float64, nats, at this step's temperature (0 on pinned rows).
+    """
+
+    argmax: Int32Array
+    canvas: Int32Array
+    accepted: BoolArray
+    entropy: Float64Array
+
+
+@dataclass(frozen=True)
+class RawStep(RawSample):
+    """One denoise step: `step` counts from 0, `steps` is the most there can be, `mean_entropy` is over the free rows.
+
+    `finished`: no further step will be made. `converged`: because the canvas was stable and confident.
+    """
+
+    step: int
+    steps: int
+    finished: bool
+    converged: bool
+    mean_entropy: float
+
+
+def _session_options(n_ctx: int, n_batch: int, n_threads: int, type_kv: str) -> Any:
+    if type_kv not in KV_TYPES:
+        raise ValueError(f"type_kv is {type_kv!r}: it must be one of {', '.join(map(repr, KV_TYPES))}")
+    options = ffi.new("dg_session_options *", lib.dg_session_options_default())
+    options.n_ctx = _int32("n_ctx", n_ctx)
+    options.n_batch = _int32("n_batch", n_batch, low=1)
+    options.n_threads = _int32("n_threads", n_threads)
+    options.type_kv = KV_TYPES[type_kv]
+    return options
+
+
+class NativeSession:
+    """One timeline on a model: a prefix in the KV cache, and at most one canvas that is being denoised.
+
+    `n_ctx` 0: the smaller of 8192 and the file's context length. `n_batch`: tokens per chunk of a prompt. `n_threads`
+    0: the physical cores that this process may use. `type_kv`: a key of KV_TYPES.
+
+    The computing methods raise SessionBusyError when another thread is inside, CancelledError after cancel(), and what
+    a signal handler raised (KeyboardInterrupt) when one ran meanwhile; what then holds stands at each call in
+    csrc/diffgguf.h. After close(), all but close() and cancel() raise ModelClosedError.
+    """
+
+    def __init__(
+        self, model: NativeModel, *, n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, type_kv: str = "f16"
+    ) -> None:
+        options = _session_options(n_ctx, n_batch, n_threads, type_kv)
+        out = ffi.new("dg_session **")
+        _call(lib.dg_session_create, out, model._open_pointer(), options)
+        pointer = ffi.gc(out[0], lib.dg_session_free)
+        _call(lib.dg_session_set_poll, pointer, lib.dg_python_poll, ffi.NULL)
+        self._pointer: Any = pointer
+        self._canvas_length = model.config.canvas_length
+        self._n_vocab = model.config.n_vocab
+        self.n_ctx: int = lib.dg_session_n_ctx(pointer)
+        self.n_threads: int = lib.dg_session_n_threads(pointer)
+        self.memory = Memory(**_fields(lib.dg_session_memory(pointer), _MEMORY_FIELDS))
+
+    @property
+    def closed(self) -> bool:
+        return self._pointer is None
+
+    def close(self) -> None:
+        """Frees the cache and the buffers; a call under way on another thread is cancelled first. Idempotent."""
+        self.cancel()
+        self._pointer = None
+
+    def _open_pointer(self) -> Any:
+        pointer = self._pointer
+        if pointer is None:
+            raise errors.ModelClosedError("the session is closed")
+        return pointer
+
+    @property
+    def n_past(self) -> int:
+        """Positions in the cache."""
+        return int(lib.dg_session_n_past(self._open_pointer()))
+
+    def tokens(self) -> Int32Array:
+        """The prefix: int32 [n_past]."""
+        pointer = self._open_pointer()
+        # Room for a whole context: another thread may encode between a look at n_past and the copy.
+        ids = np.empty(self.n_ctx, dtype=np.int32)
+        n_past = lib.dg_session_n_past(pointer)
+        _call(lib.dg_session_tokens, pointer, _pointer_to("int32_t[]", ids))
+        return ids[:n_past].copy()
+
+    def encode(self, ids: npt.ArrayLike) -> None:
+        """Appends ids [n] to the prefix. Raises ContextOverflowError when they and one canvas pass n_ctx."""
+        array = _id_array("ids", ids)
+        _call(lib.dg_session_encode, self._open_pointer(), _pointer_to("int32_t[]", array), array.size)
+
+    def truncate(self, n: int) -> None:
+        """Cuts the prefix to its first `n` tokens, 0 to n_past."""
+        _call(lib.dg_session_truncate, self._open_pointer(), _int32("n", n))
+
+    def save(self, path: StrPath) -> None:
+        """Writes the prefix, tokens and cache, to a file that appears only when it is whole."""
+        _call(lib.dg_session_save, self._open_pointer(), _encode_path(path))
+
+    def load(self, path: StrPath) -> None:
+        """Replaces the prefix by a saved one of the same model and type_kv. A failed load leaves an empty prefix."""
+        pointer, encoded = self._open_pointer(), _encode_path(path)
+        _check_readable(path)
+        _call(lib.dg_session_load, pointer, encoded)
+
+    def denoise(self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None) -> Float32Array:
+        """One decoder pass: canvas [C] ids -> logits float32 [C, V], softcapped, before temperature.
+
+        `self_conditioning` float32 [C, V]: the processed logits of the step before, None for a zero signal. The prefix
+        is read, not changed.
+        """
+        ids = _id_array("canvas", canvas, self._canvas_length)
+        shape = (self._canvas_length, self._n_vocab)
+        signal = None
+        if self_conditioning is not None:
+            signal = _float_array("self_conditioning", self_conditioning, np.float32, shape)
+        logits = np.empty(shape, dtype=np.float32)
+        _call(
+            lib.dg_session_denoise,
+            self._open_pointer(),
+            _pointer_to("int32_t[]", ids),
+            _pointer_to("float[]", signal),
+            _pointer_to("float[]", logits),
+        )
+        return logits
+
+    def canvas_begin(
+        self,
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        canvas_index: int = 0,
+        pinned: npt.ArrayLike | None = None,
+        canvas: npt.ArrayLike | None = None,
+    ) -> None:
+        """Starts a canvas after the prefix, which must hold at least one token.
+
+        `seed` (64 bits) and `canvas_index` (32 bits) key the draws. `pinned` [C]: the id where a row is fixed, -1 where
+        it is free. `canvas` [C]: the canvas to start from, None for uniform random ids.
+        """
+        pinned_ids = None if pinned is None else _id_array("pinned", pinned, self._canvas_length)
+        canvas_ids = None if canvas is None else _id_array("canvas", canvas, self._canvas_length)
+        options = ffi.new("dg_canvas_options *")
+        sampling._fill(options.sampling)
+        options.seed = _integer("seed", seed, 0, 2**64 - 1)
+        options.canvas_index = _integer("canvas_index", canvas_index, 0, 2**32 - 1)
+        # The arrays stay alive as the locals above; C copies them.
+        options.pinned = _pointer_to("int32_t[]", pinned_ids)
+        options.canvas = _pointer_to("int32_t[]", canvas_ids)
+        _call(lib.dg_session_canvas_begin, self._open_pointer(), options)
+
+    def canvas_step(self, uniform: npt.ArrayLike | None = None, renoise: npt.ArrayLike | None = None) -> RawStep:
+        """One denoise step of the canvas under way; after CancelledError it may be repeated.
+
+        `uniform` float64 [C] in [0, 1) and `renoise` [C] ids replace the step's own draws; both or none.
+        """
+        noise, _keep_alive = _noise(uniform, renoise, self._canvas_length)
+        out = ffi.new("dg_step *")
+        pointer = self._open_pointer()
+        _call(lib.dg_session_canvas_step, pointer, noise, out)
+        n = self._canvas_length
+        return RawStep(
+            argmax=_copy(out.argmax, n, np.int32),
+            canvas=_copy(out.canvas, n, np.int32),
+            accepted=_copy(out.accepted, n, np.bool_),
+            entropy=_copy(out.entropy, n, np.float64),
+            step=out.step,
+            steps=out.steps,
+            finished=out.finished,
+            converged=out.converged,
+            mean_entropy=out.mean_entropy,
+        )
+
+    def cancel(self) -> None:
+        """From any thread: the call that is running, or else the next one that computes, raises CancelledError."""
+        pointer = self._pointer
+        if pointer is not None:
+            lib.dg_session_cancel(pointer)
+
+    def clear_cancel(self) -> None:
+        """Forgets a cancel() that met no call."""
+        lib.dg_session_clear_cancel(self._open_pointer())
+
+
+# ------------------------------------------------------------------------------------------------- sampler and draws
+
+
+def _noise(uniform: npt.ArrayLike | None, renoise: npt.ArrayLike | None, n_rows: int) -> tuple[Any, object]:
+    """A dg_noise * (NULL when both are None), and what must outlive its use."""
+    if uniform is None and renoise is None:
+        return ffi.NULL, None
+    if uniform is None or renoise is None:
+        raise ValueError("uniform and renoise must be given together")
+    u = _float_array("uniform", uniform, np.float64, (n_rows,))
+    ids = _id_array("renoise", renoise, n_rows)
+    noise = ffi.new("dg_noise *")
+    noise.uniform = _pointer_to("double[]", u)
+    noise.renoise = _pointer_to("int32_t[]", ids)
+    return noise, (u, ids)
+
+
+def sample(
+    z: Float32Array,
+    sampling: Sampling,
+    *,
+    step: int,
+    uniform: npt.ArrayLike,
+    renoise: npt.ArrayLike,
+    pinned: npt.ArrayLike | None = None,
+) -> RawSample:
+    """The sampler alone on logits z float32 [C, V], softcapped, before temperature; `step` counts from 0.
+
+    `uniform` float64 [C] in [0, 1), `renoise` [C] ids, `pinned` [C] ids with -1 where a row is free.
+    """
+    z = _float_array("z", z, np.float32, (None, None))
+    n_rows, n_vocab = z.shape
+    noise, _keep_alive = _noise(uniform, renoise, n_rows)
+    pinned_ids = None if pinned is None else _id_array("pinned", pinned, n_rows)
+    options = ffi.new("dg_sampling *")
+    sampling._fill(options)
+    argmax, canvas = np.empty(n_rows, dtype=np.int32), np.empty(n_rows, dtype=np.int32)
+    accepted, entropy = np.empty(n_rows, dtype=np.uint8), np.empty(n_rows, dtype=np.float64)
+    _call(
+        lib.dg_sample,
+        _pointer_to("float[]", z),
+        _int32("the number of rows of z", n_rows, low=1),
+        _int32("the number of columns of z", n_vocab, low=1),
+        options,
+        _int32("step", step),
+        noise,
+        _pointer_to("int32_t[]", pinned_ids),
+        _pointer_to("int32_t[]", argmax),
+        _pointer_to("int32_t[]", canvas),
+        _pointer_to("uint8_t[]", accepted),
+        _pointer_to("double[]", entropy),
+    )
+    return RawSample(argmax, canvas, accepted.view(np.bool_), entropy)
+
+
+def noise_canvas(seed: int, canvas_index: int, n_rows: int, n_vocab: int) -> Int32Array:
+    """The first canvas that the loop draws for itself: int32 [n_rows] ids, a pure function of the arguments."""
+    out = np.empty(_int32("n_rows", n_rows), dtype=np.int32)
+    key = _draw_key(seed, canvas_index)
+    lib.dg_noise_canvas(*key, n_rows, _int32("n_vocab", n_vocab, low=1), _pointer_to("int32_t[]", out))
+    return out
+
+
+def noise_uniform(seed: int, canvas_index: int, step: int, n_rows: int) -> Float64Array:
+    """The u of each row's draw in one step: float64 [n_rows] in [0, 1)."""
+    out = np.empty(_int32("n_rows", n_rows), dtype=np.float64)
+    key = _draw_key(seed, canvas_index)
+    lib.dg_noise_uniform(*key, _integer("step", step, 0, 2**32 - 1), n_rows, _pointer_to("double[]", out))
+    return out
+
+
+def noise_renoise(seed: int, canvas_index: int, step: int, n_rows: int, n_vocab: int) -> Int32Array:
+    """The fresh ids for the rows that one step does not accept: int32 [n_rows]."""
+    out = np.empty(_int32("n_rows", n_rows), dtype=np.int32)
+    key = (*_draw_key(seed, canvas_index), _integer("step", step, 0, 2**32 - 1))
+    lib.dg_noise_renoise(*key, n_rows, _int32("n_vocab", n_vocab, low=1), _pointer_to("int32_t[]", out))
+    return out
+
+
+def _draw_key(seed: int, canvas_index: int) -> tuple[int, int]:
+    return _integer("seed", seed, 0, 2**64 - 1), _integer("canvas_index", canvas_index, 0, 2**32 - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- build
+
+
+class BuildInfo(TypedDict):
+    """The C library's version and ABI number, the ggml and the compiler inside, the backends that were built in, and
+    the CPU features that its code was built with."""
+
+    version: str
+    abi: int
+    ggml_version: str
+    compiler: str
+    backends: list[str]
+    cpu_features: list[str]
+
+
+def build_info() -> BuildInfo:
+    return {
+        "version": _text(lib.dg_version()),
+        "abi": lib.dg_abi_version(),
+        "ggml_version": _text(lib.dg_ggml_version()),
+        "compiler": _text(lib.dg_compiler()),
+        "backends": [_text(lib.dg_backend_name(i)) for i in range(lib.dg_n_backends())],
+        "cpu_features": [feature for feature in _text(lib.dg_cpu_features()).split(",") if feature],
+    }
