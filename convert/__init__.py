@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .hf_to_gguf import ConversionReport, ConvertProgress, Fallback, convert
+from .inspect import FileReport, Finding, inspect_file
 
-__all__ = ["ConversionReport", "ConvertProgress", "Fallback", "convert"]
+__all__ = ["ConversionReport", "ConvertProgress", "Fallback", "FileReport", "Finding", "convert", "inspect_file"]

@@ -97,7 +97,7 @@ class Checkpoint:
         index_path = self.path / INDEX
         if not index_path.is_file():
             raise ModelFormatError(f"{self.path}: neither {SINGLE} nor {INDEX} is there")
-        files = Reader(str(index_path), read_json(index_path)).object("weight_map")
+        files = Reader(str(index_path), read_json(index_path)).mapping("weight_map")
         for name, file in files.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise ModelFormatError(f"{index_path}: tensor '{name:.100}': {file!r:.60} is not a file name")
@@ -205,7 +205,7 @@ def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int |
     config = read_json(path)
     reader = Reader(str(path), config)
     if reader.present("sampler_config"):
-        sampler_config = reader.object("sampler_config")
+        sampler_config = reader.mapping("sampler_config")
         kind = sampler_config.get("_cls_name", "EntropyBoundSamplerConfig")
         if kind != "EntropyBoundSamplerConfig":
             raise UnsupportedError(f"{reader.name('sampler_config')}: only the entropy bound sampler, got {kind!r:.60}")
@@ -218,11 +218,11 @@ def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int |
         if not values.present(name):
             continue
         if name == "max_denoising_steps":
-            sampler[key] = values.int(name)
+            sampler[key] = values.integer(name)
         elif name == "stability_threshold":
-            sampler[key] = values.int(name, low=0)
+            sampler[key] = values.integer(name, low=0)
         else:
-            sampler[key] = values.float(name, positive=name == "confidence_threshold")
+            sampler[key] = values.real(name, positive=name == "confidence_threshold")
     return sampler, read_eos(reader, vocab_size)
 
 

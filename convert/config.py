@@ -118,7 +118,7 @@ class Reader:
         """Whether `key` is there and not null."""
         return self.values.get(key) is not None
 
-    def int(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_U31) -> int:
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_U31) -> int:
         value = self.values.get(key)
         if value is None:
             if default is None:
@@ -130,7 +130,7 @@ class Reader:
             raise ModelFormatError(f"{self.name(key)}: expected an integer from {low} to {high}, got {value!s:.60}")
         return value
 
-    def float(self, key: str, default: float | None = None, positive: bool = True) -> float:
+    def real(self, key: str, default: float | None = None, positive: bool = True) -> float:
         value = self.values.get(key)
         if value is None:
             if default is None:
@@ -143,7 +143,7 @@ class Reader:
             raise ModelFormatError(f"{self.name(key)}: expected {kind}, got {value!s:.60}")
         return float(value)
 
-    def object(self, key: str) -> dict[str, Any]:
+    def mapping(self, key: str) -> dict[str, Any]:
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise ModelFormatError(f"{self.name(key)}: expected an object, got {value!r:.60}")
@@ -158,12 +158,12 @@ def parse_config(config: dict[str, Any], where: str) -> ModelConfig:
     model_type = config.get("model_type")
     if model_type not in ("diffusion_gemma", "diffusion_gemma_text"):
         raise ModelFormatError(f"{top.name('model_type')}: expected 'diffusion_gemma', got {model_type!r:.60}")
-    text = Reader(where, top.object("text_config"), "text_config.") if "text_config" in config else top
+    text = Reader(where, top.mapping("text_config"), "text_config.") if "text_config" in config else top
     refuse_variants(top, text)
 
     layer_types = parse_layer_types(text)
     shapes = parse_layers(text, layer_types)
-    heads = text.int("num_attention_heads")
+    heads = text.integer("num_attention_heads")
     for i, shape in enumerate(shapes):
         if shape.head_dim % 2:
             raise ModelFormatError(f"{where}: layer {i}: head_dim must be even, got {shape.head_dim}")
@@ -173,32 +173,32 @@ def parse_config(config: dict[str, Any], where: str) -> ModelConfig:
             )
     full = only_shape(where, shapes, sliding=False)
     sliding = only_shape(where, shapes, sliding=True) or LayerShape(
-        True, text.int("head_dim"), text.int("num_key_value_heads")
+        True, text.integer("head_dim"), text.integer("num_key_value_heads")
     )
     assert full is not None  # the last layer is always a full one
     rope_base, rotating_pairs = parse_rope(text, FULL, full.head_dim)
     rope_base_sliding = parse_rope(text, SLIDING, sliding.head_dim)[0] if SLIDING in layer_types else 10_000.0
 
-    experts = text.int("num_experts")
+    experts = text.integer("num_experts")
     return ModelConfig(
-        vocab_size=text.int("vocab_size"),
-        hidden_size=text.int("hidden_size"),
-        ffn_size=text.int("intermediate_size"),
+        vocab_size=text.integer("vocab_size"),
+        hidden_size=text.integer("hidden_size"),
+        ffn_size=text.integer("intermediate_size"),
         heads=heads,
         layers=shapes,
         sliding=sliding,
         full=full,
-        sliding_window=text.int("sliding_window"),
-        context_length=text.int("max_position_embeddings", DEFAULT_CONTEXT_LENGTH),
-        canvas_length=top.int("canvas_length"),
-        rms_eps=text.float("rms_norm_eps", DEFAULT_RMS_EPS),
+        sliding_window=text.integer("sliding_window"),
+        context_length=text.integer("max_position_embeddings", DEFAULT_CONTEXT_LENGTH),
+        canvas_length=top.integer("canvas_length"),
+        rms_eps=text.real("rms_norm_eps", DEFAULT_RMS_EPS),
         rope_base=rope_base,
         rope_base_sliding=rope_base_sliding,
         rotating_pairs=rotating_pairs,
         experts=experts,
-        experts_used=text.int("top_k_experts", high=experts),
-        expert_ffn_size=text.int("moe_intermediate_size"),
-        softcap=text.float("final_logit_softcapping", DEFAULT_SOFTCAP),
+        experts_used=text.integer("top_k_experts", high=experts),
+        expert_ffn_size=text.integer("moe_intermediate_size"),
+        softcap=text.real("final_logit_softcapping", DEFAULT_SOFTCAP),
     )
 
 
@@ -225,7 +225,7 @@ def refuse_variants(top: Reader, text: Reader) -> None:
 
 def parse_layer_types(text: Reader) -> list[str]:
     """`sliding_attention` or `full_attention` per layer; the last is forced to full, as the reference does."""
-    n_layers = text.int("num_hidden_layers", high=MAX_LAYERS)
+    n_layers = text.integer("num_hidden_layers", high=MAX_LAYERS)
     types = text.values.get("layer_types")
     if types is None:
         types = [FULL if (i + 1) % DEFAULT_FULL_EVERY == 0 else SLIDING for i in range(n_layers)]
@@ -241,14 +241,14 @@ def parse_layer_types(text: Reader) -> list[str]:
 
 def parse_layers(text: Reader, layer_types: list[str]) -> tuple[LayerShape, ...]:
     """One LayerShape per layer, from either spelling."""
-    head_dim = text.int("head_dim")
-    kv_heads = text.int("num_key_value_heads")
+    head_dim = text.integer("head_dim")
+    kv_heads = text.integer("num_key_value_heads")
     if "per_layer_config" in text.values:
         overrides = parse_overrides(text, len(layer_types))
     else:
-        override = {"head_dim": text.int("global_head_dim", DEFAULT_GLOBAL_HEAD_DIM)}
+        override = {"head_dim": text.integer("global_head_dim", DEFAULT_GLOBAL_HEAD_DIM)}
         if text.present("num_global_key_value_heads"):
-            override["num_key_value_heads"] = text.int("num_global_key_value_heads")
+            override["num_key_value_heads"] = text.integer("num_global_key_value_heads")
         overrides = {i: override for i, t in enumerate(layer_types) if t == FULL}
     return tuple(
         LayerShape(
@@ -265,7 +265,7 @@ def parse_overrides(text: Reader, n_layers: int) -> dict[int, dict[str, int]]:
     if not text.present("per_layer_config"):
         return {}
     overrides: dict[int, dict[str, int]] = {}
-    for key, values in text.object("per_layer_config").items():
+    for key, values in text.mapping("per_layer_config").items():
         if not (key.isascii() and key.isdigit() and len(key) <= 6 and int(key) < n_layers):
             raise ModelFormatError(
                 f"{text.name('per_layer_config')}: {key!r:.60} is not a layer index from 0 to {n_layers - 1}"
@@ -277,7 +277,7 @@ def parse_overrides(text: Reader, n_layers: int) -> dict[int, dict[str, int]]:
             # An override that repeats the global value changes nothing, and the reference drops it too.
             if name not in ("head_dim", "num_key_value_heads") and value != text.values.get(name, []):
                 raise UnsupportedError(f"{layer.name(name)}: only head_dim and num_key_value_heads may vary by layer")
-        overrides[int(key)] = {k: layer.int(k) for k in ("head_dim", "num_key_value_heads") if k in values}
+        overrides[int(key)] = {k: layer.integer(k) for k in ("head_dim", "num_key_value_heads") if k in values}
     return overrides
 
 
@@ -301,18 +301,18 @@ def parse_rope(text: Reader, layer_type: str, head_dim: int) -> tuple[float, int
     """
     where = text
     if text.present("rope_parameters"):
-        where = Reader(text.where, text.object("rope_parameters"), f"{text.prefix}rope_parameters.")
-        values = where.object(layer_type)
+        where = Reader(text.where, text.mapping("rope_parameters"), f"{text.prefix}rope_parameters.")
+        values = where.mapping(layer_type)
     else:
         values = DEFAULT_ROPE[layer_type]
     rope = Reader(where.where, values, f"{where.prefix}{layer_type}.")
-    theta = rope.float("rope_theta")
-    factor = rope.float("partial_rotary_factor", 1.0)
+    theta = rope.real("rope_theta")
+    factor = rope.real("partial_rotary_factor", 1.0)
     if factor > 1:
         raise ModelFormatError(f"{rope.name('partial_rotary_factor')}: expected at most 1, got {factor}")
     kinds = ("default",) if layer_type == SLIDING else ("default", "proportional")
     rope_type = values.get("rope_type")
-    if rope_type not in kinds or (rope_type == "default" and factor != 1) or rope.float("factor", 1.0) != 1:
+    if rope_type not in kinds or (rope_type == "default" and factor != 1) or rope.real("factor", 1.0) != 1:
         raise UnsupportedError(
             f"{where.name(layer_type)}: only rope_type {' and '.join(kinds)} without a factor is supported, "
             f"got {rope_type!r:.60} with partial_rotary_factor {factor}, factor {values.get('factor', 1.0)!r:.60}"

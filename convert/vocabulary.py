@@ -62,7 +62,7 @@ def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
     if not file.is_file():
         raise ModelFormatError(f"{path}: no tokenizer.json: without it the GGUF could not read or write text")
     tokenizer = read_json(file)
-    model = Reader(str(file), tokenizer).object("model")
+    model = Reader(str(file), tokenizer).mapping("model")
     refuse_other_kinds(str(file), tokenizer, model)
     tokens, types = read_tokens(str(file), tokenizer, model, vocab_size)
     merges = read_merges(str(file), model, set(tokens))
@@ -129,7 +129,7 @@ def read_tokens(
     where: str, tokenizer: dict[str, Any], model: dict[str, Any], vocab_size: int
 ) -> tuple[list[str], list[int]]:
     """(tokens, types) by id, `vocab_size` of each."""
-    vocab = Reader(where, model, "model.").object("vocab")
+    vocab = Reader(where, model, "model.").mapping("vocab")
     types: dict[str, int] = {}
     ids: dict[int, str] = {}
 
