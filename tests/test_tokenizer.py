@@ -39,7 +39,7 @@ HOSTILE = [
     "already \u2581 the\u2581dog \u2581\u2581",
     "<bos>the<eos></s><turn|><|turn>model\nthe<|channel>thought\n<channel|>dog",
     "<|channel><|channel>> <<bos>> <|turn <table></table> <0x41> <0xE2>",
-    "<|\"|>quote<|\"|> <mask><unk> <bos",
+    '<|"|>quote<|"|> <mask><unk> <bos',
     "the" * 2000,
     "😀" * 300,
     "\U0010ffff\ue000\u200b\u200d",
@@ -175,7 +175,7 @@ def test_markup_is_special_whatever_its_type(parts: tuple[list[str], list[int], 
     """Two files that differ only in the type of their markup, and one without types, encode alike."""
     tokens, types, merges = parts
     other = [3 if token in MARKUP else kind for token, kind in zip(tokens, types, strict=True)]
-    text = "<|channel>the<channel|><|\"|>"
+    text = '<|channel>the<channel|><|"|>'
     expected = Tokenizer.from_gguf(tokens, types, merges, **IDS).encode(text)
     assert Tokenizer.from_gguf(tokens, other, merges, **IDS).encode(text) == expected
     assert Tokenizer.from_gguf(tokens, None, merges, **IDS).encode(text) == expected
