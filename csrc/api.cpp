@@ -127,6 +127,13 @@ dg_layer_config dg_model_layer(const dg_model *model, int32_t layer) {
 
 dg_sampling dg_model_sampling(const dg_model *model) { return model->model->sampling(); }
 
+dg_status dg_sampling_check(const dg_sampling *sampling, char *err, size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(sampling, "sampling");
+        dg::check_sampling(*sampling);
+    });
+}
+
 int32_t dg_model_n_warnings(const dg_model *model) { return static_cast<int32_t>(model->model->warnings().size()); }
 
 const char *dg_model_warning(const dg_model *model, int32_t index) {

@@ -133,6 +133,9 @@ DG_API dg_layer_config dg_model_layer(const dg_model *model, int32_t layer); /* 
 /* The file's sampler values, with the released defaults where the file holds none. */
 DG_API dg_sampling dg_model_sampling(const dg_model *model);
 
+/* Whether the values are in range; the message names the option, its value and the range. */
+DG_API dg_status dg_sampling_check(const dg_sampling *sampling, char *err, size_t err_size);
+
 /* What was odd but usable about the file (a missing encoder scalar, say), one line each; lives as long as the model. */
 DG_API int32_t dg_model_n_warnings(const dg_model *model);
 DG_API const char *dg_model_warning(const dg_model *model, int32_t index);
@@ -167,7 +170,7 @@ DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
 typedef struct dg_session_options {
     int32_t n_ctx;      /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
     int32_t n_batch;    /* a prompt is encoded in chunks of so many tokens; default 512 */
-    int32_t n_threads;  /* 0: the physical cores this process may use */
+    int32_t n_threads;  /* 0: as many as this process may use at once */
     dg_kv_type type_kv; /* default DG_KV_F16 */
 } dg_session_options;
 

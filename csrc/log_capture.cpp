@@ -4,7 +4,6 @@
 
 #include "ggml.h"
 
-#include <exception>
 #include <mutex>
 
 namespace dg {
@@ -12,16 +11,6 @@ namespace {
 
 thread_local LogCapture *current_log = nullptr;
 thread_local bool guarded = false;
-
-// ggml.cpp sets a terminate handler while the library is loaded, for the whole process. This object is made before it
-// (priority 101 precedes all objects without one), remembers the host's handler, and initialize_ggml puts it back.
-struct HostTerminateHandler {
-    std::terminate_handler handler = std::get_terminate();
-};
-#if defined(__GNUC__) && !defined(__APPLE__)
-__attribute__((init_priority(101)))
-#endif
-HostTerminateHandler host;
 
 void on_log(ggml_log_level /*level*/, const char *text, void * /*user*/) {
     if (current_log) {
@@ -40,9 +29,6 @@ void on_abort(const char *message) {
 void initialize_ggml() {
     static std::once_flag once;
     std::call_once(once, [] {
-#if defined(__GNUC__) && !defined(__APPLE__)
-        std::set_terminate(host.handler);
-#endif
         ggml_log_set(on_log, nullptr);
         ggml_set_abort_callback(on_abort);
     });

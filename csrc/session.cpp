@@ -33,6 +33,26 @@ int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
     return value;
 }
 
+// Bytes for the intermediate tensors of `graph`, which are allocated too unless this is a prediction.
+size_t reserve(ggml_gallocr_t allocator, const Graph &graph, bool allocate) {
+    size_t size = 0;
+    if (!allocate) {
+        ggml_gallocr_reserve_n_size(allocator, graph.nodes, nullptr, nullptr, &size);
+        return size;
+    }
+    if (!ggml_gallocr_reserve(allocator, graph.nodes)) {
+        throw Error(DG_ERROR_MEMORY, "memory for intermediate tensors was refused; a smaller n_ctx or n_batch needs less");
+    }
+    return ggml_gallocr_get_buffer_size(allocator, 0);
+}
+
+// Gives the graph's tensors their places; within what was reserved, nothing is allocated.
+void place(ggml_gallocr_t allocator, const Graph &graph) {
+    if (!ggml_gallocr_alloc_graph(allocator, graph.nodes)) {
+        throw Error(DG_ERROR_MEMORY, "memory for intermediate tensors was refused");
+    }
+}
+
 int32_t default_threads() { return static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency())); }
 
 int32_t context_size(const Model &model, int32_t asked) {
@@ -107,30 +127,21 @@ void Session::plan(bool allocate) {
     const int32_t longest_chunk = std::min(n_batch_, n_ctx_ - canvas);
     const Pass largest[] = {{Mode::ENCODE, longest_chunk, n_ctx_ - canvas - longest_chunk},
                             {Mode::DENOISE, canvas, n_ctx_ - canvas}};
-    size_t compute = 0;
+    memory_.compute = 0;
     for (const Pass &pass : largest) {
         const Graph graph = build_pass(*model_, *cache_, io_, pass);
-        size_t size = 0;
-        ggml_gallocr_reserve_n_size(pass_allocator_.get(), graph.nodes, nullptr, nullptr, &size);
-        compute = std::max(compute, size);
-        if (allocate && !ggml_gallocr_reserve(pass_allocator_.get(), graph.nodes)) {
-            throw Error(DG_ERROR_MEMORY, format("%zu bytes for intermediate tensors were refused (n_ctx %d, n_batch %d)",
-                                                size, n_ctx_, n_batch_));
-        }
+        memory_.compute = std::max(memory_.compute, reserve(pass_allocator_.get(), graph, allocate));
     }
     if (model_->config().has_self_conditioning) {
         soft_graph_ = build_soft_embedding(*model_, io_);
-        size_t size = 0;
-        ggml_gallocr_reserve_n_size(soft_allocator_.get(), soft_graph_.nodes, nullptr, nullptr, &size);
-        compute += size;
-        if (allocate && !ggml_gallocr_alloc_graph(soft_allocator_.get(), soft_graph_.nodes)) {
-            throw Error(DG_ERROR_MEMORY, format("%zu bytes for self-conditioning were refused", size));
+        memory_.compute += reserve(soft_allocator_.get(), soft_graph_, allocate);
+        if (allocate) {
+            place(soft_allocator_.get(), soft_graph_);
         }
     }
     memory_.weights = model_->weight_bytes();
     memory_.weights_mapped = model_->mapped() ? model_->weight_bytes() : 0;
     memory_.kv_cache = cache_->bytes();
-    memory_.compute = compute;
     memory_.logits = logits_size();
 }
 
@@ -277,9 +288,7 @@ void Session::encode_chunk(const int32_t *ids, int32_t n) {
     const Pass pass = {Mode::ENCODE, n, n_past()};
     denoise_graph_past_ = -1;
     pass_graph_ = build_pass(*model_, *cache_, io_, pass);
-    if (!ggml_gallocr_alloc_graph(pass_allocator_.get(), pass_graph_.nodes)) {
-        throw Error(DG_ERROR_MEMORY, "memory for a chunk's intermediate tensors was refused");
-    }
+    place(pass_allocator_.get(), pass_graph_);
     std::memcpy(io_.ids->data, ids, static_cast<size_t>(n) * sizeof *ids);
     set_pass_inputs(pass);
     cache_->wrote(pass.end());
@@ -301,9 +310,7 @@ void Session::denoise(const int32_t *canvas) {
         const Pass pass = {Mode::DENOISE, n, n_past()};
         denoise_graph_past_ = -1;
         pass_graph_ = build_pass(*model_, *cache_, io_, pass);
-        if (!ggml_gallocr_alloc_graph(pass_allocator_.get(), pass_graph_.nodes)) {
-            throw Error(DG_ERROR_MEMORY, "memory for a canvas' intermediate tensors was refused");
-        }
+        place(pass_allocator_.get(), pass_graph_);
         set_pass_inputs(pass);
         cache_->wrote(pass.end());
         denoise_graph_past_ = pass.n_past;

@@ -45,6 +45,9 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
+#: Seeds are 64 bits.
+MAX_SEED = 2**64 - 1
+
 KV_TYPES: dict[str, int] = {
     "f16": lib.DG_KV_F16,
     "f32": lib.DG_KV_F32,
@@ -130,7 +133,7 @@ def _text(pointer: Any) -> str:
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
+def integer(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int in [low, high]. Raises TypeError for what is no integer, ValueError outside of the range."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an integer, but is {value!r}")
@@ -144,7 +147,7 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
 
 
 def _int32(name: str, value: object, low: int = 0) -> int:
-    return _integer(name, value, low, 2**31 - 1)
+    return integer(name, value, low, 2**31 - 1)
 
 
 def _real(name: str, value: object) -> float:
@@ -463,7 +466,7 @@ class NativeSession:
     """One timeline on a model: a prefix in the KV cache, and at most one canvas that is being denoised.
 
     `n_ctx` 0: the smaller of 8192 and the file's context length. `n_batch`: tokens per chunk of a prompt. `n_threads`
-    0: the physical cores that this process may use. `type_kv`: a key of KV_TYPES.
+    0: as many as this process may use at once. `type_kv`: a key of KV_TYPES.
 
     The computing methods raise SessionBusyError when another thread is inside, CancelledError after cancel(), and what
     a signal handler raised (KeyboardInterrupt) when one ran meanwhile; what then holds stands at each call in
@@ -572,8 +575,8 @@ class NativeSession:
         canvas_ids = None if canvas is None else _id_array("canvas", canvas, self._canvas_length)
         options = ffi.new("dg_canvas_options *")
         sampling._fill(options.sampling)
-        options.seed = _integer("seed", seed, 0, 2**64 - 1)
-        options.canvas_index = _integer("canvas_index", canvas_index, 0, 2**32 - 1)
+        options.seed = integer("seed", seed, 0, MAX_SEED)
+        options.canvas_index = integer("canvas_index", canvas_index, 0, 2**32 - 1)
         # The arrays stay alive as the locals above; C copies them.
         options.pinned = _pointer_to("int32_t[]", pinned_ids)
         options.canvas = _pointer_to("int32_t[]", canvas_ids)
@@ -629,6 +632,13 @@ def _noise(uniform: npt.ArrayLike | None, renoise: npt.ArrayLike | None, n_rows:
     return noise, (u, ids)
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError naming the option, its value and the range; TypeError for a value of the wrong type."""
+    options = ffi.new("dg_sampling *")
+    sampling._fill(options)
+    _call(lib.dg_sampling_check, options)
+
+
 def sample(
     z: Float32Array,
     sampling: Sampling,
@@ -679,20 +689,20 @@ def noise_uniform(seed: int, canvas_index: int, step: int, n_rows: int) -> Float
     """The u of each row's draw in one step: float64 [n_rows] in [0, 1)."""
     out = np.empty(_int32("n_rows", n_rows), dtype=np.float64)
     key = _draw_key(seed, canvas_index)
-    lib.dg_noise_uniform(*key, _integer("step", step, 0, 2**32 - 1), n_rows, _pointer_to("double[]", out))
+    lib.dg_noise_uniform(*key, integer("step", step, 0, 2**32 - 1), n_rows, _pointer_to("double[]", out))
     return out
 
 
 def noise_renoise(seed: int, canvas_index: int, step: int, n_rows: int, n_vocab: int) -> Int32Array:
     """The fresh ids for the rows that one step does not accept: int32 [n_rows]."""
     out = np.empty(_int32("n_rows", n_rows), dtype=np.int32)
-    key = (*_draw_key(seed, canvas_index), _integer("step", step, 0, 2**32 - 1))
+    key = (*_draw_key(seed, canvas_index), integer("step", step, 0, 2**32 - 1))
     lib.dg_noise_renoise(*key, n_rows, _int32("n_vocab", n_vocab, low=1), _pointer_to("int32_t[]", out))
     return out
 
 
 def _draw_key(seed: int, canvas_index: int) -> tuple[int, int]:
-    return _integer("seed", seed, 0, 2**64 - 1), _integer("canvas_index", canvas_index, 0, 2**32 - 1)
+    return integer("seed", seed, 0, MAX_SEED), integer("canvas_index", canvas_index, 0, 2**32 - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- build

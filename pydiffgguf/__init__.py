@@ -1,0 +1,86 @@
+"""DiffusionGemma from GGUF files, in your own process: no torch, no server.
+
+    from pydiffgguf import DiffusionModel
+
+    with DiffusionModel("model.gguf") as model:
+        print(model.generate("Why is the sky blue?", max_tokens=256, seed=7).text)
+
+Importing does nothing but import: names are loaded when they are first used, no device is touched, nothing is printed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydiffgguf.errors import (
+        CancelledError,
+        ContextOverflowError,
+        DiffGGUFError,
+        ModelClosedError,
+        ModelFormatError,
+        OutOfMemoryError,
+        SessionBusyError,
+        UnsupportedError,
+    )
+    from pydiffgguf.generate import Block, DenoiseStep, Generation, Stats
+    from pydiffgguf.model import DiffusionModel, ModelWarning, demo_model_path
+    from pydiffgguf.session import Canvas, Noise, Session, Step
+
+__all__ = [
+    "Block",
+    "CancelledError",
+    "Canvas",
+    "ContextOverflowError",
+    "DenoiseStep",
+    "DiffGGUFError",
+    "DiffusionModel",
+    "Generation",
+    "ModelClosedError",
+    "ModelFormatError",
+    "ModelWarning",
+    "Noise",
+    "OutOfMemoryError",
+    "Session",
+    "SessionBusyError",
+    "Stats",
+    "Step",
+    "UnsupportedError",
+    "__version__",
+    "demo_model_path",
+]
+
+_HOME = {
+    "errors": (
+        "CancelledError",
+        "ContextOverflowError",
+        "DiffGGUFError",
+        "ModelClosedError",
+        "ModelFormatError",
+        "OutOfMemoryError",
+        "SessionBusyError",
+        "UnsupportedError",
+    ),
+    "generate": ("Block", "DenoiseStep", "Generation", "Stats"),
+    "model": ("DiffusionModel", "ModelWarning", "demo_model_path"),
+    "session": ("Canvas", "Noise", "Session", "Step"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("pydiffgguf")
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"pydiffgguf.{_MODULE_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module 'pydiffgguf' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

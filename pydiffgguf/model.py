@@ -1,0 +1,456 @@
+"""The model as users meet it: open a file, generate, chat, look inside."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import threading
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from pydiffgguf._native import (
+    MAX_SEED,
+    Memory,
+    Metadata,
+    ModelConfig,
+    NativeModel,
+    StrPath,
+    TensorInfo,
+    integer,
+)
+from pydiffgguf.chat import StopStrings, render
+from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
+from pydiffgguf.generate import Event, Generation, Request, TextView, run
+from pydiffgguf.session import Noise, Session, resolve_sampling
+from pydiffgguf.tokenizer import Tokenizer
+
+__all__ = ["DiffusionModel", "ModelWarning", "Prompt", "demo_model_path"]
+
+#: Text, or token ids that are used as they are.
+Prompt = str | Sequence[int]
+
+DEFAULT_MAX_TOKENS = 256
+
+
+class ModelWarning(UserWarning):
+    """Something is odd about a file that works nevertheless; says what it costs."""
+
+
+def demo_model_path() -> Path:
+    """The bundled demo model: a toy that shows the machinery (docs/DEMO_MODEL.md)."""
+    return Path(__file__).parent / "data" / "demo.gguf"
+
+
+class DiffusionModel:
+    """A DiffusionGemma GGUF file, opened.
+
+    A model may be shared between threads. Each call that generates takes a session of its own from a small pool, so
+    calls at the same time do not meet; between calls the session keeps its prefix, and the next prompt is encoded from
+    where it differs.
+
+    Args:
+        path: the GGUF file.
+        n_ctx: positions of a session: prefix, finished canvases and the live canvas. None: the smaller of 8192 and the
+            file's context_length.
+        n_batch: a prompt is encoded in chunks of so many tokens.
+        n_threads: None: as many as this process may use at once.
+        n_gpu_layers: "auto" (as many as fit; none on a CPU build) or a number.
+        type_kv: "f16", "f32", "bf16" or "q8_0".
+        use_mmap: map the file instead of reading it into memory.
+        verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise.
+
+    Raises:
+        OSError: no such file, a directory, not readable.
+        ModelFormatError: not a GGUF of this architecture, or a broken one; says which key or tensor.
+        UnsupportedError: GPU layers on a build without one, or a file that needs what is not built.
+        ContextOverflowError: n_ctx below canvas + 1, or beyond the file's context_length.
+        ValueError, TypeError: an option out of range or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        path: StrPath,
+        *,
+        n_ctx: int | None = None,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        n_gpu_layers: int | Literal["auto"] = "auto",
+        type_kv: str = "f16",
+        use_mmap: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
+            raise ValueError(f'n_gpu_layers is {n_gpu_layers!r}: it must be "auto" or a number')
+        self._session_options: dict[str, Any] = {
+            "n_ctx": 0 if n_ctx is None else integer("n_ctx", n_ctx, 1, 2**31 - 1),
+            "n_batch": n_batch,
+            "n_threads": 0 if n_threads is None else integer("n_threads", n_threads, 1, 512),
+            "type_kv": type_kv,
+        }
+        self.path = Path(path)
+        self._native = NativeModel(
+            path, n_gpu_layers=-1 if n_gpu_layers == "auto" else integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1),
+            use_mmap=use_mmap,
+        )
+        self._lock = threading.Lock()
+        self._idle: list[Session] = []
+        self._active: set[Session] = set()
+        self._predicted = self._native.memory(**self._session_options)
+        self._tokenizer = _read_tokenizer(self._native.metadata, self.config.n_vocab)
+        self._view = TextView(self._tokenizer)
+        for warning in self._native.warnings:
+            warnings.warn(f"{self.path.name}: {warning}", ModelWarning, stacklevel=2)
+        if verbose:
+            self._describe()
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_id: str, filename: str = "*.gguf", *, revision: str | None = None, **options: Any
+    ) -> DiffusionModel:
+        """Opens a file of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there.
+
+        Args:
+            repo_id: "owner/repo".
+            filename: a name or a pattern such as "*Q4_K_M.gguf"; it must match one model.
+            revision: branch, tag or commit.
+            options: those of the constructor.
+        """
+        from pydiffgguf.hub import resolve_hub
+
+        return cls(resolve_hub(repo_id, filename, revision=revision), **options)
+
+    # ------------------------------------------------------------------------------------------------ looking inside
+
+    @property
+    def config(self) -> ModelConfig:
+        """The figures of the model, all read from the file."""
+        return self._native.config
+
+    @property
+    def metadata(self) -> Metadata:
+        """The file's key-value pairs."""
+        return self._native.metadata
+
+    def tensors(self) -> list[TensorInfo]:
+        """All tensors of the file, in its order."""
+        return self._native.tensors()
+
+    def memory(self, **options: Any) -> Memory:
+        """Bytes by kind: those of the session that was made last, or what a session would take before there is one.
+
+        Args:
+            options: n_ctx, n_batch, type_kv of the session to predict; without any, the model's own.
+        """
+        self._check_open()
+        if options:
+            return self._native.memory(**{**self._session_options, **options})
+        with self._lock:
+            sessions = [*self._active, *self._idle]
+        return sessions[-1].memory if sessions else self._predicted
+
+    def _describe(self) -> None:
+        c, memory = self.config, self._predicted
+        full = sum(not layer.sliding for layer in c.layers)
+        print(
+            f"pydiffgguf: {self.path.name}: {c.n_layer} layers ({full} full), hidden {c.n_embd}, {c.n_expert} experts "
+            f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}\n"
+            f"pydiffgguf: weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
+            f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB; all on the CPU",
+            file=sys.stderr,
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- text
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UnsupportedError when the file holds none."""
+        if self._tokenizer is None:
+            raise UnsupportedError(f"{self.path.name} holds no tokenizer: pass token ids instead of text")
+        return self._tokenizer
+
+    def tokenize(self, text: str, add_bos: bool = False, special: bool = True) -> list[int]:
+        """Ids of a text. `special` False: texts of special tokens are ordinary text."""
+        return self.tokenizer.encode(text, add_bos=add_bos, special=special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included; a character that is cut at the end is left out."""
+        return self.tokenizer.decode(ids)
+
+    def _prompt_ids(self, prompt: Prompt, raw: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("the prompt is empty")
+            if raw or not self._chat_template():
+                return self.tokenize(prompt, add_bos=self.tokenizer.add_bos)
+            return self._chat_ids([{"role": "user", "content": prompt}], thinking=False)
+        ids = [integer(f"prompt[{i}]", token, 0, self.config.n_vocab - 1) for i, token in enumerate(prompt)]
+        if not ids:
+            raise ValueError("the prompt is empty")
+        return ids
+
+    def _chat_template(self) -> str | None:
+        template = self.metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise ModelFormatError("key tokenizer.chat_template is not a string")
+        return template
+
+    def _chat_ids(self, messages: Sequence[Mapping[str, str]], thinking: bool) -> list[int]:
+        template = self._chat_template()
+        if not template:
+            raise UnsupportedError(f"{self.path.name} holds no chat template: use generate() with raw text")
+        tokenizer = self.tokenizer
+        text = render(
+            template,
+            messages,
+            enable_thinking=thinking,
+            bos_token="" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
+            eos_token="" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id),
+        )
+        ids = tokenizer.encode(text)
+        # Most templates write the bos token themselves; the model has never seen a prompt without one.
+        if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+            ids.insert(0, tokenizer.bos_id)
+        return ids
+
+    # ---------------------------------------------------------------------------------------------------- generating
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        noise: Noise | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Text from a prompt.
+
+        Args:
+            prompt: a str is one user turn through the file's chat template (plain text where the file has none, or
+                with `raw`); token ids are used as they are, no bos added.
+            max_tokens: cuts the result; None: 256, as the released generation config.
+            seed: 64 bits; the same seed gives the same text on one build and device, for any number of threads. None:
+                a fresh one, which `stats.seed` tells.
+            stop: strings that end the text before them.
+            noise: draws handed in, in place of the seed's.
+            sampling: `steps`, `t_min`, `t_max`, `entropy_bound`, `stability_threshold`, `confidence_threshold`,
+                `max_steps`, `time_limit_s`; what is not given comes from the file, then from the released config.
+
+        Raises:
+            ContextOverflowError: the prompt does not fit.
+            ValueError, TypeError: an empty prompt, an option out of range, an unknown option.
+        """
+        return _drain(
+            self.stream(prompt, max_tokens=max_tokens, seed=seed, stop=stop, raw=raw, noise=noise, **sampling)
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        noise: Noise | None = None,
+        **sampling: Any,
+    ) -> Generator[Event, None, Generation]:
+        """The same as `generate`, as events: a DenoiseStep after every step, a Block after every canvas. Closing the
+        iterator cancels; its return value (StopIteration.value) is the Generation. Bad arguments raise here, not at
+        the first event."""
+        return self._stream(self._prompt_ids(prompt, raw), max_tokens, seed, stop, noise, sampling)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        thinking: bool = False,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        noise: Noise | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """The model's answer to a conversation: dicts with role ("system", "user", "assistant") and content.
+
+        `thinking` asks for the thought channel, which comes apart from the text as `reasoning`, and is never fed back:
+        thoughts in earlier answers are left out. The other arguments are `generate`'s.
+        """
+        return _drain(
+            self.stream_chat(
+                messages, thinking=thinking, max_tokens=max_tokens, seed=seed, stop=stop, noise=noise, **sampling
+            )
+        )
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        thinking: bool = False,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        noise: Noise | None = None,
+        **sampling: Any,
+    ) -> Generator[Event, None, Generation]:
+        """The same as `chat`, as events; see `stream`."""
+        return self._stream(self._chat_ids(messages, thinking), max_tokens, seed, stop, noise, sampling)
+
+    def _stream(
+        self,
+        ids: Sequence[int],
+        max_tokens: int | None,
+        seed: int | None,
+        stop: str | Sequence[str],
+        noise: Noise | None,
+        options: Mapping[str, Any],
+    ) -> Generator[Event, None, Generation]:
+        self._check_open()
+        sampling, time_limit = resolve_sampling(self._native.sampling, options)
+        request = Request(
+            prompt=ids,
+            max_tokens=integer("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, 1, 2**31 - 1),
+            sampling=sampling,
+            time_limit_s=time_limit,
+            stop=StopStrings(stop),
+            seed=secrets.randbits(64) if seed is None else integer("seed", seed, 0, MAX_SEED),
+            noise=noise,
+            end_ids=self._end_ids(),
+        )
+        return self._run(request)
+
+    def _run(self, request: Request) -> Generator[Event, None, Generation]:
+        with self._session_for(request.prompt) as session:
+            return (yield from run(session, request, self._view))
+
+    def _end_ids(self) -> frozenset[int]:
+        return frozenset() if self._tokenizer is None else self._tokenizer.end_ids
+
+    # ------------------------------------------------------------------------------------------------------ sessions
+
+    def session(self) -> Session:
+        """A session of its own, for tests, research and embedders; with the options that the model was opened with.
+
+        Raises OutOfMemoryError when its cache or buffers are refused.
+        """
+        self._check_open()
+        return Session(self._native, **self._session_options)
+
+    @contextmanager
+    def _session_for(self, prompt: Sequence[int]) -> Iterator[Session]:
+        """An idle session, the one that shares the longest head with the prompt, or a new one."""
+        with self._lock:
+            self._check_open()
+            self._idle.sort(key=lambda session: _common_head(session, prompt))
+            session = self._idle.pop() if self._idle else None
+            if session is not None:
+                self._active.add(session)
+        if session is None:
+            session = self.session()
+            with self._lock:
+                self._active.add(session)
+        try:
+            yield session
+        finally:
+            with self._lock:
+                self._active.discard(session)
+                # One is kept for the next call; more would hold memory that nobody asked for.
+                keep = not self._idle and not self._native.closed
+                if keep:
+                    session._native.clear_cancel()
+                    self._idle.append(session)
+            if not keep:
+                session.close()
+
+    def cancel(self) -> None:
+        """From any thread: what this model is generating ends within one operator of the graph, with finish_reason
+        "cancelled" and the canvases that were finished."""
+        with self._lock:
+            active = list(self._active)
+        for session in active:
+            session.cancel()
+
+    # ---------------------------------------------------------------------------------------------------------- life
+
+    def _check_open(self) -> None:
+        if self._native.closed:
+            raise ModelClosedError(f"{self.path.name} is closed")
+
+    @property
+    def closed(self) -> bool:
+        return self._native.closed
+
+    def close(self) -> None:
+        """Cancels what is running and lets go of the file. Idempotent; every later call raises ModelClosedError.
+        Sessions made by `session()` go on until they are closed."""
+        with self._lock:
+            self._native.close()
+            idle, self._idle = self._idle, []
+        self.cancel()
+        for session in idle:
+            session.close()
+
+    def __enter__(self) -> DiffusionModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<DiffusionModel {self.path.name}{' (closed)' if self.closed else ''}>"
+
+
+def _drain(stream: Generator[Event, None, Generation]) -> Generation:
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            result: Generation = end.value
+            return result
+
+
+def _common_head(session: Session, prompt: Sequence[int]) -> int:
+    held = session.tokens()
+    n = min(len(held), len(prompt))
+    different = np.nonzero(held[:n] != np.asarray(prompt[:n], dtype=np.int32))[0]
+    return int(different[0]) if different.size else n
+
+
+def _read_tokenizer(metadata: Metadata, n_vocab: int) -> Tokenizer | None:
+    """The tokenizer that the file holds; None where it holds none."""
+    prefix = "tokenizer.ggml."
+    if f"{prefix}tokens" not in metadata:
+        return None
+
+    def typed(key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        value = metadata.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise ModelFormatError(f"key {key} has the wrong type: {type(value).__name__}")
+        return value
+
+    tokens = typed(f"{prefix}tokens", list, [])
+    if len(tokens) != n_vocab:
+        raise ModelFormatError(f"key {prefix}tokens has {len(tokens)} entries, expected one a row of token_embd, {n_vocab}")
+    return Tokenizer.from_gguf(
+        tokens,
+        typed(f"{prefix}token_type", list, None),
+        typed(f"{prefix}merges", list, []),
+        bos_id=typed(f"{prefix}bos_token_id", int, None),
+        eos_id=typed(f"{prefix}eos_token_id", int, None),
+        unk_id=typed(f"{prefix}unknown_token_id", int, None),
+        pad_id=typed(f"{prefix}padding_token_id", int, None),
+        add_bos=typed(f"{prefix}add_bos_token", bool, True),
+        extra_end_ids=typed("diffusion.eos_token_ids", list, []),
+    )

@@ -1,0 +1,301 @@
+"""The low level: numpy in, numpy out. A session owns a KV cache and buffers, and denoises one canvas at a time.
+
+C is the canvas length, V the vocabulary size (`model.config.canvas_length`, `model.config.n_vocab`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pydiffgguf import _native
+from pydiffgguf._native import (
+    BoolArray,
+    Float32Array,
+    Float64Array,
+    Int32Array,
+    Memory,
+    ModelConfig,
+    NativeModel,
+    NativeSession,
+    RawStep,
+    Sampling,
+    StrPath,
+)
+
+__all__ = ["SAMPLING_OPTIONS", "Canvas", "Noise", "Session", "Step", "resolve_sampling"]
+
+
+class Noise(Protocol):
+    """Draws handed in by the caller in place of the built-in Philox ones. `c` counts canvases, `step` counts from 0 in
+    order of execution; all arrays have C entries."""
+
+    def canvas(self, c: int) -> npt.ArrayLike:
+        """Ids of the first canvas: int32."""
+
+    def uniform(self, c: int, step: int) -> npt.ArrayLike:
+        """u of each row's inverse-CDF draw: float64 in [0, 1)."""
+
+    def renoise(self, c: int, step: int) -> npt.ArrayLike:
+        """Fresh ids for the rows that are not accepted: int32."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the sampler made of one step; arrays of C entries.
+
+    `argmax` int32: the canvas that counts. `accepted` bool: whose draw was accepted; False on pinned rows, which take
+    no part. `entropy` float64: nats, at the step's temperature; 0 on pinned rows. `canvas` int32: what the next step
+    starts from: accepted draws, fresh random ids elsewhere, the pins last.
+    """
+
+    argmax: Int32Array
+    accepted: BoolArray
+    entropy: Float64Array
+    canvas: Int32Array
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A denoised canvas. `tokens` int32 [C]: the last argmax canvas. `steps`: how many were made. `converged`: it was
+    stable and confident before the steps (or the time) ran out. `trace`: one Step each, when asked for."""
+
+    tokens: Int32Array
+    steps: int
+    converged: bool
+    trace: list[Step] = field(default_factory=list)
+
+
+#: Options of the canvas loop, by the names that they have everywhere. `time_limit_s` is the only one that is not part
+#: of the sampler itself: no new step begins later than so many seconds after the call.
+SAMPLING_OPTIONS = (*(f.name for f in fields(Sampling)), "time_limit_s")
+
+
+def resolve_sampling(defaults: Sampling, options: Mapping[str, Any]) -> tuple[Sampling, float | None]:
+    """The file's sampler values with the caller's over them, and the time limit. An option that is None counts as not
+    given.
+
+    Raises:
+        TypeError: an unknown option, or a value of the wrong type.
+        ValueError: a value out of range; names the option, the value and the range.
+    """
+    unknown = sorted(set(options) - set(SAMPLING_OPTIONS))
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; sampling options are {', '.join(SAMPLING_OPTIONS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    time_limit = given.pop("time_limit_s", None)
+    if time_limit is not None:
+        if isinstance(time_limit, bool) or not isinstance(time_limit, (int, float, np.integer, np.floating)):
+            raise TypeError(f"time_limit_s must be a number, but is {time_limit!r}")
+        time_limit = float(time_limit)
+        if not 0.0 < time_limit < float("inf"):
+            raise ValueError(f"time_limit_s is {time_limit}: it must be a finite number of seconds > 0")
+    sampling = replace(defaults, **given)
+    _native.check_sampling(sampling)
+    return sampling, time_limit
+
+
+class Session:
+    """A prefix in the KV cache, and the canvas behind it. Made by `DiffusionModel.session()`.
+
+    One thread at a time: a second one gets SessionBusyError. The computing methods raise CancelledError after
+    `cancel()` from another thread; the prefix then holds what `n_past` says, and the session is usable.
+    """
+
+    def __init__(self, model: NativeModel, **options: Any) -> None:
+        self._native = NativeSession(model, **options)
+        self.config: ModelConfig = model.config
+        self._defaults = model.sampling
+
+    # ------------------------------------------------------------------------------------------------- the prefix
+
+    def encode(self, ids: npt.ArrayLike) -> None:
+        """Appends ids (int32 [n], n >= 1) to the prefix, causally, in chunks of n_batch.
+
+        Raises:
+            ContextOverflowError: the prefix, these tokens and one canvas do not fit n_ctx; nothing is changed.
+            ValueError: no ids, or an id out of range; nothing is changed.
+        """
+        self._native.encode(ids)
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the prefix."""
+        return self._native.n_past
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions there are: prefix, finished canvases and the live canvas together."""
+        return self._native.n_ctx
+
+    @property
+    def n_threads(self) -> int:
+        return self._native.n_threads
+
+    def tokens(self) -> Int32Array:
+        """The prefix: int32 [n_past]."""
+        return self._native.tokens()
+
+    def truncate(self, n: int) -> None:
+        """Cuts the prefix to its first n tokens. Free while the sliding layers still hold the window before n; beyond
+        that the kept tokens are encoded again."""
+        self._native.truncate(n)
+
+    def reset(self) -> None:
+        """An empty prefix."""
+        self._native.truncate(0)
+
+    def save(self, path: StrPath) -> None:
+        """Writes the prefix, tokens and cache, to a file that appears under its name only when it is whole."""
+        self._native.save(path)
+
+    def load(self, path: StrPath) -> None:
+        """Replaces the prefix by a saved one of the same model and type_kv.
+
+        Raises ModelFormatError for another file or model, ContextOverflowError when it does not fit; the prefix is
+        empty then.
+        """
+        self._native.load(path)
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes by kind that this session holds."""
+        return self._native.memory
+
+    # ------------------------------------------------------------------------------------------------- the canvas
+
+    def denoise(self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None) -> Float32Array:
+        """One decoder pass: canvas int32 [C] -> logits float32 [C, V], softcapped, before temperature.
+
+        Args:
+            self_conditioning: float32 [C, V], the *processed* logits (divided by the temperature) of the step before;
+                None for a zero signal, as on the first step.
+
+        Raises ValueError when nothing is encoded yet, or for arrays of another shape.
+        """
+        return self._native.denoise(canvas, self_conditioning)
+
+    def sample(
+        self,
+        z: Float32Array,
+        step: int,
+        noise: Noise,
+        steps: int | None = None,
+        pinned: npt.ArrayLike | None = None,
+        canvas_index: int = 0,
+        **sampling: Any,
+    ) -> Step:
+        """The sampler alone on logits z float32 [C, V] (softcapped, before temperature); nothing is remembered.
+
+        Args:
+            step: from 0, in order of execution.
+            noise: its `uniform(canvas_index, step)` and `renoise(canvas_index, step)` are used.
+            steps: N of the temperature schedule; None for the file's.
+            pinned: int32 [C], the id where a row is fixed, -1 where it is free.
+        """
+        options, _ = resolve_sampling(self._defaults, {"steps": steps, **sampling})
+        raw = _native.sample(
+            z,
+            options,
+            step=step,
+            uniform=noise.uniform(canvas_index, step),
+            renoise=noise.renoise(canvas_index, step),
+            pinned=pinned,
+        )
+        return Step(raw.argmax, raw.accepted, raw.entropy, raw.canvas)
+
+    def run_canvas(
+        self,
+        noise: Noise | None = None,
+        seed: int = 0,
+        canvas_index: int = 0,
+        pinned: npt.ArrayLike | None = None,
+        on_step: Callable[[RawStep], object] | None = None,
+        trace: bool = False,
+        **sampling: Any,
+    ) -> Canvas:
+        """Denoises one canvas behind the prefix, and appends nothing to it.
+
+        Args:
+            noise: draws of the caller; None for Philox keyed by `seed` and `canvas_index`.
+            canvas_index: the `c` of noise and Philox.
+            pinned: int32 [C]: the id where a row is fixed, -1 where it is free. Pinned rows are written back last in
+                every step, take no part in entropy budget, mean entropy or stability, and give self-conditioning
+                their own embedding.
+            on_step: called after each step; a true result ends the canvas there.
+            trace: keep every step's Step.
+            sampling: options as in `SAMPLING_OPTIONS`.
+
+        Raises ValueError when nothing is encoded yet, an option or a pin is out of range; TypeError for an unknown
+        option.
+        """
+        options, time_limit = resolve_sampling(self._defaults, sampling)
+        loop = CanvasLoop(self._native, options, noise=noise, seed=seed, canvas_index=canvas_index, pinned=pinned)
+        deadline = None if time_limit is None else time.monotonic() + time_limit
+        steps: list[Step] = []
+        while True:
+            step = loop.step()
+            if trace:
+                steps.append(Step(step.argmax, step.accepted, step.entropy, step.canvas))
+            stop = on_step is not None and bool(on_step(step))
+            if step.finished or stop or (deadline is not None and time.monotonic() >= deadline):
+                return Canvas(step.argmax, step.step + 1, step.converged, steps)
+
+    # -------------------------------------------------------------------------------------------------------- life
+
+    def cancel(self) -> None:
+        """From any thread: the call that is running, or else the next one that computes, raises CancelledError."""
+        self._native.cancel()
+
+    @property
+    def closed(self) -> bool:
+        return self._native.closed
+
+    def close(self) -> None:
+        """Frees cache and buffers. Idempotent."""
+        self._native.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class CanvasLoop:
+    """One canvas under way: what `Session.run_canvas` and whole generations step through."""
+
+    def __init__(
+        self,
+        session: NativeSession,
+        sampling: Sampling,
+        *,
+        noise: Noise | None,
+        seed: int,
+        canvas_index: int,
+        pinned: npt.ArrayLike | None = None,
+    ) -> None:
+        self._session = session
+        self._noise = noise
+        self._canvas_index = canvas_index
+        self._step = 0
+        canvas = None if noise is None else noise.canvas(canvas_index)
+        session.canvas_begin(sampling, seed=seed, canvas_index=canvas_index, pinned=pinned, canvas=canvas)
+
+    def step(self) -> RawStep:
+        """The next denoise step; after CancelledError it may be repeated."""
+        if self._noise is None:
+            raw = self._session.canvas_step()
+        else:
+            c, n = self._canvas_index, self._step
+            raw = self._session.canvas_step(self._noise.uniform(c, n), self._noise.renoise(c, n))
+        self._step += 1
+        return raw
