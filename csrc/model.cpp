@@ -619,4 +619,16 @@ class ModelReader {
 
 Model::Model(const std::string &path, const dg_model_options &options) { ModelReader(*this, path, options).read(); }
 
+int64_t Model::active_parameters() const {
+    const auto size = [](const ggml_tensor *t) { return t ? ggml_nelements(t) : 0; };
+    int64_t n = size(weights_.token_embd);
+    for (const LayerWeights &l : weights_.layers) {
+        n += size(l.attn_q) + size(l.attn_k) + size(l.attn_v) + size(l.attn_output);
+        n += size(l.ffn_gate) + size(l.ffn_up) + size(l.ffn_down) + size(l.router);
+        const int64_t experts = size(l.gate_up_exps) + size(l.gate_exps) + size(l.up_exps) + size(l.down_exps);
+        n += experts / config_.n_expert * config_.n_expert_used;
+    }
+    return n;
+}
+
 } // namespace dg

@@ -74,6 +74,8 @@ class Model {
     const Weights &weights() const { return weights_; }
     const std::vector<std::string> &warnings() const { return warnings_; }
     const gguf_context *gguf() const { return gguf_.get(); }
+    // Weights that one row of a pass is multiplied with.
+    int64_t active_parameters() const;
     size_t weight_bytes() const { return weight_bytes_; }
     bool mapped() const { return mapped_; }
     // Differs between models whose caches are not exchangeable: a hash of the metadata and the small tensors.

@@ -53,7 +53,15 @@ void place(ggml_gallocr_t allocator, const Graph &graph) {
     }
 }
 
-int32_t default_threads() { return static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency())); }
+// As many as this process may use, but no more than the work of a step is worth: barriers cost a small model more than
+// a second thread brings it, and everything when another process wants the core (vendor/patches).
+int32_t default_threads(const Model &model) {
+    const dg_config &c = model.config();
+    const double flop_per_step = 2.0 * static_cast<double>(model.active_parameters()) * c.canvas_length;
+    const double worth = flop_per_step / 1e9;
+    const double available = std::max(1u, std::thread::hardware_concurrency());
+    return static_cast<int32_t>(std::clamp(worth, 1.0, available));
+}
 
 int32_t context_size(const Model &model, int32_t asked) {
     const dg_config &c = model.config();
@@ -77,7 +85,7 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
       n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
       type_kv_(cache_type(options.type_kv)) {
     if (n_threads_ == 0) {
-        n_threads_ = default_threads();
+        n_threads_ = default_threads(*model_);
     }
 }
 
@@ -89,6 +97,7 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     }
     plan(true);
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
+    params.poll = 1; // idle threads sleep after some 2 ms instead of ggml's 100: a desktop program is mostly idle
     threadpool_ = ggml_threadpool_new(&params);
     if (!threadpool_) {
         throw Error(DG_ERROR_MEMORY, format("%d threads were refused", n_threads_));

@@ -59,7 +59,7 @@ class DiffusionModel:
         n_ctx: positions of a session: prefix, finished canvases and the live canvas. None: the smaller of 8192 and the
             file's context_length.
         n_batch: a prompt is encoded in chunks of so many tokens.
-        n_threads: None: as many as this process may use at once.
+        n_threads: None: as many as this process may use, but no more than a step of this model is worth.
         n_gpu_layers: "auto" (as many as fit; none on a CPU build) or a number.
         type_kv: "f16", "f32", "bf16" or "q8_0".
         use_mmap: map the file instead of reading it into memory.

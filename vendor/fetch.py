@@ -1,4 +1,4 @@
-"""Puts ggml's source, as pinned in requirements.txt beside this file, into vendor/ggml.
+"""Puts ggml's source, as pinned in requirements.txt beside this file and with our patches, into vendor/ggml.
 
 CMake runs this on every configure; it does nothing when the pinned source is there already, so a source release, which
 carries vendor/ggml, builds without a network. The download goes through pip, with its settings, proxies and cache, and
@@ -7,6 +7,8 @@ is accepted only with the pinned SHA-256. Run it by hand to fetch ahead of time:
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,14 +18,54 @@ from pathlib import Path
 VENDOR = Path(__file__).resolve().parent
 REQUIREMENTS = VENDOR / "requirements.txt"
 TARGET = VENDOR / "ggml"
+PATCHES = VENDOR / "patches"
 FOLDER = "ggml"  # inside the archive, behind its NAME-VERSION/ folder
 
 
 def read_pin() -> str:
-    """The requirement line, which names the version and the hash: what vendor/ggml/.pin must hold to be current."""
+    """The requirement line, which names the version and the hash, and the patches' own hash: what vendor/ggml/.pin must
+    hold to be current."""
     lines = [line.strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines()]
     (pin,) = [line for line in lines if "--hash=" in line]
-    return pin
+    digest = hashlib.sha256(b"".join(path.read_bytes().replace(b"\r\n", b"\n") for path in patches()))
+    return f"{pin} patches:{digest.hexdigest()}"
+
+
+def patches() -> list[Path]:
+    """vendor/patches/*.patch in order: unified diffs against the pinned source, each with its reason on top."""
+    return sorted(PATCHES.glob("*.patch"))
+
+
+def apply_patch(patch: Path, folder: Path) -> None:
+    """Applies a unified diff to the files in `folder`. The source is pinned, so there is nothing to guess: every line
+    of context must stand exactly where the patch says. Raises ValueError otherwise."""
+    lines = patch.read_text(encoding="utf-8").splitlines()
+    source: list[str] = []
+    target: Path | None = None
+    shift = 0  # lines that earlier hunks of the file have added
+    at = 0
+    while at < len(lines):
+        line = lines[at]
+        at += 1
+        if line.startswith("+++ "):
+            target, shift = folder / line[4:].split("\t")[0].partition("/")[2], 0
+            source = target.read_text(encoding="utf-8").split("\n")
+        hunk = re.match(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,(\d+))? @@", line)
+        if hunk is None or target is None:
+            continue
+        n_old, n_new = (int(group or 1) for group in hunk.group(2, 3))
+        body: list[str] = []
+        while sum(row[0] in " -" for row in body) < n_old or sum(row[0] in " +" for row in body) < n_new:
+            body.append(lines[at] or " ")
+            at += 1
+        first = int(hunk.group(1)) - 1 + shift
+        old = [row[1:] for row in body if row[0] in " -"]
+        new = [row[1:] for row in body if row[0] in " +"]
+        if source[first : first + n_old] != old:
+            raise ValueError(f"{patch.name} does not fit {target.name} at line {first + 1}")
+        source[first : first + n_old] = new
+        shift += n_new - n_old
+        target.write_text("\n".join(source), encoding="utf-8")
 
 
 def is_current(pin: str) -> bool:
@@ -77,6 +119,8 @@ def main() -> int:
             )
             return 1
         fresh = unpack(archive, folder / "source")
+        for patch in patches():
+            apply_patch(patch, fresh)
         (fresh / ".pin").write_text(pin + "\n", encoding="utf-8")
         if TARGET.exists():
             TARGET.rename(folder / "old")
