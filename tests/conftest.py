@@ -1,0 +1,31 @@
+"""What the tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import make_checkpoint
+
+from pydiffgguf.convert import convert
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outside_of_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests run in an empty folder: a child interpreter started in the checkout would import the sources there, which
+    lack the compiled module, and nothing that a test drops lands among them."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random float32 model with a tokenizer and a chat template: 6 layers, canvas 32, vocabulary 512."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_checkpoint(folder / "checkpoint", canvas_length=32, sc_scale=0.3, tokenizer=True)
+    convert(folder / "checkpoint", folder / "tiny.gguf", type="f32")
+    return folder / "tiny.gguf"

@@ -1,0 +1,118 @@
+"""The package as a whole: what it exports, what importing it does, and that its facts stand in one place each."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pydiffgguf
+from pydiffgguf import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, timeout=60)
+
+
+def test_all_names_every_public_name_and_each_exists() -> None:
+    """`__all__` is sorted and is what `dir()` shows; every name can be had, and all but the version are documented."""
+    assert pydiffgguf.__all__ == sorted(pydiffgguf.__all__)
+    assert dir(pydiffgguf) == pydiffgguf.__all__
+    for name in pydiffgguf.__all__:
+        value = getattr(pydiffgguf, name)
+        assert not isinstance(value, types.ModuleType), name
+        assert name == "__version__" or value.__doc__, name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """Names are loaded when they are first used; a name that does not exist says so at once."""
+    assert not hasattr(pydiffgguf, "DiffusionModle")
+
+
+def test_one_version() -> None:
+    """pyproject.toml's version is the package's, the distribution's and the C library's."""
+    (declared,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pydiffgguf.__version__ == declared
+    assert importlib.metadata.version("pydiffgguf") == declared
+    assert _native.build_info()["version"] == declared
+
+
+def test_the_changelog_knows_this_version() -> None:
+    """A release without a line in CHANGELOG.md is a mistake."""
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{pydiffgguf.__version__}]" in changelog
+
+
+def test_importing_prints_nothing_and_loads_no_engine() -> None:
+    """Import does nothing but import: no output, no numpy, no compiled module, no thread."""
+    script = """
+        import sys, threading
+        import pydiffgguf
+        assert threading.active_count() == 1
+        print(sorted({"numpy", "pydiffgguf._diffgguf", "rich", "torch", "tokenizers"} & set(sys.modules)))
+    """
+    done = run_python("-W", "error", "-c", re.sub(r"^ +", "", script, flags=re.MULTILINE))
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def imported_in_ms(statement: str) -> float:
+    """Milliseconds that importing takes beyond what numpy takes, by -X importtime, the best of three."""
+    best = float("inf")
+    for _ in range(3):
+        log = run_python("-X", "importtime", "-c", f"import numpy; {statement}").stderr
+        rows = [line.removeprefix("import time:").split("|") for line in log.splitlines()[1:]]
+        names = [row[2].strip() for row in rows]
+        after_numpy = rows[names.index("numpy") + 1 :]
+        best = min(best, sum(int(row[0]) for row in after_numpy) / 1000)
+    return best
+
+
+def test_importing_is_fast() -> None:
+    """Under 60 ms without numpy's own time: the package alone, and with the engine's binding loaded."""
+    assert imported_in_ms("import pydiffgguf") < 60
+    assert imported_in_ms("import pydiffgguf._native") < 60
+
+
+def test_the_header_compiles_as_c_alone(tmp_path: Path) -> None:
+    """csrc/diffgguf.h is C11, needs nothing else included before it, and warns about nothing."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    assert compiler, "the package was built with a compiler, but there is none now"
+    source = tmp_path / "alone.c"
+    source.write_text('#include "diffgguf.h"\ndg_status status = DG_OK;\n', encoding="utf-8")
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Wstrict-prototypes", "-Werror", "-fsyntax-only"]
+    command = [compiler, *flags, "-I", str(ROOT / "csrc"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_function_of_the_header_is_bound() -> None:
+    """The binding is derived from the header: nothing in it is missing from the compiled module."""
+    header = (ROOT / "csrc" / "diffgguf.h").read_text(encoding="utf-8")
+    declared = set(re.findall(r"^DG_API .*?\b(dg_\w+)\(", header, re.MULTILINE))
+    assert len(declared) > 30
+    assert declared <= set(dir(_native.lib))
+
+
+def test_only_one_file_touches_the_c_library() -> None:
+    """ffi and lib are imported in _native.py and nowhere else."""
+    files = [*(ROOT / "pydiffgguf").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
+    assert len(files) > 10
+    touching = [
+        path.name
+        for path in files
+        if re.search(r"_diffgguf\b.*import|import.*\b(?:ffi|lib)\b|_native\.(?:ffi|lib)\b", path.read_text("utf-8"))
+    ]
+    assert touching == ["_native.py"]
+
+
+def test_the_vendored_ggml_is_the_pinned_one() -> None:
+    """The ggml inside is the version that vendor/requirements.txt names."""
+    requirements = (ROOT / "vendor" / "requirements.txt").read_text(encoding="utf-8")
+    (pinned,) = re.findall(r"^libggml-python==(\d+\.\d+\.\d+)", requirements, re.MULTILINE)
+    assert _native.build_info()["ggml_version"] == pinned
