@@ -1,0 +1,435 @@
+"""The look into a GGUF: agreement with gguf's own reader, findings for what is missing, and hostile files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny_checkpoint
+from gguf import GGMLQuantizationType, GGUFValueType
+from rich.console import Console
+
+from pydiffgguf.convert import FileReport, convert, inspect_file
+from pydiffgguf.convert.gguf_file import read_head
+from pydiffgguf.convert.report import render, to_dict
+from pydiffgguf.errors import ModelFormatError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default tiny checkpoint as a Q8_0 file."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_checkpoint.make_checkpoint(folder / "tiny", tokenizer=True)
+    convert(folder / "tiny", folder / "x.gguf", type="q8_0")
+    return folder / "x.gguf"
+
+
+def findings(report: FileReport) -> list[tuple[str, str]]:
+    return [(f.level, f.text) for f in report.findings]
+
+
+def as_text(report: FileReport, width: int = 120) -> str:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as console
+    console.print(render(report, tensors=True))
+    console.file.close()
+    return console.export_text()
+
+
+# ------------------------------------------------------------------------------------------------ a sound file
+
+
+def test_the_head_is_what_ggufs_own_reader_sees(model: Path) -> None:
+    """Keys with types and values, tensors with shapes, types, offsets and sizes."""
+    ours, theirs = read_head(model), gguf.GGUFReader(model)
+    codes = {"u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "bool": "BOOL", "str": "STRING"}
+
+    def spelled(kind: str) -> str:
+        return f"ARRAY {codes[kind[4:-1]]}" if kind.startswith("arr[") else codes[kind]
+
+    expected = {k: f for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    assert list(ours.keys) == list(expected)
+    for name, field in expected.items():
+        assert spelled(ours.keys[name].type) == " ".join(t.name for t in field.types), name
+        assert ours.keys[name].value == field.contents(), name
+    assert [(t.name, list(t.shape), t.type, t.offset, t.n_bytes, t.n_elements) for t in ours.tensors.values()] == [
+        (t.name, t.shape.tolist(), t.tensor_type, t.data_offset, t.n_bytes, t.n_elements) for t in theirs.tensors
+    ]
+    assert (ours.version, ours.data_offset, ours.size) == (3, theirs.data_offset, model.stat().st_size)
+
+
+def test_a_converted_file_lacks_nothing(model: Path) -> None:
+    """No findings; types and classes add up to the whole file."""
+    report = inspect_file(model)
+    assert findings(report) == []
+    assert report.types["Q8_0"].tensors == 57
+    assert report.types["F32"].tensors == 87
+    by_class = [s for kinds in report.classes.values() for s in kinds.values()]
+    for field in ("tensors", "values", "n_bytes"):
+        assert sum(getattr(s, field) for s in by_class) == sum(getattr(s, field) for s in report.types.values())
+    assert report.n_parameters == 1_835_804
+    assert set(report.classes) == {
+        "attention", "dense FFN", "embedding", "experts", "norm", "rope", "router", "scalar", "self-conditioning",
+    }  # fmt: skip
+    assert report.classes["router"] == {"F32": report.classes["router"]["F32"]}
+    assert report.memory.weight_bytes == sum(t.n_bytes for t in report.tensors)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # 5 sliding layers of 2 x 32, 1 full layer of 1 x 64, window 16: K and V, 64 wide on every layer.
+        ({}, 2 * 64 * 2 * (5 * (15 + 512) + 4096)),
+        ({"n_ctx": 100}, 2 * 64 * 2 * (5 * 100 + 100)),
+        ({"n_ctx": 3000, "type_kv": "f32"}, 2 * 64 * 4 * (5 * 527 + 3000)),
+        ({"n_ctx": 3000, "type_kv": "bf16"}, 2 * 64 * 2 * (5 * 527 + 3000)),
+        ({"n_ctx": 3000, "type_kv": "q8_0"}, 2 * 68 * (5 * 527 + 3000)),
+    ],
+)
+def test_the_kv_cache_is_counted_by_layer(model: Path, options: dict[str, Any], expected: int) -> None:
+    """Full layers keep all positions, sliding ones window - 1 and the largest pass; Q8_0 is 34 bytes per 32."""
+    assert inspect_file(model, **options).memory.kv_bytes == expected
+
+
+@pytest.mark.parametrize("options", [{"type_kv": "q4_0"}, {"n_ctx": 0}])
+def test_options_out_of_range_name_themselves(model: Path, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        inspect_file(model, **options)
+
+
+def test_the_report_is_json(model: Path) -> None:
+    """It survives a round trip; long arrays are cut, with their length kept; tensors come when asked for."""
+    report = inspect_file(model)
+    value = to_dict(report, tensors=True)
+    assert json.loads(json.dumps(value, allow_nan=False)) == value
+    assert "tensors" not in to_dict(report)
+    assert len(value["tensors"]) == value["n_tensors"] == 144
+    tokens = value["keys"]["tokenizer.ggml.tokens"]
+    assert (tokens["type"], tokens["count"], len(tokens["value"])) == ("arr[str]", 512, 64)
+    pattern = value["keys"]["diffusion-gemma.attention.sliding_window_pattern"]
+    assert pattern["value"] == [True, True, True, True, True, False]
+    assert value["memory"]["kv_bytes"] == report.memory.kv_bytes
+    assert value["classes"]["experts"]["Q8_0"]["tensors"] == 12
+
+
+@pytest.mark.parametrize("width", [120, 40])
+def test_the_table_shows_keys_types_memory_and_tensors(model: Path, width: int) -> None:
+    """Also in a narrow terminal, where cells fold."""
+    text = as_text(inspect_file(model), width)
+    if width == 120:
+        for part in ("MOSTLY_Q8_0", "diffusion.canvas_length", "self-conditioning", "KV cache, 4096 positions in f16"):
+            assert part in text
+        assert "blk.5.ffn_gate_up_exps.weight" in text
+    assert all(len(line) <= width for line in text.splitlines())
+
+
+# ------------------------------------------------------------------------------------------------ what is missing
+
+Keys = dict[str, tuple[GGUFValueType, Any, GGUFValueType | None]]
+Tensors = dict[str, tuple[np.ndarray[Any, Any], GGMLQuantizationType]]
+
+
+def rewrite(source: Path, out: Path, edit: Callable[[Keys, Tensors], object]) -> Path:
+    """Copies a GGUF through gguf's own reader and writer, with `edit` applied to its keys and tensors."""
+    reader = gguf.GGUFReader(source)
+    keys: Keys = {}
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            keys[name] = (field.types[0], field.contents(), field.types[1] if len(field.types) > 1 else None)
+    tensors: Tensors = {t.name: (t.data, t.tensor_type) for t in reader.tensors}
+    edit(keys, tensors)
+    writer = gguf.GGUFWriter(out, "diffusion-gemma")
+    for name, (kind, value, element) in keys.items():
+        writer.add_key_value(name, value, kind, sub_type=element)
+    for name, (data, tensor_kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=tensor_kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def drop(part: str) -> Callable[[Keys, Tensors], object]:
+    """Removes every key and tensor whose name contains `part`."""
+
+    def edit(keys: Keys, tensors: Tensors) -> None:
+        hits = [(d, name) for d in (keys, tensors) for name in d if part in name]
+        assert hits
+        for d, name in hits:
+            del d[name]
+
+    return edit
+
+
+def split_experts(keys: Keys, tensors: Tensors) -> None:
+    for name in [n for n in tensors if "ffn_gate_up_exps" in n]:
+        data, kind = tensors.pop(name)
+        half = data.shape[1] // 2
+        tensors[name.replace("gate_up", "gate")] = (np.ascontiguousarray(data[:, :half]), kind)
+        tensors[name.replace("gate_up", "up")] = (np.ascontiguousarray(data[:, half:]), kind)
+
+
+def rival(keys: Keys, tensors: Tensors) -> None:
+    tensors["self_cond_norm.weight"] = tensors.pop("self_cond_pre_norm.weight")
+    drop("enc_layer_output_scale")(keys, tensors)
+    drop("diffusion.")(keys, tensors)
+
+
+F32 = GGMLQuantizationType.F32
+CASES: dict[str, tuple[Callable[[Keys, Tensors], object], list[tuple[str, str]]]] = {
+    "required key": (drop(".expert_used_count"), [("error", "key 'diffusion-gemma.expert_used_count' is missing")]),
+    "canvas": (
+        drop("diffusion.canvas_length"),
+        [("error", "'diffusion.canvas_length' is missing; files of the rival")],
+    ),
+    "key's type": (
+        lambda k, t: k.update({"diffusion-gemma.block_count": (GGUFValueType.STRING, "6", None)}),
+        [("error", "'diffusion-gemma.block_count' has type str, the dialect has u32")],
+    ),
+    "key's width": (
+        lambda k, t: k.update({"diffusion-gemma.context_length": (GGUFValueType.UINT64, 4096, None)}),
+        [("note", "'diffusion-gemma.context_length' has type u64, the dialect has u32")],
+    ),
+    "sampler": (drop("diffusion.eb_"), [("note", "no sampler keys: the released model's values")]),
+    "one sampler key": (drop("diffusion.eb_t_min"), [("note", "no diffusion.eb_t_min: the released")]),
+    "tokenizer": (drop("tokenizer."), [("warning", "no tokenizer: ")]),
+    "merges": (drop("tokenizer.ggml.merges"), [("warning", "no tokenizer.ggml.merges: ")]),
+    "template": (drop("tokenizer.chat_template"), [("note", "no chat template")]),
+    "other tokenizer": (
+        lambda k, t: k.update({"tokenizer.ggml.model": (GGUFValueType.STRING, "llama", None)}),
+        [("warning", "tokenizer.ggml.model is 'llama'")],
+    ),
+    "no end token": (
+        lambda k, t: k.update(
+            {"tokenizer.ggml.tokens": (GGUFValueType.ARRAY, ["a"] * 512, GGUFValueType.STRING)},
+        ),
+        [("warning", "none of the end tokens <eos>, <turn|>, <|tool_response>")],
+    ),
+    "encoder scalars": (
+        drop("enc_layer_output_scale"),
+        [("warning", "no encoder scalars in every layer: the decoder's")],
+    ),
+    "one encoder scalar": (drop("blk.2.enc_layer"), [("warning", "no encoder scalars in layers [2]")]),
+    "self-conditioning": (drop("self_cond_"), [("warning", "no self-conditioning tensors")]),
+    "half of it": (drop("self_cond_up"), [("error", "some of the self-conditioning tensors are missing")]),
+    "global tensor": (drop("output_norm.weight"), [("error", "tensor 'output_norm.weight' is missing")]),
+    "layer tensor": (drop("blk.4.ffn_down_exps.scale"), [("error", "tensor 'blk.4.ffn_down_exps.scale' is missing")]),
+    "split experts": (split_experts, [("note", "gate and up of the experts stand apart in 6 layers")]),
+    "half of the split": (
+        lambda k, t: (split_experts(k, t), t.pop("blk.0.ffn_up_exps.weight")),
+        [("error", "tensor 'blk.0.ffn_gate_up_exps.weight' is missing"), ("note", "apart in 5 layers")],
+    ),
+    "untied": (
+        lambda k, t: t.update({"output.weight": t["token_embd.weight"]}),
+        [("error", "'output.weight' is there: an untied head")],
+    ),
+    "V on a full layer": (
+        lambda k, t: t.update({"blk.5.attn_v.weight": t["blk.5.attn_k.weight"]}),
+        [("error", "'blk.5.attn_v.weight' is there: full layers have no V")],
+    ),
+    "shape": (
+        lambda k, t: t.update({"blk.1.attn_q_norm.weight": (np.ones(64, np.float32), F32)}),
+        [("error", "'blk.1.attn_q_norm.weight' has shape [64], the keys say [32]")],
+    ),
+    "vision": (
+        lambda k, t: t.update({"v.patch_embd.weight": (np.ones((2, 2), np.float32), F32)}),
+        [("note", "1 tensors are not part of a text model")],
+    ),
+    "rival dialect": (
+        rival,
+        [
+            ("error", "'diffusion.canvas_length' is missing; files of the rival dialect mean 256"),
+            ("warning", "no encoder scalars in every layer"),
+            ("note", "no sampler keys"),
+            ("note", "written in the rival dialect"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_missing_or_unusual_is_told(model: Path, tmp_path: Path, case: str) -> None:
+    """Exactly the expected findings, errors first; table and JSON carry them."""
+    edit, expected = CASES[case]
+    report = inspect_file(rewrite(model, tmp_path / "x.gguf", edit))
+    got = findings(report)
+    assert [level for level, _ in got] == [level for level, _ in expected]
+    for (_, text), (_, part) in zip(got, expected, strict=True):
+        assert part in text
+    assert [f["text"] for f in to_dict(report)["findings"]] == [text for _, text in got]
+    folded = " ".join(as_text(report, 400).split())
+    assert all(text in folded for _, text in got)
+
+
+def test_an_unchanged_rewrite_has_no_findings(model: Path, tmp_path: Path) -> None:
+    """So what the cases above find is what they changed."""
+    report = inspect_file(rewrite(model, tmp_path / "x.gguf", lambda k, t: None))
+    assert findings(report) == []
+
+
+# ------------------------------------------------------------------------------------------------ hostile files
+
+
+def test_a_file_that_is_no_gguf_is_told_apart(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        inspect_file(tmp_path / "nowhere.gguf")
+    with pytest.raises(IsADirectoryError):
+        inspect_file(tmp_path)
+    file = tmp_path / "x.gguf"
+    data = model.read_bytes()
+    for content, text in [
+        (b"", "the file is empty"),
+        (b"GG", "not a GGUF file"),
+        (b"PK\x03\x04" + b"x" * 100, "not a GGUF file"),
+        (data[:4], "cut short"),
+        (b"GGUF" + struct.pack("<I", 1) + data[8:], "version 1: expected 2 or 3"),
+        (b"GGUF" + struct.pack(">I", 3) + data[8:], "big-endian"),
+        (data.replace(b"diffusion-gemma", b"diffusion-gemmb"), "is 'diffusion-gemmb': expected 'diffusion-gemma'"),
+        (data.replace(b"general.architecture", b"general.architectura"), "'general.architecture' is missing"),
+    ]:
+        file.write_bytes(content)
+        with pytest.raises(ModelFormatError, match=text) as caught:
+            inspect_file(file)
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_cut_file_is_noticed_wherever_it_ends(model: Path, tmp_path: Path) -> None:
+    """200 places from the first byte to the last but the padding, the head's every part among them."""
+    data = model.read_bytes()
+    head = read_head(model)
+    last = max(t.offset + t.n_bytes for t in head.tensors.values())
+    places = np.linspace(1, head.data_offset, 120).astype(int).tolist()
+    places += np.linspace(head.data_offset, last - 1, 80).astype(int).tolist()
+    file = tmp_path / "x.gguf"
+    file.write_bytes(data)
+    for place in sorted(places, reverse=True):
+        os.truncate(file, place)
+        with pytest.raises(ModelFormatError, match=r"cut short|not a GGUF file"):
+            inspect_file(file)
+
+
+def test_random_damage_gives_a_report_or_one_kind_of_error(model: Path, tmp_path: Path) -> None:
+    """400 heads with some bytes replaced: never another exception, and every report can be shown."""
+    data = model.read_bytes()
+    end = read_head(model).data_offset
+    rng = random.Random(7)
+    outcomes = {"report": 0, "error": 0}
+    file = tmp_path / "x.gguf"
+    for _ in range(400):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(4, end)
+            damaged[at] = rng.choice([0, 1, 0x7F, 0xFF, rng.randrange(256)])
+        file.write_bytes(damaged)
+        try:
+            report = inspect_file(file)
+        except ModelFormatError as e:
+            assert "\n" not in str(e)
+            outcomes["error"] += 1
+        else:
+            json.dumps(to_dict(report, tensors=True), allow_nan=False)
+            if outcomes["report"] % 10 == 0:
+                assert as_text(report)
+            outcomes["report"] += 1
+    assert min(outcomes.values()) > 20
+
+
+def text(s: str | bytes) -> bytes:
+    raw = s.encode() if isinstance(s, str) else s
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def tensor_info(name: str | bytes, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def gguf_bytes(keys: list[bytes], tensors: list[bytes], data: int = 4096) -> bytes:
+    """A GGUF of diffusion-gemma with these raw keys and tensor infos, and `data` zero bytes behind."""
+    architecture = text("general.architecture") + struct.pack("<I", 8) + text("diffusion-gemma")
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys) + 1) + architecture
+    return head + b"".join(keys) + b"".join(tensors) + bytes(data)
+
+
+def u32(name: str, value: int) -> bytes:
+    return text(name) + struct.pack("<II", 4, value)
+
+
+HOSTILE = {
+    "counts": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "announces"),
+    "key count": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**62) + bytes(1000), "announces"),
+    "array of strings": (gguf_bytes([text("a") + struct.pack("<IIQ", 9, 8, 2**61)], []), "cut short"),
+    "array of bytes": (gguf_bytes([text("a") + struct.pack("<IIQ", 9, 0, 2**63)], []), "cut short"),
+    "string": (gguf_bytes([text("a") + struct.pack("<IQ", 8, 2**63)], []), "cut short"),
+    "key's name": (gguf_bytes([struct.pack("<Q", 2**40)], []), "a name of 1099511627776 bytes"),
+    "nested array": (gguf_bytes([text("a") + struct.pack("<IIQ", 9, 9, 1)], []), "array of the unknown type 9"),
+    "value type": (gguf_bytes([text("a") + struct.pack("<I", 77)], []), "unknown type 77"),
+    "key twice": (gguf_bytes([u32("a", 1), u32("a", 2)], []), "key 'a' is there twice"),
+    "key not text": (gguf_bytes([text(b"\xff\xfe") + struct.pack("<II", 4, 1)], []), "not valid UTF-8"),
+    "alignment 0": (gguf_bytes([u32("general.alignment", 0)], []), "power of two"),
+    "alignment 48": (gguf_bytes([u32("general.alignment", 48)], []), "power of two"),
+    "alignment text": (
+        gguf_bytes([text("general.alignment") + struct.pack("<I", 8) + text("32")], []),
+        "has type str: expected u32",
+    ),
+    "no dimensions": (gguf_bytes([], [tensor_info("t", ())]), "0 dimensions"),
+    "many dimensions": (gguf_bytes([], [tensor_info("t", (1,) * 5)]), "5 dimensions"),
+    "shape 0": (gguf_bytes([], [tensor_info("t", (4, 0))]), "impossible shape"),
+    "shape overflow": (gguf_bytes([], [tensor_info("t", (2**40, 2**40))]), "impossible shape"),
+    "tensor type": (gguf_bytes([], [tensor_info("t", (4,), kind=999)]), "unknown type 999"),
+    "removed type": (gguf_bytes([], [tensor_info("t", (32,), kind=4)]), "unknown type 4"),
+    "blocks": (gguf_bytes([], [tensor_info("t", (31,), kind=8)]), "blocks of 32 of Q8_0"),
+    "offset past the end": (gguf_bytes([], [tensor_info("t", (4,), offset=2**40)]), "cut short: tensor 't' ends"),
+    "offset odd": (gguf_bytes([], [tensor_info("t", (4,), offset=3)]), "multiple of the alignment"),
+    "tensor twice": (gguf_bytes([], [tensor_info("t", (4,)), tensor_info("t", (4,))]), "tensor 't' is there twice"),
+    "data too short": (gguf_bytes([], [tensor_info("t", (4096,))]), "cut short: tensor 't' ends"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_heads_are_refused_at_once(tmp_path: Path, case: str) -> None:
+    """Counts, lengths, types and places that make no sense: one line, and no loop over what is not there."""
+    data, part = HOSTILE[case]
+    (tmp_path / "x.gguf").write_bytes(data)
+    started = time.monotonic()
+    with pytest.raises(ModelFormatError, match=part) as caught:
+        inspect_file(tmp_path / "x.gguf")
+    assert time.monotonic() - started < 5
+    assert "\n" not in str(caught.value)
+
+
+def test_strings_of_a_file_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    """Escape sequences, line breaks and rich's markup in names and values come out as visible text."""
+    evil = "\x1b[2J\x07[bold]x[/nothing]\r\n\u202egnp"
+    keys = [text(evil) + struct.pack("<I", 8) + text(evil), text("general.name") + struct.pack("<I", 8) + text(evil)]
+    keys.append(text("nan") + struct.pack("<If", 6, float("nan")))
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes(keys, [tensor_info(evil, (4,))]))
+    report = inspect_file(tmp_path / "x.gguf")
+    shown = as_text(report, 200)
+    assert not any(c in shown for c in "\x1b\x07\r\u202e")
+    assert r"\x1b[2J\x07[bold]x[/nothing]\r\n\u202egnp" in shown
+    assert json.loads(json.dumps(to_dict(report), allow_nan=False))["keys"]["nan"]["value"] is None
+
+
+def test_a_vocabulary_of_full_size_is_read_in_seconds(tmp_path: Path) -> None:
+    """262,144 tokens and 514,906 merges; only the beginning of such an array is kept."""
+    tokens = struct.pack("<IIQ", 9, 8, 262_144) + b"".join(text(f"t{i}") for i in range(262_144))
+    merges = struct.pack("<IIQ", 9, 8, 514_906) + text("a b") * 514_906
+    keys = [text("tokenizer.ggml.tokens") + tokens, text("tokenizer.ggml.merges") + merges]
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes(keys, []))
+    started = time.monotonic()
+    head = read_head(tmp_path / "x.gguf")
+    assert time.monotonic() - started < 20
+    value = head.keys["tokenizer.ggml.tokens"]
+    assert isinstance(value.value, list)
+    assert (value.count, len(value.value), value.value[-1]) == (262_144, 4096, "t4095")
