@@ -22,13 +22,13 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import index
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from pydiffgguf import errors
+from pydiffgguf._arguments import MAX_SEED, float_array, id_array, int32, integer, real
 
 try:
     from pydiffgguf._diffgguf import ffi, lib
@@ -44,9 +44,6 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
-
-#: Seeds are 64 bits.
-MAX_SEED = 2**64 - 1
 
 KV_TYPES: dict[str, int] = {
     "f16": lib.DG_KV_F16,
@@ -130,60 +127,7 @@ def _text(pointer: Any) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
-
-
-def integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in [low, high]. Raises TypeError for what is no integer, ValueError outside of the range."""
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an integer, but is {value!r}")
-    try:
-        number = index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, but is {value!r}") from None
-    if not low <= number <= high:
-        raise ValueError(f"{name} is {number}: it must be from {low} to {high}")
-    return number
-
-
-def _int32(name: str, value: object, low: int = 0) -> int:
-    return integer(name, value, low, 2**31 - 1)
-
-
-def _real(name: str, value: object) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, but is {value!r}")
-    return float(value)
-
-
-def _id_array(name: str, value: object, length: int | None = None) -> Int32Array:
-    """`value` as a contiguous int32 array of one dimension, of `length` entries when given.
-
-    Any sequence of integers will do; which ids are valid is checked in C. Raises TypeError for other element types,
-    ValueError for another shape or numbers that do not fit into int32.
-    """
-    array = np.asarray(value)
-    if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must hold integers, but has dtype {array.dtype}")
-    _check_shape(name, array, (length,))
-    if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
-        raise ValueError(f"{name} holds numbers from {array.min()} to {array.max()}: they must fit into int32")
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _float_array(name: str, value: object, dtype: type[np.generic], shape: tuple[int | None, ...]) -> Any:
-    """`value` as a contiguous array of exactly `dtype` (nothing is rounded in silence) and `shape` (None: any)."""
-    array = np.asarray(value)
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, but has {array.dtype}")
-    _check_shape(name, array, shape)
-    return np.ascontiguousarray(array)
-
-
-def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int | None, ...]) -> None:
-    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} has shape {list(array.shape)}: it must be [{wanted}]")
+# --------------------------------------------------------------------------------------------------- arrays and paths
 
 
 def _pointer_to(c_type: str, array: npt.NDArray[Any] | None) -> Any:
@@ -266,9 +210,9 @@ class Sampling:
     def _fill(self, out: Any) -> None:
         """Writes these values into a dg_sampling."""
         for name in ("steps", "max_steps", "stability_threshold"):
-            setattr(out, name, _int32(name, getattr(self, name)))
+            setattr(out, name, int32(name, getattr(self, name)))
         for name in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
-            setattr(out, name, _real(name, getattr(self, name)))
+            setattr(out, name, real(name, getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -364,7 +308,7 @@ class NativeModel:
 
     def __init__(self, path: StrPath, *, n_gpu_layers: int = 0, use_mmap: bool = True) -> None:
         options = ffi.new("dg_model_options *", lib.dg_model_options_default())
-        options.n_gpu_layers = _int32("n_gpu_layers", n_gpu_layers, low=-1)
+        options.n_gpu_layers = int32("n_gpu_layers", n_gpu_layers, low=-1)
         options.use_mmap = bool(use_mmap)
         encoded = _encode_path(path)
         _check_readable(path)
@@ -455,9 +399,9 @@ def _session_options(n_ctx: int, n_batch: int, n_threads: int, type_kv: str) -> 
     if type_kv not in KV_TYPES:
         raise ValueError(f"type_kv is {type_kv!r}: it must be one of {', '.join(map(repr, KV_TYPES))}")
     options = ffi.new("dg_session_options *", lib.dg_session_options_default())
-    options.n_ctx = _int32("n_ctx", n_ctx)
-    options.n_batch = _int32("n_batch", n_batch, low=1)
-    options.n_threads = _int32("n_threads", n_threads)
+    options.n_ctx = int32("n_ctx", n_ctx)
+    options.n_batch = int32("n_batch", n_batch, low=1)
+    options.n_threads = int32("n_threads", n_threads)
     options.type_kv = KV_TYPES[type_kv]
     return options
 
@@ -512,19 +456,19 @@ class NativeSession:
         """The prefix: int32 [n_past]."""
         pointer = self._open_pointer()
         # Room for a whole context: another thread may encode between a look at n_past and the copy.
-        ids = np.empty(self.n_ctx, dtype=np.int32)
-        n_past = lib.dg_session_n_past(pointer)
+        ids: Int32Array = np.empty(self.n_ctx, dtype=np.int32)
+        n_past: int = lib.dg_session_n_past(pointer)
         _call(lib.dg_session_tokens, pointer, _pointer_to("int32_t[]", ids))
-        return ids[:n_past].copy()
+        return np.array(ids[:n_past])
 
     def encode(self, ids: npt.ArrayLike) -> None:
         """Appends ids [n] to the prefix. Raises ContextOverflowError when they and one canvas pass n_ctx."""
-        array = _id_array("ids", ids)
+        array = id_array("ids", ids)
         _call(lib.dg_session_encode, self._open_pointer(), _pointer_to("int32_t[]", array), array.size)
 
     def truncate(self, n: int) -> None:
         """Cuts the prefix to its first `n` tokens, 0 to n_past."""
-        _call(lib.dg_session_truncate, self._open_pointer(), _int32("n", n))
+        _call(lib.dg_session_truncate, self._open_pointer(), int32("n", n))
 
     def save(self, path: StrPath) -> None:
         """Writes the prefix, tokens and cache, to a file that appears only when it is whole."""
@@ -542,11 +486,11 @@ class NativeSession:
         `self_conditioning` float32 [C, V]: the processed logits of the step before, None for a zero signal. The prefix
         is read, not changed.
         """
-        ids = _id_array("canvas", canvas, self._canvas_length)
+        ids = id_array("canvas", canvas, self._canvas_length)
         shape = (self._canvas_length, self._n_vocab)
         signal = None
         if self_conditioning is not None:
-            signal = _float_array("self_conditioning", self_conditioning, np.float32, shape)
+            signal = float_array("self_conditioning", self_conditioning, np.float32, shape)
         logits = np.empty(shape, dtype=np.float32)
         _call(
             lib.dg_session_denoise,
@@ -571,8 +515,8 @@ class NativeSession:
         `seed` (64 bits) and `canvas_index` (32 bits) key the draws. `pinned` [C]: the id where a row is fixed, -1 where
         it is free. `canvas` [C]: the canvas to start from, None for uniform random ids.
         """
-        pinned_ids = None if pinned is None else _id_array("pinned", pinned, self._canvas_length)
-        canvas_ids = None if canvas is None else _id_array("canvas", canvas, self._canvas_length)
+        pinned_ids = None if pinned is None else id_array("pinned", pinned, self._canvas_length)
+        canvas_ids = None if canvas is None else id_array("canvas", canvas, self._canvas_length)
         options = ffi.new("dg_canvas_options *")
         sampling._fill(options.sampling)
         options.seed = integer("seed", seed, 0, MAX_SEED)
@@ -624,8 +568,8 @@ def _noise(uniform: npt.ArrayLike | None, renoise: npt.ArrayLike | None, n_rows:
         return ffi.NULL, None
     if uniform is None or renoise is None:
         raise ValueError("uniform and renoise must be given together")
-    u = _float_array("uniform", uniform, np.float64, (n_rows,))
-    ids = _id_array("renoise", renoise, n_rows)
+    u = float_array("uniform", uniform, np.float64, (n_rows,))
+    ids = id_array("renoise", renoise, n_rows)
     noise = ffi.new("dg_noise *")
     noise.uniform = _pointer_to("double[]", u)
     noise.renoise = _pointer_to("int32_t[]", ids)
@@ -652,10 +596,10 @@ def sample(
 
     `uniform` float64 [C] in [0, 1), `renoise` [C] ids, `pinned` [C] ids with -1 where a row is free.
     """
-    z = _float_array("z", z, np.float32, (None, None))
+    z = float_array("z", z, np.float32, (None, None))
     n_rows, n_vocab = z.shape
     noise, _keep_alive = _noise(uniform, renoise, n_rows)
-    pinned_ids = None if pinned is None else _id_array("pinned", pinned, n_rows)
+    pinned_ids = None if pinned is None else id_array("pinned", pinned, n_rows)
     options = ffi.new("dg_sampling *")
     sampling._fill(options)
     argmax, canvas = np.empty(n_rows, dtype=np.int32), np.empty(n_rows, dtype=np.int32)
@@ -663,10 +607,10 @@ def sample(
     _call(
         lib.dg_sample,
         _pointer_to("float[]", z),
-        _int32("the number of rows of z", n_rows, low=1),
-        _int32("the number of columns of z", n_vocab, low=1),
+        int32("the number of rows of z", n_rows, low=1),
+        int32("the number of columns of z", n_vocab, low=1),
         options,
-        _int32("step", step),
+        int32("step", step),
         noise,
         _pointer_to("int32_t[]", pinned_ids),
         _pointer_to("int32_t[]", argmax),
@@ -679,15 +623,15 @@ def sample(
 
 def noise_canvas(seed: int, canvas_index: int, n_rows: int, n_vocab: int) -> Int32Array:
     """The first canvas that the loop draws for itself: int32 [n_rows] ids, a pure function of the arguments."""
-    out = np.empty(_int32("n_rows", n_rows), dtype=np.int32)
+    out = np.empty(int32("n_rows", n_rows), dtype=np.int32)
     key = _draw_key(seed, canvas_index)
-    lib.dg_noise_canvas(*key, n_rows, _int32("n_vocab", n_vocab, low=1), _pointer_to("int32_t[]", out))
+    lib.dg_noise_canvas(*key, n_rows, int32("n_vocab", n_vocab, low=1), _pointer_to("int32_t[]", out))
     return out
 
 
 def noise_uniform(seed: int, canvas_index: int, step: int, n_rows: int) -> Float64Array:
     """The u of each row's draw in one step: float64 [n_rows] in [0, 1)."""
-    out = np.empty(_int32("n_rows", n_rows), dtype=np.float64)
+    out = np.empty(int32("n_rows", n_rows), dtype=np.float64)
     key = _draw_key(seed, canvas_index)
     lib.dg_noise_uniform(*key, integer("step", step, 0, 2**32 - 1), n_rows, _pointer_to("double[]", out))
     return out
@@ -695,9 +639,9 @@ def noise_uniform(seed: int, canvas_index: int, step: int, n_rows: int) -> Float
 
 def noise_renoise(seed: int, canvas_index: int, step: int, n_rows: int, n_vocab: int) -> Int32Array:
     """The fresh ids for the rows that one step does not accept: int32 [n_rows]."""
-    out = np.empty(_int32("n_rows", n_rows), dtype=np.int32)
+    out = np.empty(int32("n_rows", n_rows), dtype=np.int32)
     key = (*_draw_key(seed, canvas_index), integer("step", step, 0, 2**32 - 1))
-    lib.dg_noise_renoise(*key, n_rows, _int32("n_vocab", n_vocab, low=1), _pointer_to("int32_t[]", out))
+    lib.dg_noise_renoise(*key, n_rows, int32("n_vocab", n_vocab, low=1), _pointer_to("int32_t[]", out))
     return out
 
 

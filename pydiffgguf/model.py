@@ -14,16 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pydiffgguf._native import (
-    MAX_SEED,
-    Memory,
-    Metadata,
-    ModelConfig,
-    NativeModel,
-    StrPath,
-    TensorInfo,
-    integer,
-)
+from pydiffgguf._arguments import MAX_SEED, integer
+from pydiffgguf._native import Memory, Metadata, ModelConfig, NativeModel, StrPath, TensorInfo
 from pydiffgguf.chat import StopStrings, render
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
 from pydiffgguf.generate import Event, Generation, Request, TextView, run
