@@ -1,0 +1,252 @@
+"""Generations on a terminal: the canvas as it is denoised, and plain text where there is no terminal.
+
+Model output is a stranger's text: what could move the cursor, change colours or turn the reading direction is shown
+escaped on a terminal (`escape`), and written as it is to a pipe or file.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.style import Style
+from rich.text import Text
+
+from pydiffgguf.chat import split_reasoning
+
+if TYPE_CHECKING:
+    from pydiffgguf.generate import Block, DenoiseStep, Generation
+    from pydiffgguf.tokenizer import Tokenizer
+
+__all__ = ["LiveCanvas", "Output", "PlainOutput", "escape", "is_live_terminal", "summary"]
+
+ACCEPTED = Style()
+UNCERTAIN = Style(dim=True)
+PINNED = Style(bold=True, color="cyan")
+ASIDE = Style(dim=True, italic=True)
+
+#: Least time between two drawings: steps of a small model come faster than an eye or a terminal follows.
+FRAME_S = 0.04
+
+_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
+# Controls but newline and tab; line and paragraph separators; marks that turn the reading direction.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape(text: str) -> str:
+    """The text with what a terminal would obey written out: ESC becomes ``\\x1b``. Newlines and tabs stay."""
+    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def is_live_terminal(stream: TextIO) -> bool:
+    """Whether a live canvas can be drawn there: a terminal that can move its cursor. rich alone would take a pipe for
+    one when FORCE_COLOR is set."""
+    return stream.isatty() and not Console(file=stream).is_dumb_terminal
+
+
+def summary(generation: Generation) -> str:
+    """One line about a generation: tokens, steps by canvas, speed, and why it ended."""
+    stats = generation.stats
+    steps = "+".join(map(str, stats.steps)) or "0"
+    if len(stats.steps) > 8:
+        steps = f"{sum(stats.steps)}"
+    canvases = f"{len(stats.steps)} canvas{'es' if len(stats.steps) != 1 else ''}"
+    seconds = stats.prefill_s + stats.denoise_s
+    return (
+        f"{len(generation.tokens)} tokens, {steps} steps in {canvases}, {seconds:.1f} s, "
+        f"{len(generation.tokens) / seconds if seconds else 0:.1f} tokens/s, {generation.finish_reason}"
+    )
+
+
+class Output(Protocol):
+    """Where the events of one generation go; a context manager around them."""
+
+    def __enter__(self) -> Output: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def step(self, event: DenoiseStep) -> None: ...
+
+    def block(self, event: Block) -> None: ...
+
+
+class PlainOutput:
+    """Writes each block's text when the block is finished, and a newline at the end.
+
+    Args:
+        file: where to.
+        escaped: escape control characters, for a terminal.
+    """
+
+    def __init__(self, file: TextIO, *, escaped: bool = False) -> None:
+        self._file = file
+        self._escaped = escaped
+        self._last = ""
+
+    def __enter__(self) -> PlainOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None or self._last:
+            self._write("" if self._last.endswith("\n") else "\n")
+
+    def step(self, event: DenoiseStep) -> None:
+        """Drafts are not shown."""
+
+    def block(self, event: Block) -> None:
+        self._write(escape(event.text) if self._escaped else event.text)
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+        self._last = text or self._last
+
+
+class LiveCanvas:
+    """Draws the canvas in place while it is denoised: accepted tokens plain, uncertain ones dim, pinned ones coloured,
+    steps and speed beneath. Whole lines of finished canvases move up into the scrollback; when the context ends,
+    however it ends, the drawing goes, the finished text stays, and the cursor is back.
+
+    Args:
+        console: the terminal.
+        tokenizer: to show tokens by.
+        pace_s: least time a step stays on screen; the demo's model is too fast to watch.
+        keep_last: leave the last step's canvas on screen at the end, for a canvas that no block follows.
+    """
+
+    def __init__(self, console: Console, tokenizer: Tokenizer, *, pace_s: float = 0.0, keep_last: bool = False) -> None:
+        self._console = console
+        self._tokenizer = tokenizer
+        self._pace_s = pace_s
+        self._keep_last = keep_last
+        self._step: DenoiseStep | None = None
+        self._line = Text()  # the last, unfinished line of the finished text
+        self._tokens: list[int] = []
+        self._reasoning = ""
+        self._drawn = 0.0
+        # A terminal that is made narrower wraps the drawing anew, into more rows than rich then erases: a piece of the
+        # old drawing stays above. Nothing else is lost; erasing by guess would eat what stood there before.
+        self._live = Live(
+            self,
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            vertical_overflow="crop",
+        )
+
+    def __enter__(self) -> LiveCanvas:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._live.stop()
+        self._end_line()
+        if self._keep_last and self._step is not None:
+            self._print(self.canvas_text(self._step))
+
+    def step(self, event: DenoiseStep) -> None:
+        """Draws a step, unless the last drawing is too fresh."""
+        self._step = event
+        now = time.monotonic()
+        if self._pace_s:
+            time.sleep(max(0.0, self._drawn + self._pace_s - now))
+        elif now - self._drawn < FRAME_S:
+            return
+        self._drawn = time.monotonic()
+        self._live.refresh()
+
+    def block(self, event: Block) -> None:
+        """Takes over a finished canvas: its whole lines are printed for good."""
+        self._step = None
+        self._tokens += event.tokens
+        reasoning, _ = split_reasoning(self._tokenizer.decode(self._tokens))
+        self._append(reasoning.removeprefix(self._reasoning), ASIDE)
+        self._reasoning = reasoning
+        self._append(event.text, ACCEPTED)
+        self._live.refresh()
+
+    def _append(self, text: str, style: Style) -> None:
+        if not text:
+            return
+        if style != self._line.style:
+            self._end_line()
+        whole, newline, rest = (self._line.plain + escape(text)).rpartition("\n")
+        if newline:
+            self._print(Text(whole, style))
+        self._line = Text(rest, style)
+
+    def _end_line(self) -> None:
+        if self._line:
+            self._print(self._line)
+            self._line = Text()
+
+    def canvas_text(self, event: DenoiseStep) -> Text:
+        """The canvas as styled text, up to its first end token; tokens of structure are left out."""
+        text = Text(overflow="fold", tab_size=4)
+        for piece, style in self._pieces(event):
+            text.append(escape(piece), style)
+        return text
+
+    def _pieces(self, event: DenoiseStep) -> Iterator[tuple[str, Style]]:
+        """(text, style) by token; the bytes of one character are taken together."""
+        tokens = [int(token) for token in event.tokens]
+        end = next((i for i, token in enumerate(tokens) if token in self._tokenizer.end_ids), len(tokens))
+        at = 0
+        while at < end:
+            piece = self._tokenizer.piece(tokens[at])
+            n = 1
+            if _BYTE_NAME.fullmatch(piece):
+                while at + n < end and _BYTE_NAME.fullmatch(self._tokenizer.piece(tokens[at + n])):
+                    n += 1
+                piece = self._tokenizer.decode(tokens[at : at + n])
+            elif tokens[at] in self._tokenizer.special_ids:
+                piece = ""
+            yield piece, _style(event, at, at + n)
+            at += n
+
+    def _status(self) -> str:
+        event = self._step
+        if event is None:
+            return "reading" if not self._tokens else "reading the finished canvas"
+        settled = int(event.accepted.sum())
+        free = len(event.tokens) - (0 if event.pinned is None else int(event.pinned.sum()))
+        speed = (len(self._tokens) + settled) / event.elapsed_s if event.elapsed_s > 0 else 0.0
+        return (
+            f"step {event.step + 1}/{event.total_steps}, {settled} of {free} accepted, {speed:.1f} tokens/s"
+            f"{f', canvas {event.canvas + 1}' if event.canvas else ''}"
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The unfinished line, the canvas and the status; of a text higher than the screen, the end."""
+        text = Text(overflow="fold", tab_size=4).append_text(self._line)
+        if self._step is not None:
+            text.append_text(self.canvas_text(self._step))
+        room = max(1, console.height - 2)
+        lines = text.wrap(console, options.max_width, overflow="fold")
+        yield from lines[-room:]
+        status = Text(self._status(), UNCERTAIN, no_wrap=True, overflow="ellipsis")
+        status.truncate(options.max_width, overflow="ellipsis")
+        yield status
+
+    def _print(self, text: Text) -> None:
+        # Soft: the terminal wraps, so that copying gives whole lines.
+        self._console.print(text, soft_wrap=True)
+
+
+def _style(event: DenoiseStep, begin: int, end: int) -> Style:
+    if event.pinned is not None and event.pinned[begin:end].all():
+        return PINNED
+    return ACCEPTED if event.accepted[begin:end].all() else UNCERTAIN
