@@ -55,6 +55,8 @@ class PartialFile:
         self.part = path.with_name(path.name + ".part")
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "the output is a folder", str(path))
+        if path.exists() and not path.is_file():  # the rename would replace a device, /dev/null for one
+            raise FileExistsError(errno.EEXIST, "the output is not a regular file", str(path))
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the output's folder does not exist", str(path.parent))
         self.file = self._open_locked()

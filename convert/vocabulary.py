@@ -159,6 +159,10 @@ def read_tokens(
     missing = sum(1 for b in range(256) if types.get(f"<0x{b:02X}>") != BYTE)
     if missing:
         raise ModelFormatError(f"{where}: byte fallback needs the 256 tokens <0x00> to <0xFF>, {missing} are missing")
+    try:
+        "".join(ids.values()).encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+        raise ModelFormatError(f"{where}: a token is not valid Unicode") from None
     tokens = [ids.get(i, f"[PAD{i}]") for i in range(vocab_size)]
     return tokens, [types[ids[i]] if i in ids else UNUSED for i in range(vocab_size)]
 
@@ -212,4 +216,7 @@ def read_chat_template(path: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
-    return template if isinstance(template, str) and template else None
+    if not isinstance(template, str) or not template:
+        return None
+    # JSON can spell half a surrogate pair, UTF-8 cannot.
+    return template.encode("utf-8", errors="replace").decode("utf-8")

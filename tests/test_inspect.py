@@ -15,11 +15,12 @@ import gguf
 import numpy as np
 import pytest
 import tiny_checkpoint
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
+from gguf_rewrite import DROP, Typed, rewrite
 from rich.console import Console
 
 from pydiffgguf.convert import FileReport, convert, inspect_file
-from pydiffgguf.convert.gguf_file import read_head
+from pydiffgguf.convert.gguf_file import GGUFHead, read_head
 from pydiffgguf.convert.report import render, to_dict
 from pydiffgguf.errors import ModelFormatError
 
@@ -134,70 +135,67 @@ def test_the_table_shows_keys_types_memory_and_tensors(model: Path, width: int) 
 
 # ------------------------------------------------------------------------------------------------ what is missing
 
-Keys = dict[str, tuple[GGUFValueType, Any, GGUFValueType | None]]
-Tensors = dict[str, tuple[np.ndarray[Any, Any], GGMLQuantizationType]]
+# What to change: `keys` and `tensors` of gguf_rewrite.rewrite.
+Edit = dict[str, dict[str, Any]]
 
 
-def rewrite(source: Path, out: Path, edit: Callable[[Keys, Tensors], object]) -> Path:
-    """Copies a GGUF through gguf's own reader and writer, with `edit` applied to its keys and tensors."""
-    reader = gguf.GGUFReader(source)
-    keys: Keys = {}
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            keys[name] = (field.types[0], field.contents(), field.types[1] if len(field.types) > 1 else None)
-    tensors: Tensors = {t.name: (t.data, t.tensor_type) for t in reader.tensors}
-    edit(keys, tensors)
-    writer = gguf.GGUFWriter(out, "diffusion-gemma")
-    for name, (kind, value, element) in keys.items():
-        writer.add_key_value(name, value, kind, sub_type=element)
-    for name, (data, tensor_kind) in tensors.items():
-        writer.add_tensor(name, data, raw_dtype=tensor_kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
-def drop(part: str) -> Callable[[Keys, Tensors], object]:
+def drop(part: str) -> Callable[[GGUFHead], Edit]:
     """Removes every key and tensor whose name contains `part`."""
 
-    def edit(keys: Keys, tensors: Tensors) -> None:
-        hits = [(d, name) for d in (keys, tensors) for name in d if part in name]
-        assert hits
-        for d, name in hits:
-            del d[name]
+    def edit(head: GGUFHead) -> Edit:
+        out = {
+            "keys": {name: DROP for name in head.keys if part in name},
+            "tensors": {name: DROP for name in head.tensors if part in name},
+        }
+        assert any(out.values())
+        return out
 
     return edit
 
 
-def split_experts(keys: Keys, tensors: Tensors) -> None:
-    for name in [n for n in tensors if "ffn_gate_up_exps" in n]:
-        data, kind = tensors.pop(name)
-        half = data.shape[1] // 2
-        tensors[name.replace("gate_up", "gate")] = (np.ascontiguousarray(data[:, :half]), kind)
-        tensors[name.replace("gate_up", "up")] = (np.ascontiguousarray(data[:, half:]), kind)
+def key(name: str, value: Any, kind: GGUFValueType) -> Callable[[GGUFHead], Edit]:
+    return lambda head: {"keys": {name: Typed(value, kind)}}
 
 
-def rival(keys: Keys, tensors: Tensors) -> None:
-    tensors["self_cond_norm.weight"] = tensors.pop("self_cond_pre_norm.weight")
-    drop("enc_layer_output_scale")(keys, tensors)
-    drop("diffusion.")(keys, tensors)
+def tensor(name: str, *shape: int) -> Callable[[GGUFHead], Edit]:
+    """Adds or replaces a tensor; `shape` is row-major."""
+    return lambda head: {"tensors": {name: np.zeros(shape)}}
 
 
-F32 = GGMLQuantizationType.F32
-CASES: dict[str, tuple[Callable[[Keys, Tensors], object], list[tuple[str, str]]]] = {
+def split_experts(head: GGUFHead) -> Edit:
+    tensors: dict[str, Any] = {}
+    for i in range(6):
+        tensors[f"blk.{i}.ffn_gate_up_exps.weight"] = DROP
+        tensors[f"blk.{i}.ffn_gate_exps.weight"] = np.zeros((8, 64, 128))
+        tensors[f"blk.{i}.ffn_up_exps.weight"] = np.zeros((8, 64, 128))
+    return {"tensors": tensors}
+
+
+def half_split(head: GGUFHead) -> Edit:
+    edit = split_experts(head)
+    del edit["tensors"]["blk.0.ffn_up_exps.weight"]
+    return edit
+
+
+def rival(head: GGUFHead) -> Edit:
+    edit = drop("diffusion.")(head)
+    edit["tensors"] |= drop("enc_layer_output_scale")(head)["tensors"]
+    edit["tensors"] |= {"self_cond_pre_norm.weight": DROP, "self_cond_norm.weight": np.ones(128)}
+    return edit
+
+
+CASES: dict[str, tuple[Callable[[GGUFHead], Edit], list[tuple[str, str]]]] = {
     "required key": (drop(".expert_used_count"), [("error", "key 'diffusion-gemma.expert_used_count' is missing")]),
     "canvas": (
         drop("diffusion.canvas_length"),
         [("error", "'diffusion.canvas_length' is missing; files of the rival")],
     ),
     "key's type": (
-        lambda k, t: k.update({"diffusion-gemma.block_count": (GGUFValueType.STRING, "6", None)}),
+        key("diffusion-gemma.block_count", "6", GGUFValueType.STRING),
         [("error", "'diffusion-gemma.block_count' has type str, the dialect has u32")],
     ),
     "key's width": (
-        lambda k, t: k.update({"diffusion-gemma.context_length": (GGUFValueType.UINT64, 4096, None)}),
+        key("diffusion-gemma.context_length", 4096, GGUFValueType.UINT64),
         [("note", "'diffusion-gemma.context_length' has type u64, the dialect has u32")],
     ),
     "sampler": (drop("diffusion.eb_"), [("note", "no sampler keys: the released model's values")]),
@@ -206,13 +204,11 @@ CASES: dict[str, tuple[Callable[[Keys, Tensors], object], list[tuple[str, str]]]
     "merges": (drop("tokenizer.ggml.merges"), [("warning", "no tokenizer.ggml.merges: ")]),
     "template": (drop("tokenizer.chat_template"), [("note", "no chat template")]),
     "other tokenizer": (
-        lambda k, t: k.update({"tokenizer.ggml.model": (GGUFValueType.STRING, "llama", None)}),
+        key("tokenizer.ggml.model", "llama", GGUFValueType.STRING),
         [("warning", "tokenizer.ggml.model is 'llama'")],
     ),
     "no end token": (
-        lambda k, t: k.update(
-            {"tokenizer.ggml.tokens": (GGUFValueType.ARRAY, ["a"] * 512, GGUFValueType.STRING)},
-        ),
+        lambda head: {"keys": {"tokenizer.ggml.tokens": ["a"] * 512}},
         [("warning", "none of the end tokens <eos>, <turn|>, <|tool_response>")],
     ),
     "encoder scalars": (
@@ -226,23 +222,27 @@ CASES: dict[str, tuple[Callable[[Keys, Tensors], object], list[tuple[str, str]]]
     "layer tensor": (drop("blk.4.ffn_down_exps.scale"), [("error", "tensor 'blk.4.ffn_down_exps.scale' is missing")]),
     "split experts": (split_experts, [("note", "gate and up of the experts stand apart in 6 layers")]),
     "half of the split": (
-        lambda k, t: (split_experts(k, t), t.pop("blk.0.ffn_up_exps.weight")),
+        half_split,
         [("error", "tensor 'blk.0.ffn_gate_up_exps.weight' is missing"), ("note", "apart in 5 layers")],
     ),
     "untied": (
-        lambda k, t: t.update({"output.weight": t["token_embd.weight"]}),
+        tensor("output.weight", 512, 128),
         [("error", "'output.weight' is there: an untied head")],
     ),
     "V on a full layer": (
-        lambda k, t: t.update({"blk.5.attn_v.weight": t["blk.5.attn_k.weight"]}),
+        tensor("blk.5.attn_v.weight", 64, 128),
         [("error", "'blk.5.attn_v.weight' is there: full layers have no V")],
     ),
     "shape": (
-        lambda k, t: t.update({"blk.1.attn_q_norm.weight": (np.ones(64, np.float32), F32)}),
+        tensor("blk.1.attn_q_norm.weight", 64),
         [("error", "'blk.1.attn_q_norm.weight' has shape [64], the keys say [32]")],
     ),
+    "turned shape": (
+        tensor("blk.1.ffn_down.weight", 96, 128),
+        [("error", "'blk.1.ffn_down.weight' has shape [128, 96], the keys say [96, 128]")],
+    ),
     "vision": (
-        lambda k, t: t.update({"v.patch_embd.weight": (np.ones((2, 2), np.float32), F32)}),
+        tensor("v.patch_embd.weight", 2, 2),
         [("note", "1 tensors are not part of a text model")],
     ),
     "rival dialect": (
@@ -261,7 +261,8 @@ CASES: dict[str, tuple[Callable[[Keys, Tensors], object], list[tuple[str, str]]]
 def test_what_is_missing_or_unusual_is_told(model: Path, tmp_path: Path, case: str) -> None:
     """Exactly the expected findings, errors first; table and JSON carry them."""
     edit, expected = CASES[case]
-    report = inspect_file(rewrite(model, tmp_path / "x.gguf", edit))
+    rewrite(model, tmp_path / "x.gguf", **edit(read_head(model)))
+    report = inspect_file(tmp_path / "x.gguf")
     got = findings(report)
     assert [level for level, _ in got] == [level for level, _ in expected]
     for (_, text), (_, part) in zip(got, expected, strict=True):
@@ -273,8 +274,8 @@ def test_what_is_missing_or_unusual_is_told(model: Path, tmp_path: Path, case: s
 
 def test_an_unchanged_rewrite_has_no_findings(model: Path, tmp_path: Path) -> None:
     """So what the cases above find is what they changed."""
-    report = inspect_file(rewrite(model, tmp_path / "x.gguf", lambda k, t: None))
-    assert findings(report) == []
+    rewrite(model, tmp_path / "x.gguf")
+    assert findings(inspect_file(tmp_path / "x.gguf")) == []
 
 
 # ------------------------------------------------------------------------------------------------ hostile files
