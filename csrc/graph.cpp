@@ -96,11 +96,11 @@ class PassBuilder {
         return norm(x); // also on the first step, whose signal is zero
     }
 
+    // Angles: float32(position) * float32(inv_freq), as in the reference (vendor/patches/0002).
     ggml_tensor *rope(const LayerWeights &l, ggml_tensor *x) const {
-        ggml_tensor *factors = l.sliding ? model_.weights().rope_factors_sliding : model_.weights().rope_factors_full;
-        // Base 1: the angle is position / factor, see Weights.
-        return ggml_rope_ext(ctx_, x, positions_, factors, static_cast<int>(l.head_dim), GGML_ROPE_TYPE_NEOX, 0, 1.0f,
-                             1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+        ggml_tensor *factors = l.sliding ? nullptr : model_.weights().rope_freqs;
+        return ggml_rope_ext(ctx_, x, positions_, factors, static_cast<int>(l.head_dim), GGML_ROPE_TYPE_NEOX, 0,
+                             l.sliding ? c_.rope_base_sliding : c_.rope_base_full, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
     }
 
     void write_cache(ggml_tensor *cache, ggml_tensor *rows, bool sliding) const {

@@ -24,8 +24,6 @@ constexpr int64_t MAX_VOCAB = 1 << 24;
 constexpr int64_t MAX_CANVAS = 1 << 16;
 constexpr int64_t MAX_CONTEXT = 1 << 28;
 
-constexpr float NO_ROTATION = 1e30f; // as in the files' rope_freqs
-
 std::string shape_text(const int64_t *ne, int n) {
     std::string text = "[";
     for (int i = 0; i < n; ++i) {
@@ -522,35 +520,19 @@ class ModelReader {
     }
 
     void bind_rope() {
-        const dg_config &c = model_.config_;
         Weights &w = model_.weights_;
-        for (const bool sliding : {false, true}) {
-            const LayerWeights *layer = nullptr;
-            for (const LayerWeights &l : w.layers) {
-                if (l.sliding == sliding) {
-                    layer = &l;
-                }
-            }
-            if (!layer) {
+        for (const LayerWeights &l : w.layers) {
+            if (l.sliding || w.rope_freqs) {
                 continue;
             }
-            const int64_t pairs = layer->head_dim / 2;
-            const std::vector<float> given =
-                sliding ? std::vector<float>(static_cast<size_t>(pairs), 1.0f) : values(names::ROPE_FREQS, {pairs});
-            const float base = sliding ? c.rope_base_sliding : c.rope_base_full;
-            std::vector<float> factors(given.size());
+            std::vector<float> factors = values(names::ROPE_FREQS, {l.head_dim / 2});
             for (size_t i = 0; i < factors.size(); ++i) {
-                if (!(given[i] > 0.0f)) {
+                if (!(factors[i] > 0.0f)) {
                     fail_format(format("tensor %s holds %g at %zu, expected a positive divisor", names::ROPE_FREQS,
-                                       static_cast<double>(given[i]), i));
+                                       static_cast<double>(factors[i]), i));
                 }
-                // The reference's own roundings: exponent, power and reciprocal in float32.
-                const float exponent = static_cast<float>(2 * i) / static_cast<float>(layer->head_dim);
-                const float inv_freq = 1.0f / std::pow(base, exponent);
-                const double divisor = static_cast<double>(given[i]) / static_cast<double>(inv_freq);
-                factors[i] = given[i] >= NO_ROTATION ? NO_ROTATION : static_cast<float>(divisor);
             }
-            (sliding ? w.rope_factors_sliding : w.rope_factors_full) = own(std::move(factors), pairs);
+            w.rope_freqs = own(std::move(factors), l.head_dim / 2);
         }
     }
 

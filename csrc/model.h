@@ -57,11 +57,7 @@ struct Weights {
     ggml_tensor *self_cond_gate = nullptr;
     ggml_tensor *self_cond_up = nullptr;
     ggml_tensor *self_cond_down = nullptr;
-    // Divisors of the position, one a rotating pair: 1 / inv_freq, and 1e30 where a pair does not rotate. Handed to
-    // ggml's rope with a base of 1, they give position * inv_freq in one rounding; its own way multiplies the angle up
-    // pair by pair, which moved the logits by 8e-5 at 1,000 positions.
-    ggml_tensor *rope_factors_full = nullptr;    // [D/2]
-    ggml_tensor *rope_factors_sliding = nullptr; // [D/2]
+    ggml_tensor *rope_freqs = nullptr; // [D/2] of the full layers: divisors of the angle, 1e30 where a pair rests
     std::vector<LayerWeights> layers;
 };
 

@@ -46,7 +46,8 @@ class DenoiseStep:
 
 @dataclass(frozen=True)
 class Block:
-    """A finished canvas: the text that it adds, and its tokens up to the end token or the limit."""
+    """A finished canvas: the text that it adds, and its tokens up to the end token or the limit. A stop string that
+    straddles two canvases is found with the second: the result's text then ends inside the first's."""
 
     text: str
     tokens: list[int]
@@ -156,6 +157,7 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
     deadline = None if request.time_limit_s is None else began + request.time_limit_s
     stats = Stats(seed=request.seed, prompt_tokens=len(request.prompt))
     done: list[int] = []
+    text = ""
     reason: FinishReason = "length"
     try:
         _encode_prompt(session, request.prompt, stats)
@@ -163,16 +165,17 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
         while True:
             step = yield from _denoise(session, request, canvas_index, began, deadline, stats, view)
             tokens, ended = until_end(step.argmax.tolist(), request.end_ids)
-            before, n_before = view.answer(done), len(done)
+            before, n_before = text, len(done)
             done += tokens
             if len(done) > request.max_tokens:
                 ended, done = False, done[: request.max_tokens]
-            answer = view.answer(done)
-            stop_at = request.stop.find(answer, max(0, len(before) - request.stop.overlap))
+            text = view.answer(done)
+            stop_at = request.stop.find(text, max(0, len(before) - request.stop.overlap))
             if stop_at is not None:
-                ended, done, answer = True, view.tokens_within(done, stop_at), answer[:stop_at]
+                # A token that the stop string cuts in two is not counted; its characters before the cut are.
+                ended, done, text = True, view.tokens_within(done, stop_at), text[:stop_at]
             stats.generated_tokens = len(done)
-            yield Block(answer[len(before) :], done[n_before:])
+            yield Block(text[len(before) :], done[n_before:])
             if ended:
                 reason = "stop"
                 break
@@ -183,10 +186,7 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
             canvas_index += 1
     except CancelledError:
         reason = "cancelled"
-    stats.generated_tokens = len(done)
-    reasoning, answer = view.split(done)
-    stop_at = request.stop.find(answer)
-    return Generation(answer if stop_at is None else answer[:stop_at], done, reason, stats, reasoning)
+    return Generation(text, done, reason, stats, view.split(done)[0])
 
 
 def _fits_another(session: Session) -> bool:

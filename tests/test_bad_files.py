@@ -1,0 +1,213 @@
+"""Whatever a file does ends in a typed error of one line, with the process alive."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGUFValueType
+from gguf_rewrite import DROP, Typed, read_tensor, rewrite
+
+from pydiffgguf import DiffusionModel, ModelFormatError, ModelWarning, UnsupportedError
+
+REQUIRED_KEYS = [
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.key_length_swa",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "expert_count",
+    "expert_used_count",
+    "expert_feed_forward_length",
+    "final_logit_softcapping",
+]
+# A file without these works, with a warning or with less.
+OPTIONAL_TENSORS = re.compile(r"enc_layer_output_scale|self_cond_")
+
+
+def open_fails(path: Path, kind: type[Exception], match: str) -> None:
+    with pytest.raises(kind, match=match) as caught:
+        DiffusionModel(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_file_not_found(tmp_path: Path) -> None:
+    open_fails(tmp_path / "none.gguf", FileNotFoundError, "none.gguf")
+
+
+def test_a_directory_is_said_to_be_one(tmp_path: Path) -> None:
+    open_fails(tmp_path, IsADirectoryError, str(tmp_path.name))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [(b"", "empty"), (b"GG", "not a GGUF"), (b"PK\x03\x04" + b"\0" * 100, "not a GGUF"), (b"GGUF", "GGUF header")],
+)
+def test_what_is_no_gguf_is_told_so(tmp_path: Path, content: bytes, match: str) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    open_fails(path, ModelFormatError, match)
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_a_file_cut_anywhere_is_refused(tiny_gguf: Path, tmp_path: Path, use_mmap: bool) -> None:
+    """200 places, most of them in the header, where each one hits another structure."""
+    path = tmp_path / "cut.gguf"
+    shutil.copy(tiny_gguf, path)
+    reader = gguf.GGUFReader(tiny_gguf)
+    header = reader.data_offset
+    size = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)  # padding may stand behind
+    places = {int(x) for x in np.linspace(0, header, 150)} | {int(x) for x in np.linspace(header, size - 1, 50)}
+    for place in sorted(places, reverse=True):
+        with path.open("r+b") as file:
+            file.truncate(place)
+        with pytest.raises(ModelFormatError) as caught:
+            DiffusionModel(path, use_mmap=use_mmap)
+        assert "\n" not in str(caught.value)
+    assert len(places) >= 195
+
+
+def test_another_architecture_is_named(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "llama.gguf"
+    rewrite(tiny_gguf, path, keys={"general.architecture": Typed("llama", GGUFValueType.STRING)})
+    open_fails(path, ModelFormatError, '"llama", expected "diffusion-gemma"')
+
+
+@pytest.mark.parametrize("name", [*(f"diffusion-gemma.{key}" for key in REQUIRED_KEYS), "diffusion.canvas_length"])
+def test_a_missing_key_is_named(tiny_gguf: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.gguf"
+    rewrite(tiny_gguf, path, keys={name: DROP})
+    open_fails(path, ModelFormatError, f"key {re.escape(name)} is missing")
+
+
+@pytest.mark.parametrize("name", [*(f"diffusion-gemma.{key}" for key in REQUIRED_KEYS), "diffusion.canvas_length"])
+def test_a_key_of_the_wrong_type_is_named(tiny_gguf: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.gguf"
+    rewrite(tiny_gguf, path, keys={name: Typed("seven", GGUFValueType.STRING)})
+    open_fails(path, ModelFormatError, f"key {re.escape(name)} has type str, expected")
+
+
+U32, F32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("diffusion.canvas_length", Typed(0, U32)),
+        ("diffusion-gemma.block_count", Typed(0, U32)),
+        ("diffusion-gemma.block_count", Typed(4_000_000_000, U32)),
+        ("diffusion-gemma.expert_used_count", Typed(9, U32)),
+        ("diffusion-gemma.attention.sliding_window", Typed(0, U32)),
+        ("diffusion-gemma.attention.key_length", Typed(63, U32)),
+        ("diffusion-gemma.attention.layer_norm_rms_epsilon", Typed(float("nan"), F32)),
+        ("diffusion-gemma.rope.freq_base", Typed(float("inf"), F32)),
+        ("diffusion-gemma.final_logit_softcapping", Typed(-1.0, F32)),
+        ("diffusion-gemma.attention.head_count_kv", Typed([1] * 5, GGUFValueType.ARRAY, GGUFValueType.INT32)),
+        ("diffusion-gemma.attention.head_count_kv", Typed([3] * 6, GGUFValueType.ARRAY, GGUFValueType.INT32)),
+        ("diffusion-gemma.attention.sliding_window_pattern", Typed([True], GGUFValueType.ARRAY, GGUFValueType.BOOL)),
+        ("diffusion.eb_t_max", Typed(float("nan"), F32)),
+        ("diffusion.eb_max_steps", Typed(0, U32)),
+    ],
+)
+def test_a_key_out_of_range_is_refused(tiny_gguf: Path, tmp_path: Path, name: str, value: Any) -> None:
+    path = tmp_path / "x.gguf"
+    rewrite(tiny_gguf, path, keys={name: value})
+    open_fails(path, ModelFormatError, "key|layer|sampler")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("diffusion-gemma.attention.shared_kv_layers", Typed(2, U32)),
+        ("diffusion-gemma.embedding_length_per_layer_input", Typed(256, U32)),
+        ("diffusion-gemma.attention.value_length", Typed(32, U32)),
+        ("diffusion-gemma.rope.dimension_count", Typed(32, U32)),
+    ],
+)
+def test_what_is_not_built_is_unsupported(tiny_gguf: Path, tmp_path: Path, name: str, value: Any) -> None:
+    path = tmp_path / "x.gguf"
+    rewrite(tiny_gguf, path, keys={name: value})
+    open_fails(path, UnsupportedError, re.escape(name))
+
+
+def all_tensors(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    return [(t.name, tuple(int(n) for n in reversed(t.shape))) for t in gguf.GGUFReader(path).tensors]
+
+
+def test_a_missing_tensor_is_named_whichever_it_is(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    checked = 0
+    for name, _ in all_tensors(tiny_gguf):
+        layer = re.match(r"blk\.(\d+)\.", name)
+        if OPTIONAL_TENSORS.search(name) or (layer and layer[1] not in "15"):  # one sliding and one full layer
+            continue
+        rewrite(tiny_gguf, path, tensors={name: DROP})
+        open_fails(path, ModelFormatError, f"tensor {re.escape(name)} is missing")
+        checked += 1
+    assert checked > 40
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    checked = 0
+    for name, shape in all_tensors(tiny_gguf):
+        layer = re.match(r"blk\.(\d+)\.", name)
+        if name == "token_embd.weight" or (layer and layer[1] not in "15"):
+            continue
+        wrong = np.zeros((*shape[:-1], shape[-1] + 32), np.float32)
+        rewrite(tiny_gguf, path, tensors={name: wrong})
+        ne = ", ".join(str(n) for n in reversed(wrong.shape))
+        open_fails(path, ModelFormatError, rf"tensor {re.escape(name)} has shape \[{ne}\], expected")
+        checked += 1
+    assert checked > 40
+
+
+def test_a_vocabulary_that_disagrees_with_the_embedding_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    embedding = read_tensor(tiny_gguf, "token_embd.weight")
+    rewrite(tiny_gguf, path, tensors={"token_embd.weight": np.vstack([embedding, embedding[:3]])})
+    open_fails(path, ModelFormatError, "tokenizer.ggml.tokens has 512 entries, .* 515")
+
+
+def test_an_untied_head_and_a_v_on_a_full_layer_are_unsupported(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    embedding = read_tensor(tiny_gguf, "token_embd.weight")
+    rewrite(tiny_gguf, path, tensors={"output.weight": embedding})
+    open_fails(path, UnsupportedError, "output.weight")
+    k = read_tensor(tiny_gguf, "blk.5.attn_k.weight")
+    rewrite(tiny_gguf, path, tensors={"blk.5.attn_v.weight": k})
+    open_fails(path, UnsupportedError, "attn_v")
+
+
+def test_files_without_encoder_scalars_or_self_conditioning_work_and_warn(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    missing = {name: DROP for name, _ in all_tensors(tiny_gguf) if OPTIONAL_TENSORS.search(name)}
+    rewrite(tiny_gguf, path, tensors=missing)
+    with pytest.warns(ModelWarning) as caught:
+        model = DiffusionModel(path)
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == 2
+    assert any("encoder scalars" in text for text in texts)
+    assert any("self-conditioning" in text for text in texts)
+    with model:
+        assert not model.config.has_self_conditioning
+        assert not model.config.has_encoder_scalars
+        assert model.generate("hello", max_tokens=8, steps=2, seed=1).tokens
+
+
+def test_gpu_layers_on_a_cpu_build_raise_with_the_cure(tiny_gguf: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"CMAKE_ARGS=.*pip install"):
+        DiffusionModel(tiny_gguf, n_gpu_layers=3)
