@@ -364,7 +364,8 @@ dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sa
             }
         }
         std::vector<float> processed(z, z + static_cast<int64_t>(n_rows) * n_vocab);
-        dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, pinned, 1,
+        dg::SamplerScratch scratch;
+        dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, pinned, 1, scratch,
                         {argmax, canvas, accepted, entropy});
     });
 }

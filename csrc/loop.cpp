@@ -87,7 +87,7 @@ dg_step CanvasLoop::step(const dg_noise *handed_in) {
     const dg_noise noise = handed_in ? *handed_in : philox_noise();
     const int32_t *pinned = pinned_.empty() ? nullptr : pinned_.data();
     sample_step(session_.logits(), c.canvas_length, c.n_vocab, sampling_, step_, noise, pinned, session_.n_threads(),
-                {argmax_.data(), canvas_.data(), accepted_.data(), entropy_.data()});
+                scratch_, {argmax_.data(), canvas_.data(), accepted_.data(), entropy_.data()});
 
     dg_step out = {};
     out.step = step_;

@@ -35,6 +35,7 @@ class CanvasLoop {
     std::vector<double> entropy_;
     std::vector<double> uniform_;
     std::vector<int32_t> renoise_;
+    SamplerScratch scratch_;
 
     dg_noise philox_noise();
 };

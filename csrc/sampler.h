@@ -28,13 +28,21 @@ RowDraw draw_row(float *z, int32_t n_vocab, float t, double u);
 
 // Rows are accepted in order of entropy while the entropies before them sum to at most `bound`; so at least one free
 // row always is. Pinned rows take no part and get 0. accepted: [C].
-void accept_rows(const double *entropy, const int32_t *pinned, int32_t n_rows, double bound, uint8_t *accepted);
+// `order` is scratch.
+void accept_rows(const double *entropy, const int32_t *pinned, int32_t n_rows, double bound, uint8_t *accepted,
+                 std::vector<int32_t> &order);
 
 // Mean entropy of the free rows; 0 without any.
 double mean_entropy(const double *entropy, const int32_t *pinned, int32_t n_rows);
 
 // Throws DG_ERROR_ARGUMENT for missing arrays, u outside [0, 1), ids outside [0, n_vocab).
 void check_noise(const dg_noise &noise, int32_t n_rows, int32_t n_vocab);
+
+// What sample_step needs besides its arguments; kept from step to step, so that a step allocates nothing.
+struct SamplerScratch {
+    std::vector<int32_t> draws;
+    std::vector<int32_t> order;
+};
 
 // One whole step on `z` [C, V], which becomes the processed logits, pinned rows one-hot. Outputs [C].
 struct StepOutput {
@@ -44,7 +52,8 @@ struct StepOutput {
     double *entropy;
 };
 void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, int32_t step,
-                 const dg_noise &noise, const int32_t *pinned, int32_t n_threads, const StepOutput &out);
+                 const dg_noise &noise, const int32_t *pinned, int32_t n_threads, SamplerScratch &scratch,
+                 const StepOutput &out);
 
 // Stable when the argmax canvas equals each of the last `threshold` ones.
 class StabilityHistory {
