@@ -28,6 +28,7 @@ from .names import (
 
 DEFAULT_CONTEXT = 8192  # DiffusionModel's, when the file's own context is longer
 DEFAULT_BATCH = 512  # DiffusionModel's n_batch
+BUFFER_ALIGNMENT = 32  # ggml's, of a tensor in a CPU buffer
 KV_TYPES = {
     "f32": GGMLQuantizationType.F32,
     "f16": GGMLQuantizationType.F16,
@@ -248,7 +249,8 @@ def estimate_memory(head: GGUFHead, n_ctx: int | None, type_kv: str) -> MemoryEs
     block, size = GGML_QUANT_SIZES[KV_TYPES[type_kv]]
     kv_bytes = 0
     for sliding, kv_heads, head_dim in zip(layers.sliding, layers.kv_heads, layers.head_dims, strict=True):
-        kv_bytes += 2 * (ring if sliding else n_ctx) * -(-kv_heads * head_dim // block) * size
+        one = (ring if sliding else n_ctx) * -(-kv_heads * head_dim // block) * size
+        kv_bytes += 2 * (-(-one // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT)
     return MemoryEstimate(n_ctx, type_kv, weights, kv_bytes)
 
 

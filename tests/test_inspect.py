@@ -19,6 +19,7 @@ from gguf import GGUFValueType
 from gguf_rewrite import DROP, Typed, rewrite
 from rich.console import Console
 
+from pydiffgguf import DiffusionModel
 from pydiffgguf.convert import FileReport, convert, inspect_file
 from pydiffgguf.convert.gguf_file import GGUFHead, read_head
 from pydiffgguf.convert.report import render, to_dict
@@ -92,12 +93,22 @@ def test_a_converted_file_lacks_nothing(model: Path) -> None:
         ({"n_ctx": 100}, 2 * 64 * 2 * (5 * 100 + 100)),
         ({"n_ctx": 3000, "type_kv": "f32"}, 2 * 64 * 4 * (5 * 527 + 3000)),
         ({"n_ctx": 3000, "type_kv": "bf16"}, 2 * 64 * 2 * (5 * 527 + 3000)),
-        ({"n_ctx": 3000, "type_kv": "q8_0"}, 2 * 68 * (5 * 527 + 3000)),
+        ({"n_ctx": 3000, "type_kv": "q8_0"}, 2 * (5 * 35840 + 204000)),
     ],
 )
 def test_the_kv_cache_is_counted_by_layer(model: Path, options: dict[str, Any], expected: int) -> None:
-    """Full layers keep all positions, sliding ones window - 1 and the largest pass; Q8_0 is 34 bytes per 32."""
+    """Full layers keep all positions, sliding ones window - 1 and the largest pass; Q8_0 is 34 bytes per 32, padded to 32."""
     assert inspect_file(model, **options).memory.kv_bytes == expected
+
+
+@pytest.mark.parametrize("type_kv", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("n_ctx", [None, 100, 1000])
+def test_the_estimate_is_what_the_engine_takes(model: Path, n_ctx: int | None, type_kv: str) -> None:
+    """Weights and KV cache to the byte, without opening the model."""
+    estimate = inspect_file(model, n_ctx=n_ctx, type_kv=type_kv).memory
+    with DiffusionModel(model, n_ctx=n_ctx, type_kv=type_kv) as opened:
+        memory = opened.memory()
+    assert (estimate.weight_bytes, estimate.kv_bytes) == (memory.weights, memory.kv_cache)
 
 
 @pytest.mark.parametrize("options", [{"type_kv": "q4_0"}, {"n_ctx": 0}])
