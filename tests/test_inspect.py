@@ -97,7 +97,7 @@ def test_a_converted_file_lacks_nothing(model: Path) -> None:
     ],
 )
 def test_the_kv_cache_is_counted_by_layer(model: Path, options: dict[str, Any], expected: int) -> None:
-    """Full layers keep all positions, sliding ones window - 1 and the largest pass; Q8_0 is 34 bytes per 32, padded to 32."""
+    """Full layers keep all positions, sliding ones window - 1 and the largest pass; Q8_0 takes 34 bytes per 32."""
     assert inspect_file(model, **options).memory.kv_bytes == expected
 
 
