@@ -61,22 +61,17 @@ def test_importing_prints_nothing_and_loads_no_engine() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def imported_in_ms(statement: str) -> float:
-    """Milliseconds that importing takes beyond what numpy takes, by -X importtime, the best of three."""
-    best = float("inf")
-    for _ in range(3):
-        log = run_python("-X", "importtime", "-c", f"import numpy; {statement}").stderr
-        rows = [line.removeprefix("import time:").split("|") for line in log.splitlines()[1:]]
-        names = [row[2].strip() for row in rows]
-        after_numpy = rows[names.index("numpy") + 1 :]
-        best = min(best, sum(int(row[0]) for row in after_numpy) / 1000)
-    return best
+def imported_in_ms(module: str) -> float:
+    """Milliseconds of CPU time that importing takes when numpy is there already, the least of five: a busy machine
+    stretches the time on the clock, and the first run compiles."""
+    script = f"import numpy, time; t = time.process_time(); import {module}; print(1000 * (time.process_time() - t))"
+    return min(float(run_python("-c", script).stdout) for _ in range(5))
 
 
 def test_importing_is_fast() -> None:
     """Under 60 ms without numpy's own time: the package alone, and with the engine's binding loaded."""
-    assert imported_in_ms("import pydiffgguf") < 60
-    assert imported_in_ms("import pydiffgguf._native") < 60
+    assert imported_in_ms("pydiffgguf") < 60
+    assert imported_in_ms("pydiffgguf._native") < 60
 
 
 def test_the_header_compiles_as_c_alone(tmp_path: Path) -> None:
