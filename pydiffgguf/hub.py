@@ -9,10 +9,11 @@ from pathlib import Path, PurePosixPath
 
 from pydiffgguf.errors import UnsupportedError
 
-__all__ = ["choose_file", "resolve_hub", "resolve_model"]
+__all__ = ["choose_file", "resolve_checkpoint", "resolve_hub", "resolve_model"]
 
 PREFIX = "hf:"
 
+_REPO_ID = r"[\w.-]+/[\w.-]+"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)
 #: GGUF files that are no models: projectors for images, and statistics for quantizing.
 _OTHER_GGUF = re.compile(r"^(mmproj|imatrix)|imatrix", re.IGNORECASE)
@@ -30,9 +31,34 @@ def resolve_model(spec: str) -> Path:
     if not spec.startswith(PREFIX):
         return Path(spec)
     repo_id, _, pattern = spec[len(PREFIX) :].partition(":")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not re.fullmatch(_REPO_ID, repo_id):
         raise ValueError(f"{spec!r} is not of the form hf:OWNER/REPO or hf:OWNER/REPO:PATTERN")
     return resolve_hub(repo_id, pattern or "*")
+
+
+def resolve_checkpoint(spec: str) -> Path:
+    """The checkpoint folder that a name means: a path as it is, or ``hf:OWNER/REPO``, whose configuration, tokenizer
+    and safetensors are downloaded when they are not in the cache.
+
+    Raises:
+        ValueError: the name is not of that form.
+        OSError: as in `resolve_model`; the message for a folder that is missing says how a repository is written.
+    """
+    if not spec.startswith(PREFIX):
+        path = Path(spec)
+        if not path.exists():
+            hint = f"; a repository is written {PREFIX}{spec}" if re.fullmatch(_REPO_ID, spec) else ""
+            raise FileNotFoundError(f"{spec}: no such folder{hint}")
+        return path
+    repo_id = spec[len(PREFIX) :]
+    if not re.fullmatch(_REPO_ID, repo_id):
+        raise ValueError(f"{spec!r} is not of the form hf:OWNER/REPO")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise _one_line(repo_id, error) from error
 
 
 def resolve_hub(repo_id: str, pattern: str, *, revision: str | None = None) -> Path:

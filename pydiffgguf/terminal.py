@@ -6,24 +6,37 @@ escaped on a terminal (`escape`), and written as it is to a pipe or file.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.style import Style
+from rich.table import Column
 from rich.text import Text
 
 from pydiffgguf.chat import split_reasoning
 
 if TYPE_CHECKING:
+    from pydiffgguf.convert import ConvertProgress
     from pydiffgguf.generate import Block, DenoiseStep, Generation
     from pydiffgguf.tokenizer import Tokenizer
 
-__all__ = ["LiveCanvas", "Output", "PlainOutput", "escape", "is_live_terminal", "summary"]
+__all__ = [
+    "LiveCanvas",
+    "Output",
+    "PlainOutput",
+    "SilentOutput",
+    "conversion_progress",
+    "escape",
+    "is_live_terminal",
+    "summary",
+]
 
 ACCEPTED = Style()
 UNCERTAIN = Style(dim=True)
@@ -47,6 +60,29 @@ def is_live_terminal(stream: TextIO) -> bool:
     """Whether a live canvas can be drawn there: a terminal that can move its cursor. rich alone would take a pipe for
     one when FORCE_COLOR is set."""
     return stream.isatty() and not Console(file=stream).is_dumb_terminal
+
+
+@contextlib.contextmanager
+def conversion_progress(stream: TextIO) -> Iterator[Callable[[ConvertProgress], None] | None]:
+    """A progress bar with the rate, as a callback for convert(); None where there is no terminal to draw it on."""
+    if not is_live_terminal(stream):
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}", table_column=Column(width=28, no_wrap=True)),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+        task = bar.add_task("reading")
+
+        def show(progress: ConvertProgress) -> None:
+            name = Text(progress.tensor or "finishing").markup
+            bar.update(task, description=name, completed=progress.bytes_done, total=progress.bytes_total)
+
+        yield show
 
 
 def summary(generation: Generation) -> str:
@@ -75,6 +111,24 @@ class Output(Protocol):
     def step(self, event: DenoiseStep) -> None: ...
 
     def block(self, event: Block) -> None: ...
+
+
+class SilentOutput:
+    """Shows nothing: what is wanted is the result."""
+
+    def __enter__(self) -> SilentOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing to end."""
+
+    def step(self, event: DenoiseStep) -> None:
+        """Not shown."""
+
+    def block(self, event: Block) -> None:
+        """Not shown."""
 
 
 class PlainOutput:

@@ -1,0 +1,385 @@
+"""The command ``pydiffgguf``: what its arguments are, and how it fails.
+
+Exit codes: 0; 1 the operation failed, and one line on stderr says why; 2 bad usage; 130 interrupted. What is slow to
+import is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+__all__ = ["main"]
+
+DESCRIPTION = (
+    "DiffusionGemma from GGUF files, in your own process: convert, generate, chat, and watch the canvas denoise."
+)
+MODEL_HELP = "a GGUF file, or hf:OWNER/REPO[:PATTERN], such as hf:unsloth/diffusiongemma-26B-A4B-it-GGUF:Q4_K_M"
+
+#: Sampling options of the Python interface, as flags: name, type, what it does.
+SAMPLING: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+    ("steps", int, "denoise steps of the temperature schedule"),
+    ("max_steps", int, "stop a canvas after so many steps, whatever the schedule"),
+    ("t_min", float, "temperature at the schedule's end"),
+    ("t_max", float, "temperature at its beginning"),
+    ("entropy_bound", float, "nats that a step may accept together, beyond the most certain token"),
+    ("stability_threshold", int, "equal drafts in a row that a stop needs, besides the present one"),
+    ("confidence_threshold", float, "mean entropy in nats, below which a stable canvas is finished"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code. Bad usage leaves through SystemExit(2), as argparse does it."""
+    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe that cannot show a character gets its escape instead of an error in the middle of a text.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with _plain_warnings():
+            code: int = args.run(args)
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone; Python would complain once more when it flushes at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            print(f"pydiffgguf: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    from pydiffgguf.errors import DiffGGUFError
+
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    elif isinstance(error, (DiffGGUFError, OSError, ValueError, TypeError, ImportError)) and str(error):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ") + " (--debug shows where)"
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What the library warns of, on one line each and without the line of source."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"pydiffgguf: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pydiffgguf", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"pydiffgguf {_version()}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str, run: Callable[[argparse.Namespace], int], *examples: str) -> Any:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+        sub.set_defaults(run=run, command=sub)
+        return sub
+
+    sub = command("demo", "run the bundled demo model; needs no network and no arguments", _demo, "pydiffgguf demo")
+    sub.add_argument("--no-live", action="store_true", help="print the results only")
+
+    sub = command(
+        "generate",
+        "text from a prompt",
+        _generate,
+        'pydiffgguf generate model.gguf -p "Why is the sky blue?"',
+        "pydiffgguf generate model.gguf -f question.txt -n 1024 --seed 7 > answer.txt",
+        "echo 'Once upon a time' | pydiffgguf generate model.gguf --raw --json",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; without -p and -f it is read from stdin")
+    where.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file, less one last newline")
+    sub.add_argument("--raw", action="store_true", help="plain text: do not put the prompt through the chat template")
+    sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
+    sub.add_argument("--json", action="store_true", help="print one object: text, tokens, steps, seconds, ...")
+    sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
+    _add_generation(sub)
+    _add_model_options(sub)
+
+    sub = command(
+        "chat",
+        "talk to a model",
+        _chat,
+        "pydiffgguf chat model.gguf",
+        'pydiffgguf chat model.gguf --system "Answer in French." --thinking',
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("--system", metavar="TEXT", help="the system turn")
+    sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
+    sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
+    _add_generation(sub)
+    _add_model_options(sub)
+
+    sub = command(
+        "convert",
+        "make a GGUF file from a checkpoint",
+        _convert,
+        "pydiffgguf convert diffusiongemma-26B-A4B-it -o model.gguf",
+        "pydiffgguf convert hf:google/diffusiongemma-26B-A4B-it -o model.gguf --type bf16",
+    )
+    sub.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors, or hf:OWNER/REPO")
+    sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="appears only when it is whole")
+    sub.add_argument(
+        "--type", metavar="TYPE", default="q8_0", help="of the big tensors: q8_0 (default), bf16, f16, f32"
+    )
+    sub.add_argument("--name", metavar="NAME", help="general.name in the file; the folder's name if not given")
+    sub.add_argument("--allow-missing-tokenizer", action="store_true", help="a folder without tokenizer.json will do")
+
+    sub = command(
+        "inspect",
+        "what a GGUF file holds, what memory it needs, what it lacks",
+        _inspect,
+        "pydiffgguf inspect model.gguf",
+        "pydiffgguf inspect model.gguf --tensors --json",
+    )
+    sub.add_argument("file", metavar="FILE", help=MODEL_HELP)
+    sub.add_argument("--tensors", action="store_true", help="list every tensor")
+    sub.add_argument("--json", action="store_true", help="print one object")
+    sub.add_argument("--ctx", type=int, metavar="N", help="positions to reckon the memory for")
+    sub.add_argument("--type-kv", metavar="TYPE", default="f16", help="type of the cache to reckon with (f16)")
+
+    sub = command(
+        "bench",
+        "measure prefill and denoise step times, steps per canvas, tokens per second, peak memory",
+        _bench,
+        "pydiffgguf bench model.gguf",
+        "pydiffgguf bench model.gguf --prefill 2048 --repeat 9 --threads 4 --json",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("--prefill", type=int, metavar="N", default=512, help="tokens of the prompt to encode (512)")
+    sub.add_argument("--repeat", type=int, metavar="N", default=5, help="times are medians of so many runs (5)")
+    sub.add_argument("-p", "--prompt", metavar="TEXT", help="what to generate from")
+    sub.add_argument("--json", action="store_true", help="print one object")
+    _add_generation(sub)
+    _add_model_options(sub)
+
+    sub = command(
+        "doctor",
+        "check the installation; exit code 1, and the cure, when something is off",
+        _doctor,
+        "pydiffgguf doctor",
+        "pydiffgguf doctor --json",
+    )
+    sub.add_argument("--json", action="store_true", help="print one object")
+    return parser
+
+
+def _add_generation(sub: Any) -> None:
+    sub.add_argument("-n", "--max-tokens", type=int, metavar="N", help="longest result in tokens (256)")
+    sub.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (else a fresh one)")
+    group = sub.add_argument_group("sampling", "What is not given comes from the file, then from the released model.")
+    for name, kind, text in SAMPLING:
+        group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
+    group.add_argument("--time-limit", type=float, metavar="S", help="begin no step later than so many seconds")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
+
+
+def _add_model_options(sub: Any) -> None:
+    group = sub.add_argument_group("model")
+    group.add_argument("--ctx", type=int, metavar="N", help="positions for prompt, text and canvas (at most 8192)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (as many as there are)")
+    group.add_argument("--gpu-layers", type=_gpu_layers, metavar="N|auto", help="layers on the GPU (auto)")
+    group.add_argument("--type-kv", metavar="TYPE", help="type of the cache: f16 (default), f32, bf16, q8_0")
+    group.add_argument("--verbose", action="store_true", help="say on stderr what was opened and what it takes")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _gpu_layers(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pydiffgguf")
+    except PackageNotFoundError:  # run from a source folder; doctor says what to do
+        return "(not installed)"
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of DiffusionModel.generate, from the flags that were given."""
+    names = ["max_tokens", "seed", "stop", *(name for name, _, _ in SAMPLING)]
+    options = {name: getattr(args, name) for name in names} | {"time_limit_s": args.time_limit}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def open_model(args: argparse.Namespace) -> Any:
+    """The DiffusionModel that the arguments name."""
+    from pydiffgguf import DiffusionModel
+    from pydiffgguf.hub import resolve_model
+
+    options = {
+        "n_ctx": args.ctx,
+        "n_threads": args.threads,
+        "n_gpu_layers": args.gpu_layers,
+        "type_kv": args.type_kv,
+        "verbose": args.verbose or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return DiffusionModel(resolve_model(args.model), **given)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from pydiffgguf.talk import generate_once
+
+    if args.raw and args.thinking:
+        args.command.error("--thinking needs the chat template, which --raw leaves out")
+    if args.prompt is None and args.file is None and sys.stdin.isatty():
+        args.command.error("a prompt is needed: -p TEXT, -f FILE, or standard input")
+    prompt = args.prompt if args.prompt is not None else _read_prompt(args.file)
+    with open_model(args) as model:
+        return generate_once(
+            model,
+            prompt,
+            raw=args.raw,
+            thinking=args.thinking,
+            as_json=args.json,
+            live=not args.no_live,
+            options=generation_options(args),
+        )
+
+
+def _read_prompt(path: str | None) -> str:
+    """The text of a file, or of stdin, without one last newline."""
+    if path is None or path == "-":
+        name, data = "standard input", sys.stdin.buffer.read()
+    else:
+        name = path
+        with open(path, "rb") as file:
+            data = file.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from pydiffgguf.talk import Chat
+
+    with open_model(args) as model:
+        options = generation_options(args)
+        return Chat(model, args.system, thinking=args.thinking, live=not args.no_live, options=options).run()
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert import convert
+    from pydiffgguf.convert.output import human
+    from pydiffgguf.hub import resolve_checkpoint
+    from pydiffgguf.terminal import conversion_progress
+
+    source = resolve_checkpoint(args.source)
+    with conversion_progress(sys.stderr) as progress:
+        report = convert(
+            source,
+            args.out,
+            type=args.type,
+            name=args.name,
+            allow_missing_tokenizer=args.allow_missing_tokenizer,
+            progress=progress,
+        )
+    types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
+    print(f"{report.path}: {human(report.n_bytes)}, {report.n_tensors} tensors ({types}), {report.seconds:.1f} s")
+    for note in report.notes:
+        print(f"note: {note}")
+    for fallback in report.fallbacks:
+        print(
+            f"note: {fallback.tensor}: rows of {fallback.row} do not divide into {fallback.wanted}: {fallback.written}"
+        )
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert.inspect import inspect_file
+    from pydiffgguf.convert.report import render, to_dict
+    from pydiffgguf.hub import resolve_model
+
+    report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv)
+    if args.json:
+        _print_json(to_dict(report, tensors=args.tensors))
+    else:
+        _print_rich(render(report, tensors=args.tensors))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from pydiffgguf.bench import measure, table
+
+    with open_model(args) as model:
+        options = generation_options(args)
+        result = measure(model, args.prompt, prefill=args.prefill, repeat=args.repeat, options=options)
+    if args.json:
+        _print_json(result)
+    else:
+        _print_rich(table(result))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from pydiffgguf.doctor import examine, render
+
+    report = examine()
+    if args.json:
+        _print_json(report)
+    else:
+        print(render(report))
+    return 1 if report["problems"] else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from pydiffgguf.demo import run_demo
+
+    return run_demo(live=not args.no_live)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print_rich(value: Any) -> None:
+    from rich.console import Console
+
+    # Without a terminal there is no width to keep to, and a cell that is cut in two cannot be searched for.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(value)

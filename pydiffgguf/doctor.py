@@ -1,0 +1,161 @@
+"""The command ``doctor``: what is installed, what was built in, and what is off, with its cure.
+
+Nothing here needs the compiled extension, rich or numpy to be there: a broken installation is what it is for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["examine", "render"]
+
+#: Python packages that the library imports, by import name, and the name to install.
+PACKAGES = {
+    "numpy": "numpy",
+    "cffi": "cffi",
+    "gguf": "gguf",
+    "huggingface_hub": "huggingface_hub",
+    "jinja2": "jinja2",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "tokenizers": "tokenizers",
+}
+
+#: What /proc/cpuinfo calls the features whose name in the build differs.
+CPU_FLAGS = {"sse3": "pni", "avx512": "avx512f", "avx512_vbmi": "avx512vbmi"}
+
+REINSTALL = "pip install --force-reinstall --no-cache-dir pydiffgguf"
+
+
+def examine() -> dict[str, Any]:
+    """The state of the installation in JSON types: versions, build, machine, and `problems`, a list of
+    {"what", "cure"}, empty when all is well."""
+    problems: list[dict[str, str]] = []
+
+    def problem(what: str, cure: str) -> None:
+        problems.append({"what": what, "cure": cure})
+
+    try:
+        own = version("pydiffgguf")
+    except PackageNotFoundError:
+        own = None
+        problem("pydiffgguf is not installed, only imported from a folder", "pip install . in that folder")
+    packages = {name: _package(name, distribution, problem) for name, distribution in PACKAGES.items()}
+    build = _build(own, problem)
+    folder = Path(__file__).parent
+    demo = folder / "data" / "demo.gguf"
+    if not demo.is_file():
+        problem(f"the demo model is missing: {demo}", REINSTALL)
+    return {
+        "pydiffgguf": own,
+        "location": str(folder),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": packages,
+        "build": build,
+        "demo_model": str(demo) if demo.is_file() else None,
+        "problems": problems,
+    }
+
+
+def _package(name: str, distribution: str, problem: Any) -> str | None:
+    """The version of an importable package, or None with a problem noted."""
+    try:
+        importlib.import_module(name)
+        found = version(distribution)
+    except Exception as error:  # a broken package can raise anything
+        problem(f"{name} cannot be imported: {_one_line(error)}", f'pip install "{_requirement(distribution)}"')
+        return None
+    wanted = re.search(r">=\s*([\d.]+)", _requirement(distribution))
+    if wanted and _numbers(found) < _numbers(wanted[1]):
+        problem(f"{name} {found} is too old", f'pip install "{_requirement(distribution)}"')
+    return found
+
+
+def _requirement(distribution: str) -> str:
+    """What pydiffgguf's own metadata asks of a distribution."""
+    try:
+        listed = requires("pydiffgguf") or []
+    except PackageNotFoundError:
+        listed = []
+    for line in listed:
+        if re.match(rf"{re.escape(distribution)}\b(?!.*extra ==)", line.replace("-", "_"), re.IGNORECASE):
+            return line.split(";")[0].strip()
+    return distribution
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def _build(own: str | None, problem: Any) -> dict[str, Any] | None:
+    """build_info() of the extension, or None with a problem noted."""
+    try:
+        from pydiffgguf import _native
+
+        build: dict[str, Any] = {**_native.build_info()}
+    except Exception as error:
+        problem(f"the compiled extension cannot be loaded: {_one_line(error)}", REINSTALL)
+        return None
+    if own is not None and build["version"] != own:
+        problem(f"the compiled extension is version {build['version']}, the package {own}", REINSTALL)
+    lacking = _lacking(build["cpu_features"])
+    if lacking:
+        problem(
+            f"built with {', '.join(lacking)}, which this CPU does not have: it will crash",
+            f'CMAKE_ARGS="-DGGML_NATIVE=ON" {REINSTALL} --no-binary pydiffgguf',
+        )
+    return build
+
+
+def _lacking(features: list[str]) -> list[str]:
+    """Features of the build that this CPU lacks, as far as the system tells (Linux on x86)."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return []
+    if flags is None:
+        return []
+    present = set(flags[1].split())
+    known = re.compile(r"(sse|ssse|avx|fma|f16c|bmi|amx)")
+    names = [feature.lower() for feature in features]
+    return [name for name in names if known.match(name) and CPU_FLAGS.get(name, name) not in present]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as lines for a terminal."""
+    build = report["build"]
+    rows = [
+        ("pydiffgguf", f"{report['pydiffgguf']} in {report['location']}"),
+        ("python", f"{report['python']} ({report['executable']})"),
+        ("platform", f"{report['platform']}, {report['threads']} threads"),
+        ("packages", ", ".join(f"{name} {found}" for name, found in report["packages"].items() if found)),
+    ]
+    if build is not None:
+        rows += [
+            ("ggml", build["ggml_version"]),
+            ("compiler", build["compiler"]),
+            ("backends", ", ".join(build["backends"])),
+            ("CPU features", ", ".join(build["cpu_features"]) or "none beyond the baseline"),
+        ]
+    rows.append(("demo model", report["demo_model"] or "missing"))
+    lines = [f"{name:<13}{value}" for name, value in rows]
+    for problem in report["problems"]:
+        lines += [f"problem:     {problem['what']}", f"cure:        {problem['cure']}"]
+    if not report["problems"]:
+        lines.append("all is well")
+    return "\n".join(lines)

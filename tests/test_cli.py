@@ -1,0 +1,718 @@
+"""The command line: arguments, output, exit codes. Most of it over a fake model with the real one's surface."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import pydiffgguf
+from pydiffgguf import cli, demo, doctor, talk
+from pydiffgguf.errors import ContextOverflowError, ModelFormatError
+from pydiffgguf.generate import Block, DenoiseStep, Event, Generation, Stats
+from pydiffgguf.tokenizer import Tokenizer
+
+TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{value:02X}>" for value in range(256)), "a", "b", "ab"]
+
+
+class FakeModel:
+    """DiffusionModel's surface as far as the commands use it; `script` is what a generation yields or raises."""
+
+    script: ClassVar[list[Event | BaseException]] = []
+    opened: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    calls: ClassVar[list[tuple[str, Any, dict[str, Any]]]] = []
+    closed: ClassVar[int] = 0
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.opened.append((str(path), options))
+        self.tokenizer = Tokenizer.from_gguf(
+            TOKENS, None, ["a b"], bos_id=2, eos_id=1, unk_id=3, pad_id=0, add_bos=True
+        )
+
+    def __enter__(self) -> FakeModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        FakeModel.closed += 1
+
+    def stream(self, prompt: str, **options: Any) -> Generator[Event, None, Generation]:
+        self.calls.append(("stream", prompt, options))
+        return self._play()
+
+    def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Generator[Event, None, Generation]:
+        self.calls.append(("stream_chat", [dict(message) for message in messages], options))
+        return self._play()
+
+    def _play(self) -> Generator[Event, None, Generation]:
+        text = ""
+        tokens: list[int] = []
+        for event in self.script:
+            if isinstance(event, BaseException):
+                raise event
+            if isinstance(event, Block):
+                text += event.text
+                tokens += event.tokens
+            yield event
+        stats = Stats(5, 3, steps=[4, 2], prefill_s=0.5, denoise_s=1.5, generated_tokens=len(tokens))
+        return Generation(text, tokens, "stop", stats, "because")
+
+
+def denoise_step(n: int = 0) -> DenoiseStep:
+    return DenoiseStep(0, n, 48, np.array([260, 261, 1], np.int32), np.ones(3, bool), np.zeros(3), "ab", 0.1)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeModel]:
+    monkeypatch.setattr(pydiffgguf, "DiffusionModel", FakeModel, raising=False)
+    FakeModel.script = [denoise_step(), Block("a\n", [260]), denoise_step(), Block("b", [261])]
+    FakeModel.opened, FakeModel.calls, FakeModel.closed = [], [], 0
+    return FakeModel
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Sets standard input."""
+
+    def give(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+
+    return give
+
+
+# ------------------------------------------------------------------------------------------------------- generate
+
+
+def test_generate_prints_the_text(fake: type[FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain when piped: the text, one newline, nothing on stderr; the model is closed."""
+    assert cli.main(["generate", "m.gguf", "-p", "hello"]) == 0
+    assert capsys.readouterr() == ("a\nb\n", "")
+    assert fake.opened == [("m.gguf", {})]
+    assert fake.calls == [("stream", "hello", {"raw": False})]
+    assert fake.closed == 1
+
+
+def test_generate_hands_on_every_option(fake: type[FakeModel]) -> None:
+    """Each flag under the name that the Python interface has."""
+    flags = (
+        "--raw -n 9 --seed 7 --steps 12 --max-steps 3 --t-min 0.1 --t-max 0.9 --entropy-bound 0.2 "
+        "--stability-threshold 2 --confidence-threshold 0.01 --time-limit 1.5 --stop X --stop Y "
+        "--ctx 512 --threads 3 --gpu-layers 4 --type-kv f32 --verbose"
+    )
+    assert cli.main(["generate", "m.gguf", "-p", "hello", *flags.split()]) == 0
+    assert fake.opened == [
+        ("m.gguf", {"n_ctx": 512, "n_threads": 3, "n_gpu_layers": 4, "type_kv": "f32", "verbose": True})
+    ]
+    options = {
+        "raw": True,
+        "max_tokens": 9,
+        "seed": 7,
+        "steps": 12,
+        "max_steps": 3,
+        "t_min": 0.1,
+        "t_max": 0.9,
+        "entropy_bound": 0.2,
+        "stability_threshold": 2,
+        "confidence_threshold": 0.01,
+        "time_limit_s": 1.5,
+        "stop": ["X", "Y"],
+    }
+    assert fake.calls == [("stream", "hello", options)]
+
+
+def test_every_sampling_option_is_a_flag() -> None:
+    """The list here and the engine's are the same."""
+    from pydiffgguf.session import SAMPLING_OPTIONS
+
+    assert {name for name, _, _ in cli.SAMPLING} | {"time_limit_s"} == set(SAMPLING_OPTIONS)
+
+
+def test_generate_json_is_one_object(fake: type[FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
+    """With text, tokens, steps, seconds and finish_reason, and the thoughts apart."""
+    assert cli.main(["generate", "m.gguf", "-p", "hello", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert (out.count("\n"), err) == (1, "")
+    assert json.loads(out) == {
+        "text": "a\nb",
+        "reasoning": "because",
+        "tokens": [260, 261],
+        "finish_reason": "stop",
+        "steps": [4, 2],
+        "seconds": 2.0,
+        "prefill_s": 0.5,
+        "denoise_s": 1.5,
+        "tokens_per_forward": 2 / 6,
+        "tokens_per_second": 1.0,
+        "prompt_tokens": 3,
+        "seed": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt"), [(b"hi", "hi"), (b"hi\n", "hi"), (b"hi\r\n", "hi"), (b"hi\n\n", "hi\n"), ("é".encode(), "é")]
+)
+def test_the_prompt_comes_from_stdin_or_a_file(
+    fake: type[FakeModel], typed: Callable[[bytes], None], tmp_path: Path, data: bytes, prompt: str
+) -> None:
+    """Less one last newline, which editors and echo add."""
+    (tmp_path / "prompt.txt").write_bytes(data)
+    for arguments in ([], ["-f", "-"], ["-f", str(tmp_path / "prompt.txt")]):
+        typed(data)
+        assert cli.main(["generate", "m.gguf", *arguments]) == 0
+    assert [call[1] for call in fake.calls] == [prompt] * 3
+
+
+def test_a_prompt_that_is_not_text_is_an_error(
+    fake: type[FakeModel], typed: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is replaced in silence."""
+    typed(b"abc\xff")
+    assert cli.main(["generate", "m.gguf"]) == 1
+    assert capsys.readouterr() == ("", "pydiffgguf: error: standard input is not UTF-8 text: byte 3 is 0xff\n")
+
+
+def test_thinking_goes_through_the_chat(fake: type[FakeModel]) -> None:
+    """One user turn, with the thought channel asked for."""
+    assert cli.main(["generate", "m.gguf", "-p", "hello", "--thinking"]) == 0
+    assert fake.calls == [("stream_chat", [{"role": "user", "content": "hello"}], {"thinking": True})]
+
+
+def test_a_terminal_shows_the_canvas_and_a_summary(
+    fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And --no-live shows neither."""
+    monkeypatch.setattr(talk, "is_live_terminal", lambda _: True)
+    assert cli.main(["generate", "m.gguf", "-p", "hello"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.endswith("a\nb\n2 tokens, 4+2 steps in 2 canvases, 2.0 s, 1.0 tokens/s, stop\n")
+    assert cli.main(["generate", "m.gguf", "-p", "hello", "--no-live"]) == 0
+    assert capsys.readouterr().out == "a\nb\n"
+
+
+# ----------------------------------------------------------------------------------------------------------- chat
+
+
+def play_chat(monkeypatch: pytest.MonkeyPatch, lines: list[str | BaseException], *arguments: str) -> int:
+    """An interactive chat: what is typed at each prompt, then Ctrl-D."""
+
+    class Keyboard(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed: Iterator[str | BaseException] = iter([*lines, EOFError()])
+
+    def read(_: str = "") -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(sys, "stdin", Keyboard())
+    monkeypatch.setattr(builtins, "input", read)
+    return cli.main(["chat", "m.gguf", *arguments])
+
+
+def test_chat_keeps_the_conversation(fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn hands on all earlier ones, the system turn first, and never the thoughts."""
+    assert play_chat(monkeypatch, ["one", "", "two"], "--system", "be brief", "--seed", "3") == 0
+    system, one = {"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}
+    answer, two = {"role": "assistant", "content": "a\nb"}, {"role": "user", "content": "two"}
+    assert [call[1] for call in fake.calls] == [[system, one], [system, one, answer, two]]
+    assert [call[2] for call in fake.calls] == [{"thinking": False, "seed": 3}] * 2
+    assert len(fake.opened) == 1
+
+
+def test_chat_commands(
+    fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/clear forgets all but the system turn, /exit leaves; other slashes are text or are told."""
+    lines: list[str | BaseException] = ["one", "/clear", "/help", "/nonsense", "/usr/bin is what?", "/exit", "late"]
+    assert play_chat(monkeypatch, lines, "--system", "s") == 0
+    assert [len(call[1]) for call in fake.calls] == [2, 2]
+    assert fake.calls[1][1][1]["content"] == "/usr/bin is what?"
+    out, _ = capsys.readouterr()
+    assert "no such command: /nonsense" in out
+    assert out.count("/clear") >= 2
+
+
+def test_ctrl_c_stops_the_answer_only(fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was finished of it stays in the conversation; at the prompt, Ctrl-C leaves with 130."""
+    scripts = iter([[Block("par", [260]), KeyboardInterrupt()], [KeyboardInterrupt()], [Block("x", [260])]])
+    play = FakeModel._play
+
+    def next_script(self: FakeModel) -> Generator[Event, None, Generation]:
+        FakeModel.script = list(next(scripts))
+        return play(self)
+
+    monkeypatch.setattr(FakeModel, "_play", next_script)
+    assert play_chat(monkeypatch, ["one", "two", "three", KeyboardInterrupt()]) == 130
+    last = [message["content"] for message in fake.calls[-1][1]]
+    assert last == ["one", "par", "three"]
+    assert fake.closed == 1
+
+
+def test_an_error_ends_a_turn_not_the_chat(
+    fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal the reason is shown and the turn forgotten."""
+    fake.script = [ContextOverflowError("does not\nfit")]
+    assert play_chat(monkeypatch, ["one", "two"]) == 0
+    assert [len(call[1]) for call in fake.calls] == [1, 1]
+    assert capsys.readouterr().out.count("error: does not fit\n") == 2
+
+
+def test_chat_without_a_terminal(
+    fake: type[FakeModel], typed: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every line is a turn, the answers are all that is printed, and an error is the command's."""
+    typed(b"one\n\ntwo\n")
+    assert cli.main(["chat", "m.gguf"]) == 0
+    assert capsys.readouterr() == ("a\nb\na\nb\n", "")
+    assert [len(call[1]) for call in fake.calls] == [1, 3]
+    fake.script = [ContextOverflowError("does not fit")]
+    typed(b"one\n")
+    assert cli.main(["chat", "m.gguf"]) == 1
+    assert capsys.readouterr().err == "pydiffgguf: error: does not fit\n"
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ModelFormatError("key x is\n  missing"), "key x is missing"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "m.gguf"), "m.gguf: No such file or directory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
+        (ValueError("steps is 0"), "steps is 0"),
+        (KeyError("oops"), "KeyError: 'oops' (--debug shows where)"),
+        (RuntimeError(), "RuntimeError (--debug shows where)"),
+    ],
+)
+def test_a_failure_is_one_line_and_exit_code_1(
+    fake: type[FakeModel], capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
+    """Whatever went wrong; --debug shows the traceback instead, before or after the command's name."""
+    fake.script = [error]
+    assert cli.main(["generate", "m.gguf", "-p", "x"]) == 1
+    assert capsys.readouterr() == ("", f"pydiffgguf: error: {line}\n")
+    for arguments in (["--debug", "generate", "m.gguf"], ["generate", "m.gguf", "--debug"]):
+        assert cli.main([*arguments, "-p", "x"]) == 1
+        assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_an_interruption_is_exit_code_130(fake: type[FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
+    """The finished text stays, nothing is complained about, the model is closed."""
+    fake.script = [Block("some", [260]), KeyboardInterrupt()]
+    assert cli.main(["generate", "m.gguf", "-p", "x"]) == 130
+    assert capsys.readouterr() == ("some\n", "")
+    assert fake.closed == 1
+
+
+def test_warnings_are_one_line(
+    fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the path and the line of source that Python adds."""
+
+    def warning(self: FakeModel, prompt: str, **_: Any) -> Generator[Event, None, Generation]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("m.gguf: no encoder scalars", UserWarning, stacklevel=2)
+        return self._play()
+
+    monkeypatch.setattr(FakeModel, "stream", warning)
+    assert cli.main(["generate", "m.gguf", "-p", "x"]) == 0
+    assert capsys.readouterr().err == "pydiffgguf: warning: m.gguf: no encoder scalars\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["generate"], "required: MODEL"),
+        (["generate", "m.gguf", "-p", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["generate", "m.gguf", "-p", "x", "--temp", "1"], "unrecognized arguments: --temp"),
+        (["generate", "m.gguf", "-p", "x", "--se", "1"], "unrecognized arguments: --se"),
+        (["generate", "m.gguf", "-p", "x", "-f", "y"], "not allowed with argument"),
+        (["generate", "m.gguf", "-p", "x", "--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["generate", "m.gguf", "-p", "x", "--gpu-layers", "all"], "--gpu-layers: invalid"),
+        (["generate", "m.gguf", "-p", "x", "--raw", "--thinking"], "--thinking needs the chat template"),
+        (["convert", "somewhere"], "required: -o/--out"),
+    ],
+)
+def test_bad_usage_is_exit_code_2(
+    fake: type[FakeModel], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """With argparse's line; nothing is abbreviated or ignored, and no model is opened."""
+    with pytest.raises(SystemExit) as info:
+        cli.main(arguments)
+    assert info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert fake.opened == []
+
+
+def test_generate_on_a_terminal_needs_a_prompt(
+    fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not wait for a text that nobody knows to type."""
+    monkeypatch.setattr(sys, "stdin", type("Tty", (io.StringIO,), {"isatty": lambda self: True})())
+    with pytest.raises(SystemExit) as info:
+        cli.main(["generate", "m.gguf"])
+    assert info.value.code == 2
+    assert "a prompt is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "chat", "convert", "inspect", "bench", "doctor"])
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """Every command's help ends in a line that can be pasted, and every example is understood."""
+    with pytest.raises(SystemExit) as info:
+        cli.main([command, "--help"])
+    assert info.value.code == 0
+    out, _ = capsys.readouterr()
+    examples = out.split("examples:\n")[1].splitlines()
+    assert examples
+    for example in examples:
+        words = re.findall(r'"[^"]*"|[^\s"]+', example.split("pydiffgguf ", 1)[1].split(" > ")[0])
+        cli._parser().parse_args([word.strip('"') for word in words])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """The package's own."""
+    with pytest.raises(SystemExit) as info:
+        cli.main(["--version"])
+    assert info.value.code == 0
+    assert capsys.readouterr().out == f"pydiffgguf {pydiffgguf.__version__}\n"
+
+
+# ---------------------------------------------------------------------------------------------- over a real model
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command as a user starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "pydiffgguf", *arguments], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_generate_over_a_real_model(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text and object agree, for the same seed."""
+    arguments = ["generate", str(tiny_gguf), "-p", "hello", "--seed", "7", "-n", "40", "--max-steps", "3"]
+    assert cli.main(arguments) == 0
+    text, err = capsys.readouterr()
+    assert err == ""
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert text == result["text"] + ("" if result["text"].endswith("\n") else "\n")
+    assert len(result["tokens"]) <= 40
+    assert all(1 <= steps <= 3 for steps in result["steps"])
+    assert result["seed"] == 7
+    assert result["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--steps", "0"], "steps is 0: "),
+        (["--t-min", "nan"], "t_min is nan: "),
+        (["-n", "0"], "max_tokens is 0: "),
+        (["--seed", "-1"], "seed is -1: "),
+        (["--time-limit", "inf"], "time_limit_s is inf: "),
+        (["--stop", ""], "stop: an empty string"),
+        (["--ctx", "5"], ""),
+        (["--threads", "0"], "n_threads is 0: "),
+        (["--type-kv", "f8"], "type_kv"),
+        (["--gpu-layers", "3"], ""),
+    ],
+)
+def test_values_out_of_range_are_told(
+    tiny_gguf: Path, capsys: pytest.CaptureFixture[str], flags: list[str], line: str
+) -> None:
+    """By the engine, in one line, exit code 1."""
+    assert cli.main(["generate", str(tiny_gguf), "-p", "hello", *flags]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"pydiffgguf: error: {line}")
+    assert err.count("\n") == 1
+
+
+def test_files_that_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file, a directory, an empty file, not a GGUF: for every command that opens one."""
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "other.gguf").write_bytes(b"not a model" * 100)
+    for name in ("missing.gguf", "", "empty.gguf", "other.gguf"):
+        path = str(tmp_path / name)
+        for command in (["generate", path, "-p", "x"], ["chat", path], ["inspect", path], ["bench", path]):
+            assert cli.main(command) == 1
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert re.fullmatch(r"pydiffgguf: error: [^\n]+\n", err)
+
+
+def test_bench_measures(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same figures as a table and as one object."""
+    arguments = ["bench", str(tiny_gguf), "--prefill", "20", "--repeat", "2", "-n", "40", "--steps", "3"]
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["prefill"]["tokens"] == 20
+    assert 0 < result["prefill"]["seconds"] < 60
+    assert 0 < result["denoise"]["step_s"] < 60
+    assert 2 <= result["denoise"]["steps_measured"] <= 6
+    assert 1 <= result["generation"]["steps_per_canvas"] <= 3
+    assert result["memory"]["weights"] > 100_000
+    assert result["memory"]["peak_rss"] > 10_000_000
+    assert cli.main(arguments) == 0
+    out, _ = capsys.readouterr()
+    for word in ("prefill", "denoise step", "steps per canvas", "tokens/s", "peak memory", "20 tokens"):
+        assert word in out
+    for flag in ("--repeat", "--prefill"):
+        assert cli.main(["bench", str(tiny_gguf), flag, "0"]) == 1
+        assert capsys.readouterr().err == f"pydiffgguf: error: {flag[2:]} is 0: at least 1\n"
+
+
+def test_inspect_over_a_real_file(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table, or one object; tensors only when asked for."""
+    assert cli.main(["inspect", str(tiny_gguf)]) == 0
+    assert "diffusion.canvas_length" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tiny_gguf), "--json"]) == 0
+    assert "tensors" not in json.loads(capsys.readouterr().out)
+    assert cli.main(["inspect", str(tiny_gguf), "--json", "--tensors", "--ctx", "64"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["tensors"]) == report["n_tensors"]
+    assert report["memory"]["n_ctx"] == 64
+
+
+def test_convert_over_a_real_checkpoint(tiny_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file that the library writes, and a line about it; errors leave the old file."""
+    out = tmp_path / "out.gguf"
+    assert cli.main(["convert", str(tiny_gguf.parent / "checkpoint"), "-o", str(out), "--type", "f32"]) == 0
+    assert out.stat().st_size == tiny_gguf.stat().st_size
+    assert capsys.readouterr().out.startswith(f"{out}: ")
+    before = out.read_bytes()
+    for source, kind in ((str(tmp_path / "none"), "f32"), (str(tiny_gguf.parent / "checkpoint"), "q9")):
+        assert cli.main(["convert", source, "-o", str(out), "--type", kind]) == 1
+        assert re.fullmatch(r"pydiffgguf: error: [^\n]+\n", capsys.readouterr().err)
+    assert out.read_bytes() == before
+    assert cli.main(["convert", "owner/repo", "-o", str(out)]) == 1
+    assert capsys.readouterr().err.endswith("a repository is written hf:owner/repo\n")
+
+
+def test_a_broken_pipe_is_quiet(tiny_gguf: Path) -> None:
+    """`| head -c 1` ends the command without a word."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "pydiffgguf", "inspect", str(tiny_gguf), "--tensors", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
+
+
+def test_output_that_the_terminal_cannot_encode_is_escaped(tmp_path: Path) -> None:
+    """An ASCII-only stdout gets backslashes, not a UnicodeEncodeError."""
+    process = run("inspect", str(tmp_path / "日本.gguf"), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 1
+    assert "\\u65e5\\u672c.gguf: No such file" in process.stderr
+
+
+def test_the_command_imports_little() -> None:
+    """--help and --version load no numpy, no rich, no tokenizers, and not the engine."""
+    code = (
+        "import sys\nfrom pydiffgguf import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('numpy', 'rich', 'jinja2', 'tokenizers', 'huggingface_hub', 'gguf', 'pydiffgguf._native')"
+        " if m in sys.modules])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stdout.splitlines()[-1] == "[]"
+
+
+class Pty:
+    """A child on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "xterm"
+            os.execv(sys.executable, [sys.executable, "-m", "pydiffgguf", *arguments])
+        self.shown = ""
+        self._seen = 0
+
+    def resize(self, columns: int, rows: int = 24) -> None:
+        import fcntl
+
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def until(self, text: str, timeout: float = 60) -> None:
+        """Reads on until `text` has been shown, after what was waited for before."""
+        end = time.monotonic() + timeout
+        while text not in self.shown[self._seen :]:
+            ready, _, _ = select.select([self.terminal], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"waited for {text!r}, saw {self.shown[-500:]!r}"
+            self._read()
+        self._seen = self.shown.index(text, self._seen) + len(text)
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self.terminal, 65536)
+        except OSError:  # Linux says so when the child has gone
+            return False
+        self.shown += data.decode(errors="replace")
+        return bool(data)
+
+    def wait(self) -> int:
+        """Reads to the end; the exit code."""
+        while self._read():
+            pass
+        os.close(self.terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_a_real_terminal_sees_the_canvas(tiny_gguf: Path) -> None:
+    """Drawn live, on a narrow terminal too; the cursor is back at the end, and the summary is there."""
+    child = Pty("generate", str(tiny_gguf), "-p", "hello", "--seed", "7", "-n", "64")
+    child.resize(20, 6)
+    assert child.wait() == 0
+    assert "step " in child.shown
+    assert child.shown.rfind("\x1b[?25h") > child.shown.rfind("\x1b[?25l") >= 0
+    assert " steps in " in child.shown
+
+
+def test_ctrl_c_on_a_real_terminal(tiny_gguf: Path) -> None:
+    """While the canvas is drawn: exit code 130, the cursor is back, no traceback."""
+    child = Pty("generate", str(tiny_gguf), "-p", "hello", "-n", "100000", "--ctx", "2000", "--steps", "5000",
+                "--stability-threshold", "4000")  # fmt: skip
+    child.until("step ")
+    child.type("\x03")
+    assert child.wait() == 130
+    assert child.shown.rfind("\x1b[?25h") > child.shown.rfind("\x1b[?25l") >= 0
+    assert "Traceback" not in child.shown
+
+
+def test_chat_on_a_real_terminal(tiny_gguf: Path) -> None:
+    """Two turns with a Ctrl-C in the first; the second is answered, Ctrl-D leaves with 0."""
+    child = Pty("chat", str(tiny_gguf), "--steps", "3000", "--stability-threshold", "2000", "--time-limit", "20")
+    child.until("> ")
+    child.type("hello\r")
+    child.until("step ")
+    child.type("\x03")
+    child.until("stopped")
+    child.until("> ")
+    child.type("/clear\r")
+    child.until("forgotten")
+    child.until("> ")
+    child.type("\x04")
+    assert child.wait() == 0
+    assert "Traceback" not in child.shown
+
+
+# --------------------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_finds_a_sound_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Versions of everything, what was built in, exit code 0."""
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == []
+    assert report["pydiffgguf"] == report["build"]["version"] == pydiffgguf.__version__
+    assert set(report["packages"]) >= {"numpy", "gguf", "tokenizers"}
+    assert "CPU" in report["build"]["backends"]
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out.endswith("all is well\n")
+
+
+def test_doctor_names_the_cure_when_the_extension_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the extension everything else is still reported; exit code 1."""
+    monkeypatch.setitem(sys.modules, "pydiffgguf._native", None)
+    monkeypatch.delattr(pydiffgguf, "_native", raising=False)
+    assert cli.main(["doctor"]) == 1
+    out, _ = capsys.readouterr()
+    assert re.search(r"problem: +the compiled extension cannot be loaded: .+\ncure: +pip install ", out)
+    assert "numpy" in out
+
+
+def test_doctor_finds_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing package, an old one, a stale build, a build for another CPU, a missing demo model."""
+    from pydiffgguf import _native
+
+    build = {**_native.build_info(), "version": "0.0.0", "cpu_features": ["avx2", "amx_int8", "avx_nonsense"]}
+    monkeypatch.setattr(_native, "build_info", lambda: build)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "gguf" else real(name))
+    monkeypatch.setattr(doctor, "__file__", "/nowhere/doctor.py")
+    problems = {problem["what"]: problem["cure"] for problem in doctor.examine()["problems"]}
+    found = "\n".join(f"{what} -> {cure}" for what, cure in problems.items())
+    assert re.search(r'jinja2 cannot be imported: .* -> pip install "jinja2>=3', found)
+    assert re.search(r'gguf 0.1 is too old -> pip install "gguf>=', found)
+    assert "the compiled extension is version 0.0.0, the package" in found
+    assert "the demo model is missing: " in found
+    if Path("/proc/cpuinfo").exists() and "avx" in Path("/proc/cpuinfo").read_text():
+        assert "avx_nonsense, which this CPU does not have" in found
+
+
+# ----------------------------------------------------------------------------------------------------------- demo
+
+
+def test_the_demo_shows_right_answers() -> None:
+    """Without arguments or network, in seconds: a question, a Sudoku with its givens, exit code 0."""
+    process = run("demo")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert demo.QUESTION in process.stdout
+    assert f"\n{demo.ANSWER}\n" in process.stdout
+    assert "Both answers are right." in process.stdout
+    grids = re.findall(r"(?:^[1-4]{4}\n){4}", process.stdout, re.MULTILINE)
+    assert len(grids) == 1
+    assert demo.is_solution(grids[0], demo.PUZZLE)
+
+
+def test_the_demo_on_a_terminal() -> None:
+    """The canvas is drawn for both, the solved grid stays, the cursor is back."""
+    child = Pty("demo")
+    assert child.wait() == 0
+    assert child.shown.count("\x1b[?25l") == child.shown.count("\x1b[?25h") == 2
+    assert "Both answers are right." in child.shown
+
+
+def test_the_demo_puzzle_has_one_solution() -> None:
+    """And the check accepts it alone."""
+    from itertools import permutations, product
+
+    rows = ["".join(row) for row in permutations("1234")]
+    fitting = [[row for row in rows if re.fullmatch(line, row)] for line in demo.PUZZLE.split()]
+    grids = ("\n".join(four) + "\n" for four in product(*fitting))
+    assert sum(demo.is_solution(grid, demo.PUZZLE) for grid in grids) == 1
+
+
+@pytest.mark.parametrize(
+    "grid", ["", "1234\n3412\n2143\n4321", "1234\n3412\n2143\n4312\n", "1234\n1234\n1234\n1234\n", "12345\n"]
+)
+def test_other_grids_are_not_solutions(grid: str) -> None:
+    """Too short, a wrong last row, wrong columns."""
+    assert demo.is_solution("1234\n3412\n2143\n4321\n", "1...\n....\n....\n...1\n")
+    assert not demo.is_solution("1234\n3412\n2143\n4321\n", "2...\n....\n....\n...1\n")
+    assert not demo.is_solution(grid, "....\n....\n....\n....\n")
