@@ -73,6 +73,18 @@ def test_room_is_checked_before_the_first_byte(source: Path, tmp_path: Path, mon
     assert os.listdir(tmp_path) == ["x.gguf"]
 
 
+def test_what_a_killed_run_left_counts_as_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale partial file is emptied before the room is checked: it may be what fills the disk."""
+    part = tmp_path / "x.gguf.part"
+    part.write_bytes(bytes(10_000_000))
+    disk = 12_000_000
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(disk, 0, disk - part.stat().st_size)
+    )
+    convert(source, tmp_path / "x.gguf", type="f32")
+    assert os.listdir(tmp_path) == ["x.gguf"]
+
+
 def run_script(script: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
