@@ -546,14 +546,26 @@ def test_the_command_imports_little() -> None:
     assert process.stdout.splitlines()[-1] == "[]"
 
 
+# Makes the terminal on stdin the controlling one, so that Ctrl-C becomes a signal. Not pty.fork(): newer Pythons warn
+# of a fork beside threads.
+ON_TERMINAL = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.executable, sys.argv[1:])"
+
+
 class Pty:
     """A child on a terminal of its own."""
 
     def __init__(self, *arguments: str) -> None:
-        self.pid, self.terminal = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, [sys.executable, "-m", "pydiffgguf", *arguments])
+        self.terminal, inside = pty.openpty()
+        command = [sys.executable, "-c", ON_TERMINAL, sys.executable, "-m", "pydiffgguf", *arguments]
+        self.process = subprocess.Popen(
+            command,
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm"},
+        )
+        os.close(inside)
         self.shown = ""
         self._seen = 0
 
@@ -587,7 +599,7 @@ class Pty:
         while self._read():
             pass
         os.close(self.terminal)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait(60)
 
 
 def test_a_real_terminal_sees_the_canvas(tiny_gguf: Path) -> None:
