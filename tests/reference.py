@@ -125,6 +125,14 @@ def attention(model: Model, implementation: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextlib.contextmanager
+def without_inductor() -> Iterator[None]:
+    """Keeps `generate()` from importing torch's inductor at every step to mark a CUDA graph that no CPU has: five
+    seconds, and a DeprecationWarning."""
+    with patch.object(torch.compiler, "cudagraph_mark_step_begin", lambda: None):
+        yield
+
+
 def inverse_cdf(probs: torch.Tensor, u: npt.NDArray[np.float64]) -> torch.Tensor:
     """Per row, the first id, ascending, whose cumulative probability exceeds u; summed in float64.
 
@@ -297,6 +305,7 @@ def reference_generate(
     # The checkpoint's own generation config would fill what is None here, the end tokens above all.
     with (
         attention(model, attn),
+        without_inductor(),
         patch.object(model, "generation_config", DiffusionGemmaGenerationConfig()),
         patch.object(model, "_prepare_denoiser_inputs", draws.prepare_denoiser_inputs),
         patch.object(model, "_denoising_step", draws.denoising_step),

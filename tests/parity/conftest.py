@@ -1,0 +1,68 @@
+"""Fixtures of the parity tests: random nets, built once a session, and the figures that a run prints at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from nets import SHAPES, Net, Report, make_net
+
+_lines = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_lines] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[_lines]:
+        terminalreporter.section("parity with transformers")
+        for line in config.stash[_lines]:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def report(pytestconfig: pytest.Config) -> Report:
+    """report(line): a measured figure, printed at the end of the run whether the test passes or not."""
+    return pytestconfig.stash[_lines].append
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """These nets are so small that a second thread costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
+    """net(name) -> the net of that name in SHAPES, for single passes: logits and encoding."""
+    folder = tmp_path_factory.mktemp("nets")
+    nets: dict[str, Net] = {}
+
+    def get(name: str) -> Net:
+        if name not in nets:
+            nets[name] = make_net(name, folder, seed=list(SHAPES).index(name))
+        return nets[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def walker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
+    """walker(name) -> the same shape as a net for whole trajectories: it damps rounding errors and sometimes converges.
+
+    Its self-conditioning is scaled by 0.3 and its embedding by 1.6.
+    """
+    folder = tmp_path_factory.mktemp("walkers")
+    nets: dict[str, Net] = {}
+
+    def get(name: str) -> Net:
+        if name not in nets:
+            nets[name] = make_net(name, folder, seed=100 + list(SHAPES).index(name), sc_scale=0.3, sharpen=1.6)
+        return nets[name]
+
+    return get

@@ -1,0 +1,211 @@
+"""The prefix: chunks, canvases behind it, cutting it and growing it again must not change what a canvas sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from nets import Net, Report, relative_error
+from reference import Ids, reference_logits
+
+from pydiffgguf import DiffusionModel
+from pydiffgguf.errors import ContextOverflowError
+from pydiffgguf.session import Session
+
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 2e-5
+
+# (net, window, prompt): the window lies below every chunk, between them, or above all but the whole prompt.
+PROMPTS = [("one_kv_head", 8, 90), ("full_first", 33, 121), ("long_canvas", 5, 75), ("released_heads", 300, 340)]
+
+# A cache in half precision rounds K and V before anything reads them, in chunks and in one pass alike; where a chunk's
+# matrix products sum in another order, an element falls to the other side of a rounding boundary and moves by 2^-11.
+# Measured 7e-6 to 2.2e-5 on these nets; the step from an F32 cache to an F16 one costs 3e-4 to 4e-4.
+CHUNKED_F16 = 2e-4
+
+
+def opened(net: Net, n_batch: int = 512, type_kv: str = "f32") -> DiffusionModel:
+    return DiffusionModel(net.gguf(), type_kv=type_kv, n_batch=n_batch, n_ctx=1024, n_threads=1)
+
+
+def logits_behind(session: Session, net: Net, seed: int = 5) -> npt.NDArray[np.float32]:
+    """The logits of one canvas that a seed determines, behind the session's prefix."""
+    return session.denoise(net.ids(seed, net.canvas_length))
+
+
+def check_same(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> None:
+    assert relative_error(a, b) <= TOLERANCE
+    assert np.array_equal(a.argmax(-1), b.argmax(-1))
+
+
+@pytest.mark.parametrize("n_batch", [7, 32, 512])
+@pytest.mark.parametrize(("name", "window", "length"), PROMPTS)
+def test_chunked_encoding_gives_what_one_pass_gives(
+    net: Callable[[str], Net], name: str, window: int, length: int, n_batch: int
+) -> None:
+    """Against transformers, which encodes in one pass: chunks smaller and larger than the window, and one chunk."""
+    assert net(name).window == window
+    prompt = net(name).ids(1, length)
+    with opened(net(name), n_batch) as model:
+        session = model.session()
+        session.encode(prompt)
+        assert session.n_past == length
+        got = logits_behind(session, net(name))
+    check_same(got, reference_logits(net(name).model, prompt, net(name).ids(5, net(name).canvas_length)))
+
+
+@pytest.mark.parametrize(("name", "window", "length"), PROMPTS[:3])
+def test_chunked_encoding_into_a_half_precision_cache(
+    net: Callable[[str], Net], name: str, window: int, length: int, report: Report
+) -> None:
+    """Chunks of 7 against one chunk, both with an F16 cache; and what that cache costs against F32."""
+    prompt = net(name).ids(1, length)
+    logits = {}
+    for n_batch, type_kv in [(7, "f16"), (512, "f16"), (512, "f32")]:
+        with opened(net(name), n_batch, type_kv) as model:
+            session = model.session()
+            session.encode(prompt)
+            logits[n_batch, type_kv] = logits_behind(session, net(name))
+    chunked = relative_error(logits[7, "f16"], logits[512, "f16"])
+    cost = relative_error(logits[512, "f16"], logits[512, "f32"])
+    report(f"F16 cache, {name}: chunks of 7 against one chunk {chunked:.1e}; against an F32 cache {cost:.1e}")
+    assert chunked <= CHUNKED_F16
+
+
+@pytest.mark.parametrize("name", ["one_kv_head", "full_first", "long_canvas"])
+def test_prefix_grown_in_calls_of_any_size_equals_the_reference(net: Callable[[str], Net], name: str) -> None:
+    """Single tokens, a few, many: n_past is right after every call, and the logits are those of one prompt."""
+    n = net(name)
+    prompt = n.ids(2, 111)
+    with opened(n, n_batch=16) as model:
+        session = model.session()
+        assert session.n_past == 0
+        for start, end in [(0, 1), (1, 2), (2, 5), (5, 21), (21, 38), (38, 39), (39, 108), (108, 111)]:
+            session.encode(prompt[start:end])
+            assert session.n_past == end
+            assert np.array_equal(session.tokens(), prompt[:end])
+            if end in (1, 5, 38, 111):
+                got = logits_behind(session, n)
+                assert session.n_past == end
+                check_same(got, reference_logits(n.model, prompt[:end], n.ids(5, n.canvas_length)))
+
+
+@pytest.mark.parametrize("n_batch", [7, 512])
+@pytest.mark.parametrize("name", ["one_kv_head", "full_first", "long_canvas", "many_experts"])
+def test_second_canvas_sees_the_first_as_the_reference_does(
+    net: Callable[[str], Net], name: str, n_batch: int
+) -> None:
+    """A finished canvas, encoded behind the prompt, then one more canvas: the two-canvas path of `generate()`."""
+    n = net(name)
+    prompt, finished = n.ids(3, 44), n.ids(4, n.canvas_length)
+    with opened(n, n_batch) as model:
+        session = model.session()
+        session.encode(prompt)
+        logits_behind(session, n)  # a denoise pass in between leaves nothing behind
+        session.encode(finished)
+        assert session.n_past == 44 + n.canvas_length
+        got = logits_behind(session, n)
+    check_same(got, reference_logits(n.model, prompt, n.ids(5, n.canvas_length), prompt2=finished))
+
+
+@pytest.mark.parametrize("n_batch", [7, 64])
+@pytest.mark.parametrize("name", ["one_kv_head", "full_first", "long_canvas"])
+def test_truncating_and_encoding_again_gives_the_same_logits(
+    net: Callable[[str], Net], name: str, n_batch: int
+) -> None:
+    """Cut by one token, within the window, far behind it, and to none, after the sliding layers' rings have wrapped."""
+    n = net(name)
+    length = n.window + max(n_batch, n.canvas_length) + 40  # a ring holds the window and the longest pass
+    prompt = n.ids(6, length)
+    with opened(n, n_batch) as model:
+        session = model.session()
+        session.encode(prompt)
+        whole = logits_behind(session, n)
+        for keep in (length - 1, length - n.window, 31, 3, 0):
+            session.truncate(keep)
+            assert session.n_past == keep
+            assert np.array_equal(session.tokens(), prompt[:keep])
+            if keep:
+                expected = reference_logits(n.model, prompt[:keep], n.ids(5, n.canvas_length))
+                check_same(logits_behind(session, n), expected)
+            session.encode(prompt[keep:])
+            assert session.n_past == length
+            check_same(logits_behind(session, n), whole)
+
+
+def test_another_tail_after_truncating_leaves_no_trace_of_the_first(net: Callable[[str], Net]) -> None:
+    """The next turn of a chat: a common head, then other tokens, in a cache that has held more."""
+    n = net("full_first")
+    head, first, second = n.ids(7, 50), n.ids(8, 90), n.ids(9, 31)
+    with opened(n, n_batch=32) as model:
+        session = model.session()
+        for tail in (first, second, first[:2], second):
+            session.encode(head)
+            session.encode(tail)
+            expected = reference_logits(n.model, np.concatenate([head, tail]), n.ids(5, n.canvas_length))
+            check_same(logits_behind(session, n), expected)
+            session.truncate(50)
+            session.reset()
+            assert session.n_past == 0
+
+
+def test_denoising_does_not_change_the_prefix(net: Callable[[str], Net]) -> None:
+    """Two passes over the same canvas give the same bits, whatever canvas came in between."""
+    n = net("one_kv_head")
+    with opened(n) as model:
+        session = model.session()
+        session.encode(n.ids(1, 60))
+        before = logits_behind(session, n, seed=5)
+        logits_behind(session, n, seed=6)
+        session.run_canvas(seed=1, steps=3)
+        assert session.n_past == 60
+        assert np.array_equal(logits_behind(session, n, seed=5), before)
+
+
+def test_saved_prefix_gives_the_same_bits_in_another_session(net: Callable[[str], Net], tmp_path: Path) -> None:
+    """Also when the rings have wrapped; and what is encoded behind it joins on."""
+    n = net("full_first")
+    prompt, more = n.ids(1, 150), n.ids(2, 20)
+    with opened(n, n_batch=32) as model:
+        first, second = model.session(), model.session()
+        first.encode(prompt)
+        first.save(tmp_path / "prefix")
+        second.load(tmp_path / "prefix")
+        assert second.n_past == 150
+        assert np.array_equal(second.tokens(), prompt)
+        assert np.array_equal(logits_behind(second, n), logits_behind(first, n))
+        first.encode(more)
+        second.encode(more)
+        assert np.array_equal(logits_behind(second, n), logits_behind(first, n))
+
+
+def test_a_prompt_that_does_not_fit_changes_nothing(net: Callable[[str], Net]) -> None:
+    """The last position belongs to the canvas: n_ctx - C tokens fit, one more raises and leaves prefix and logits."""
+    n = net("one_kv_head")
+    with opened(n) as model:
+        session = model.session()
+        session.encode(n.ids(1, 1000 - n.canvas_length))
+        session.encode(n.ids(2, 24))
+        before = logits_behind(session, n)
+        with pytest.raises(ContextOverflowError):
+            session.encode(n.ids(3, 1))
+        assert session.n_past == 1024 - n.canvas_length
+        assert np.array_equal(logits_behind(session, n), before)
+
+
+@pytest.mark.parametrize(
+    "ids", [np.zeros(0, np.int32), np.array([1, 301], np.int32), np.array([-1], np.int32)], ids=["none", "high", "low"]
+)
+def test_bad_ids_change_nothing(net: Callable[[str], Net], ids: Ids) -> None:
+    """No ids at all, one past the vocabulary, a negative one: ValueError, and the prefix is as it was."""
+    n = net("one_kv_head")
+    with opened(n) as model:
+        session = model.session()
+        session.encode(n.ids(1, 10))
+        with pytest.raises(ValueError, match="token"):
+            session.encode(ids)
+        assert session.n_past == 10

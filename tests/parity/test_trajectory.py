@@ -1,0 +1,244 @@
+"""Whole generations, step by step: transformers' `generate()` and this engine on the same handed-in draws.
+
+Every step of every canvas must accept the same rows, have the same argmax canvas and stop at the same time. Two
+float32 programs can only be held to that where rounding does not decide: a seed counts where transformers' own eager
+and sdpa runs take the same path, which on these nets is nearly always. The rest are counted, printed, and at most one
+in ten.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from nets import Net, Report, relative_error
+from rebuild import model_from_gguf, write_float32
+from reference import (
+    HandedNoise,
+    Model,
+    ReferenceCanvas,
+    ReferencePrefix,
+    Sampling,
+    attention,
+    pinned_loop,
+    reference_generate,
+    same_path,
+)
+
+from pydiffgguf import DenoiseStep, DiffusionModel, demo_model_path
+from pydiffgguf.session import Step
+
+pytestmark = pytest.mark.parity
+
+SEEDS, CANVASES = 20, 3
+MOST_UNDECIDED = SEEDS // 10
+
+# Entropies are sums of p log p over the vocabulary, from logits that agree to 1e-6 of 10; measured 2e-5.
+ENTROPY_TOLERANCE = 5e-4
+
+TASKS = Path(__file__).parents[1] / "data" / "demo_tasks.jsonl"
+
+
+def options(sampling: Sampling) -> dict[str, Any]:
+    """The sampling as keyword arguments of this project; what is None stays with the file."""
+    return {name: value for name, value in asdict(sampling).items() if value is not None}
+
+
+def check_step(got: Step | DenoiseStep, expected: Any, where: str) -> None:
+    """One step of the engine against one of the reference."""
+    argmax = got.tokens if isinstance(got, DenoiseStep) else got.argmax
+    assert np.array_equal(argmax, expected.argmax), f"{where}: the argmax canvas differs"
+    assert np.array_equal(got.accepted, expected.accepted), f"{where}: other rows were accepted"
+    np.testing.assert_allclose(got.entropy, expected.entropy, rtol=0, atol=ENTROPY_TOLERANCE, err_msg=where)
+    if isinstance(got, Step):
+        assert np.array_equal(got.canvas, expected.canvas), f"{where}: the next canvas differs"
+
+
+def check_stream(
+    model: DiffusionModel, prompt: Sequence[int], noise: HandedNoise, sampling: Sampling, expected: list[ReferenceCanvas]
+) -> None:
+    """`model.stream` walks the reference's steps, and its result is the reference's canvases one after another."""
+    canvas_length = model.config.canvas_length
+    events: list[DenoiseStep] = []
+    stream = model.stream(prompt, noise=noise, max_tokens=CANVASES * canvas_length, **options(sampling))
+    while True:
+        try:
+            event = next(stream)
+        except StopIteration as end:
+            result = end.value
+            break
+        if isinstance(event, DenoiseStep):
+            events.append(event)
+    for event in events:
+        where = f"canvas {event.canvas}, step {event.step}"
+        assert event.canvas < len(expected) and event.step < len(expected[event.canvas].steps), f"{where}: one too many"
+        check_step(event, expected[event.canvas].steps[event.step], where)
+    assert result.stats.steps == [len(canvas.steps) for canvas in expected]
+    assert len(events) == sum(result.stats.steps)
+    whole = np.concatenate([canvas.tokens for canvas in expected]).tolist()
+    assert result.tokens == whole[: len(result.tokens)]
+    if result.finish_reason == "length":
+        assert len(result.tokens) == CANVASES * canvas_length
+    else:
+        assert whole[len(result.tokens)] in model.tokenizer.end_ids
+
+
+def decided(
+    model: Model, prompt: Sequence[int], noise: HandedNoise, sampling: Sampling
+) -> list[ReferenceCanvas] | None:
+    """The reference's path; None where eager and sdpa part, so that rounding decides."""
+    eager, sdpa = (
+        reference_generate(model, prompt, noise, CANVASES, sampling, attn=attn) for attn in ("eager", "sdpa")
+    )
+    return sdpa if same_path(eager, sdpa) else None
+
+
+# Bounds and thresholds at which these nets accept a growing part of the canvas, and stop early on some canvases.
+WALKS = {
+    "one_kv_head": Sampling(steps=12, entropy_bound=3.0, confidence_threshold=0.1),
+    "alternating": Sampling(steps=12, entropy_bound=6.0, confidence_threshold=0.1, stability_threshold=2),
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_generate_takes_the_references_path_on_random_nets(
+    walker: Callable[[str], Net], name: str, report: Report
+) -> None:
+    """20 seeds, 3 canvases each, prompts of 5 to 100 tokens."""
+    net, sampling = walker(name), WALKS[name]
+    undecided, stops = [], []
+    with DiffusionModel(net.gguf(), type_kv="f32", n_ctx=1024, n_threads=1) as model:
+        for seed in range(SEEDS):
+            prompt = net.ids(seed, 5 + 5 * seed).tolist()
+            noise = HandedNoise(seed, net.canvas_length, net.vocab_size)
+            expected = decided(net.model, prompt, noise, sampling)
+            if expected is None:
+                undecided.append(seed)
+                continue
+            check_stream(model, prompt, noise, sampling, expected)
+            stops += [len(canvas.steps) for canvas in expected]
+    report(
+        f"trajectories, {name}: {SEEDS - len(undecided)} of {SEEDS} seeds equal over {CANVASES} canvases, "
+        f"{len(undecided)} undecided by the reference itself; {min(stops)} to {max(stops)} of {sampling.steps} steps"
+    )
+    assert len(undecided) <= MOST_UNDECIDED
+    assert min(stops) < sampling.steps, "no canvas stopped early: the stop rule was not compared"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The bundled model three times over: opened, as transformers, and the prompts of its own held-out tasks."""
+
+    opened: DiffusionModel
+    reference: Model
+    prompts: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """Both sides hold the demo file's dequantized tensors in float32, so that its quantization plays no part."""
+    path = tmp_path_factory.mktemp("demo") / "demo.f32.gguf"
+    write_float32(demo_model_path(), path)
+    with DiffusionModel(path, type_kv="f32", n_threads=1) as opened:
+        template = ImmutableSandboxedEnvironment().from_string(str(opened.metadata["tokenizer.chat_template"]))
+        prompts = []
+        for line in TASKS.read_text(encoding="utf-8").splitlines():
+            task = json.loads(line)
+            if "prompt" in task:
+                messages = [{"role": "user", "content": task["prompt"]}]
+                text = template.render(messages=messages, add_generation_prompt=True, bos_token="<bos>")
+                prompts.append(opened.tokenize(text))
+        yield Demo(opened, model_from_gguf(path), prompts)
+
+
+def test_generate_takes_the_references_path_on_the_demo_model(demo: Demo, report: Report) -> None:
+    """20 seeds on prompts of its own tasks, the file's own sampler values.
+
+    `stream` ends at the first end token, as `generate()` with end tokens does; canvas after canvas of a session goes
+    on past it over all three, as `generate()` without them does.
+    """
+    sampling = Sampling(
+        **{name: getattr(demo.opened._native.sampling, name) for name in asdict(Sampling()) if name != "max_steps"}
+    )
+    end_ids = demo.opened.tokenizer.end_ids
+    undecided, stops, ended = [], [], 0
+    for seed in range(SEEDS):
+        prompt = demo.prompts[seed * len(demo.prompts) // SEEDS]
+        noise = HandedNoise(seed, demo.opened.config.canvas_length, demo.opened.config.n_vocab)
+        expected = decided(demo.reference, prompt, noise, sampling)
+        if expected is None:
+            undecided.append(seed)
+            continue
+        until_end = next((i + 1 for i, c in enumerate(expected) if end_ids & set(c.tokens.tolist())), CANVASES)
+        ended += until_end < CANVASES
+        check_stream(demo.opened, prompt, noise, sampling, expected[:until_end])
+        with demo.opened.session() as session:
+            session.encode(prompt)
+            for c, canvas in enumerate(expected):
+                run = session.run_canvas(noise=noise, canvas_index=c, trace=True, **options(sampling))
+                assert run.steps == len(canvas.steps), f"seed {seed}, canvas {c}"
+                for n, (got, step) in enumerate(zip(run.trace, canvas.steps, strict=True)):
+                    check_step(got, step, f"seed {seed}, canvas {c}, step {n}")
+                assert np.array_equal(run.tokens, canvas.tokens)
+                session.encode(run.tokens)
+        stops += [len(canvas.steps) for canvas in expected]
+    report(
+        f"trajectories, demo model: {SEEDS - len(undecided)} of {SEEDS} seeds equal over {CANVASES} canvases, "
+        f"{len(undecided)} undecided by the reference itself; {min(stops)} to {max(stops)} steps"
+    )
+    assert len(undecided) <= MOST_UNDECIDED
+    assert ended > SEEDS // 2, "the demo model hardly ever ends its answer: these are not its prompts"
+
+
+@pytest.mark.parametrize("name", ["full_first", "long_canvas", "many_experts"])
+def test_each_step_of_a_chaotic_net_follows_from_the_references_state(
+    net: Callable[[str], Net], name: str, report: Report
+) -> None:
+    """Undamped random nets double rounding errors from step to step, so each step starts from the reference's canvas
+    and logits: `session.denoise` gives its logits to 2e-5, `session.sample` its rows exactly."""
+    n = net(name)
+    sampling = Sampling(steps=6, entropy_bound=8.0, confidence_threshold=0.01)
+    noise = HandedNoise(1, n.canvas_length, n.vocab_size)
+    prompt = n.ids(1, 50)
+    canvases = reference_generate(n.model, prompt, noise, 2, sampling, keep_processed=True)
+    worst = 0.0
+    with DiffusionModel(n.gguf(), type_kv="f32", n_ctx=1024, n_threads=1) as model:
+        session = model.session()
+        session.encode(prompt)
+        for c, canvas in enumerate(canvases):
+            before = None
+            for i, step in enumerate(canvas.steps):
+                assert step.processed is not None
+                raw = step.processed * np.float32(sampling.temperature(i))
+                worst = max(worst, relative_error(session.denoise(step.canvas_before, before), raw))
+                got = session.sample(raw, i, noise, canvas_index=c, **options(sampling))
+                check_step(got, step, f"{name}, canvas {c}, step {i}")
+                before = step.processed
+            session.encode(canvas.tokens)
+    report(f"step by step, {name}: relative error of the logits {worst:.1e} at most")
+    assert worst <= 2e-5
+
+
+def test_a_wrong_self_conditioning_would_be_seen(walker: Callable[[str], Net]) -> None:
+    """The comparison can fail: the same loop fed raw logits in place of processed ones leaves the reference's path."""
+    net, sampling = walker("one_kv_head"), WALKS["one_kv_head"]
+    noise = HandedNoise(0, net.canvas_length, net.vocab_size)
+    prompt = net.ids(0, 5).tolist()
+    expected = reference_generate(net.model, prompt, noise, 1, sampling)
+
+    class Unprocessed(ReferencePrefix):
+        def denoise(self, canvas: Any, self_conditioning: Any = None) -> Any:
+            return super().denoise(canvas, None if self_conditioning is None else self_conditioning * 0.6)
+
+    with attention(net.model, "sdpa"):
+        right, wrong = ReferencePrefix(net.model), Unprocessed(net.model)
+        right.encode(prompt)
+        wrong.encode(prompt)
+        assert same_path([pinned_loop(right, noise, None, sampling)], expected)
+        assert not same_path([pinned_loop(wrong, noise, None, sampling)], expected)
