@@ -85,7 +85,7 @@ def test_without_network_and_cache_the_reason_is_told(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True, raising=False)
     with pytest.raises(ConnectionError, match=r"^hf:a/b is not in the cache, and the hub cannot be reached: ") as info:
         resolve_model("hf:a/b:Q4_K_M")
     assert "\n" not in str(info.value)
@@ -102,7 +102,7 @@ def test_without_network_the_cache_serves(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "models--a--b" / "refs" / "main").write_text("0123456789" * 4)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True, raising=False)
     assert resolve_model("hf:a/b:Q4_K_M") == snapshot / "model-Q4_K_M.gguf"
     with pytest.raises(ValueError, match=r"'Q8_0' matches none of its models: model-Q4_K_M.gguf"):
         resolve_model("hf:a/b:Q8_0")
