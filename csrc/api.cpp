@@ -99,8 +99,7 @@ bool valid_kv(const dg_model *model, int64_t index) { return index >= 0 && index
 
 dg_model_options dg_model_options_default(void) { return {0, true}; }
 
-dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err,
-                        size_t err_size) {
+dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err, size_t err_size) {
     return guarded(err, err_size, [&] {
         require(out, "out");
         *out = nullptr;
@@ -139,7 +138,7 @@ int32_t dg_model_n_warnings(const dg_model *model) { return static_cast<int32_t>
 const char *dg_model_warning(const dg_model *model, int32_t index) {
     const std::vector<std::string> &warnings = model->model->warnings();
     return index >= 0 && static_cast<size_t>(index) < warnings.size() ? warnings[static_cast<size_t>(index)].c_str()
-                                                                     : nullptr;
+                                                                      : nullptr;
 }
 
 int64_t dg_model_n_kv(const dg_model *model) { return gguf_get_n_kv(metadata(model)); }
@@ -172,8 +171,9 @@ const void *dg_model_kv_data(const dg_model *model, int64_t index) {
     }
     const gguf_type type = gguf_get_kv_type(metadata(model), index);
     if (type == GGUF_TYPE_ARRAY) {
-        return gguf_get_arr_type(metadata(model), index) == GGUF_TYPE_STRING ? nullptr
-                                                                             : gguf_get_arr_data(metadata(model), index);
+        return gguf_get_arr_type(metadata(model), index) == GGUF_TYPE_STRING
+                   ? nullptr
+                   : gguf_get_arr_data(metadata(model), index);
     }
     return type == GGUF_TYPE_STRING ? nullptr : gguf_get_val_data(metadata(model), index);
 }
@@ -273,10 +273,14 @@ dg_status dg_session_truncate(dg_session *session, int32_t n, char *err, size_t 
     });
 }
 
-dg_status dg_session_tokens(const dg_session *session, int32_t *out, char *err, size_t err_size) {
+dg_status dg_session_tokens(const dg_session *session, int32_t *out, int32_t capacity, char *err, size_t err_size) {
     return inside(const_cast<dg_session *>(session), err, err_size, [&] {
         require(out, "out");
         const std::vector<int32_t> &tokens = session->session.tokens();
+        if (capacity < session->session.n_past()) {
+            throw dg::Error(DG_ERROR_ARGUMENT, dg::format("capacity is %d: the prefix has %d tokens", capacity,
+                                                          session->session.n_past()));
+        }
         std::copy(tokens.begin(), tokens.end(), out);
     });
 }
@@ -328,8 +332,7 @@ dg_status dg_session_canvas_begin(dg_session *session, const dg_canvas_options *
     });
 }
 
-dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noise, dg_step *out, char *err,
-                                 size_t err_size) {
+dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noise, dg_step *out, char *err, size_t err_size) {
     return inside(session, err, err_size, [&] {
         require(out, "out");
         *out = session->loop.step(noise);
@@ -460,6 +463,7 @@ int32_t dg_n_backends(void) {
 }
 
 const char *dg_backend_name(int32_t index) {
-    return index >= 0 && index < dg_n_backends() ? ggml_backend_reg_name(ggml_backend_reg_get(static_cast<size_t>(index)))
-                                                 : nullptr;
+    return index >= 0 && index < dg_n_backends()
+               ? ggml_backend_reg_name(ggml_backend_reg_get(static_cast<size_t>(index)))
+               : nullptr;
 }

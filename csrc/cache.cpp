@@ -12,8 +12,8 @@ namespace dg {
 
 KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate)
     : window_(model.config().sliding_window), slots_full_(n_ctx),
-      slots_sliding_(static_cast<int32_t>(
-          std::min<int64_t>(n_ctx, int64_t{model.config().sliding_window} - 1 + largest_pass))) {
+      slots_sliding_(
+          static_cast<int32_t>(std::min<int64_t>(n_ctx, int64_t{model.config().sliding_window} - 1 + largest_pass))) {
     const std::vector<LayerWeights> &layers = model.weights().layers;
     ggml_init_params params = {};
     params.mem_size = layers.size() * 2 * ggml_tensor_overhead();

@@ -84,7 +84,7 @@ DG_API dg_model_options dg_model_options_default(void);
 /* The figures of a model, all read from the file. Layers may be sliding or full; see dg_model_layer. */
 typedef struct dg_config {
     int32_t n_layer;
-    int32_t n_embd;   /* hidden size */
+    int32_t n_embd; /* hidden size */
     int32_t n_vocab;
     int32_t n_head;   /* query heads, the same on all layers */
     int32_t n_ff;     /* dense FFN */
@@ -210,8 +210,9 @@ DG_API dg_status dg_session_encode(dg_session *session, const int32_t *ids, int3
  * otherwise the kept tokens are encoded again (DG_ERROR_CANCELLED can then leave a shorter prefix, see n_past). */
 DG_API dg_status dg_session_truncate(dg_session *session, int32_t n, char *err, size_t err_size);
 
-/* Copies the prefix's tokens, n_past of them. */
-DG_API dg_status dg_session_tokens(const dg_session *session, int32_t *out, char *err, size_t err_size);
+/* Copies the prefix's tokens, n_past of them, to `out`, which has room for `capacity`; less is DG_ERROR_ARGUMENT. */
+DG_API dg_status dg_session_tokens(const dg_session *session, int32_t *out, int32_t capacity, char *err,
+                                   size_t err_size);
 
 /* Writes the prefix (tokens and cache) to a file, under its final name only when whole; reads it back into a session
  * of the same model, type_kv and a context that holds it. A failed load leaves an empty prefix. */
@@ -243,11 +244,11 @@ typedef struct dg_noise {
 
 /* What one step did. The arrays [C] belong to the session and live until its next call. */
 typedef struct dg_step {
-    int32_t step;        /* from 0, in order of execution */
-    int32_t steps;       /* the most there can be: min(steps, max_steps) */
-    bool finished;       /* no further step will be made; argmax is the finished canvas */
-    bool converged;      /* finished because stable and confident, not because the steps ran out */
-    double mean_entropy; /* nats, over the free rows */
+    int32_t step;            /* from 0, in order of execution */
+    int32_t steps;           /* the most there can be: min(steps, max_steps) */
+    bool finished;           /* no further step will be made; argmax is the finished canvas */
+    bool converged;          /* finished because stable and confident, not because the steps ran out */
+    double mean_entropy;     /* nats, over the free rows */
     const int32_t *argmax;   /* the canvas that counts */
     const int32_t *canvas;   /* the canvas for the next step: accepted draws, renoise elsewhere, pins */
     const uint8_t *accepted; /* 1 where the draw was accepted; 0 on pinned rows, which take no part */

@@ -68,8 +68,8 @@ class PassBuilder {
     ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight) const { return ggml_mul(ctx_, norm(x), weight); }
 
     // gelu_tanh(gate) * up, in float32: gelu_tanh(g) = g * sigmoid(g * w) with w = 2 sqrt(2/pi) (1 + 0.044715 g^2), and
-    // swiglu_split(a, b) = a * sigmoid(a) * b. ggml's own CPU gelu reads a half-precision table, which costs 3e-4 in the
-    // logits; this form costs 6e-7 and runs on every device.
+    // swiglu_split(a, b) = a * sigmoid(a) * b. ggml's own CPU gelu reads a half-precision table, which costs 3e-4 in
+    // the logits; this form costs 6e-7 and runs on every device.
     ggml_tensor *gelu_mul(ggml_tensor *gate, ggml_tensor *up) const {
         const float a = 2.0f * std::sqrt(2.0f / 3.14159265358979f);
         ggml_tensor *w = ggml_scale_bias(ctx_, ggml_sqr(ctx_, gate), a * 0.044715f, a);
@@ -89,8 +89,8 @@ class PassBuilder {
             return x;
         }
         if (c_.has_self_conditioning) {
-            ggml_tensor *signal = gated_mlp(norm(io_.soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up,
-                                            w.self_cond_down);
+            ggml_tensor *signal =
+                gated_mlp(norm(io_.soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
             x = ggml_add(ctx_, x, signal);
         }
         return norm(x); // also on the first step, whose signal is zero
@@ -160,12 +160,11 @@ class PassBuilder {
             ggml_soft_max(ctx_, ggml_mul_mat(ctx_, l.router, norm(x, l.router_scale))); // [n_expert, n]
         ggml_tensor *selected =
             ggml_cont(ctx_, ggml_argsort_top_k(ctx_, probabilities, static_cast<int>(n_used))); // [n_used, n]
-        ggml_tensor *weights = ggml_get_rows(
-            ctx_, ggml_reshape_3d(ctx_, probabilities, 1, c_.n_expert, pass_.n), selected); // [1, n_used, n]
+        ggml_tensor *weights = ggml_get_rows(ctx_, ggml_reshape_3d(ctx_, probabilities, 1, c_.n_expert, pass_.n),
+                                             selected); // [1, n_used, n]
         weights = ggml_reshape_2d(ctx_, weights, n_used, pass_.n);
         weights = ggml_div(ctx_, weights, ggml_sum_rows(ctx_, weights));
-        ggml_tensor *scales =
-            ggml_get_rows(ctx_, l.down_exps_scale, ggml_reshape_1d(ctx_, selected, n_used * pass_.n));
+        ggml_tensor *scales = ggml_get_rows(ctx_, l.down_exps_scale, ggml_reshape_1d(ctx_, selected, n_used * pass_.n));
         weights = ggml_mul(ctx_, weights, ggml_reshape_2d(ctx_, scales, n_used, pass_.n));
 
         ggml_tensor *h = ggml_reshape_3d(ctx_, norm(x, l.pre_ffw_norm_2), c_.n_embd, 1, pass_.n);
@@ -198,8 +197,7 @@ class PassBuilder {
         }
         x = ggml_add(ctx_, x, attended);
         ggml_tensor *dense = gated_mlp(norm(x, l.ffn_norm), l.ffn_gate, l.ffn_up, l.ffn_down);
-        ggml_tensor *both =
-            ggml_add(ctx_, norm(dense, l.post_ffw_norm_1), norm(experts(l, x), l.post_ffw_norm_2));
+        ggml_tensor *both = ggml_add(ctx_, norm(dense, l.post_ffw_norm_1), norm(experts(l, x), l.post_ffw_norm_2));
         x = ggml_add(ctx_, x, norm(both, l.post_ffw_norm));
         return ggml_scale(ctx_, x, pass_.mode == Mode::ENCODE ? l.encoder_output_scale : l.output_scale);
     }
@@ -236,14 +234,13 @@ Graph build_soft_embedding(const Model &model, const GraphIo &io) {
     ggml_tensor *sum = nullptr;
     for (int64_t first = 0; first < c.n_vocab; first += slice) {
         const int64_t n = std::min<int64_t>(slice, c.n_vocab - first);
-        ggml_tensor *rows = ggml_view_2d(ctx, embedding, c.n_embd, n, embedding->nb[1],
-                                         static_cast<size_t>(first) * embedding->nb[1]);
+        ggml_tensor *rows =
+            ggml_view_2d(ctx, embedding, c.n_embd, n, embedding->nb[1], static_cast<size_t>(first) * embedding->nb[1]);
         if (rows->type != GGML_TYPE_F32) {
             rows = ggml_cast(ctx, rows, GGML_TYPE_F32);
         }
         ggml_tensor *transposed = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n, n_embd]
-        ggml_tensor *weights =
-            ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
+        ggml_tensor *weights = ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
         ggml_tensor *product = ggml_mul_mat(ctx, transposed, weights); // [n_embd, C]
         sum = sum ? ggml_add(ctx, sum, product) : product;
     }

@@ -28,8 +28,8 @@ struct GraphIo {
 // What a graph is built for; the shapes of all its tensors follow from it.
 struct Pass {
     Mode mode;
-    int32_t n;       // rows
-    int32_t n_past;  // positions in the cache before it
+    int32_t n;      // rows
+    int32_t n_past; // positions in the cache before it
     int32_t end() const { return n_past + n; }
 };
 

@@ -26,8 +26,8 @@ void CanvasLoop::begin(const dg_canvas_options &options) {
     if (options.pinned) {
         for (int32_t i = 0; i < c.canvas_length; ++i) {
             if (options.pinned[i] < -1 || options.pinned[i] >= c.n_vocab) {
-                throw Error(DG_ERROR_ARGUMENT, format("pinned[%d] is %d: it must be -1 (free) or a token id up to %d", i,
-                                                      options.pinned[i], c.n_vocab - 1));
+                throw Error(DG_ERROR_ARGUMENT, format("pinned[%d] is %d: it must be -1 (free) or a token id up to %d",
+                                                      i, options.pinned[i], c.n_vocab - 1));
             }
         }
         pinned_.assign(options.pinned, options.pinned + c.canvas_length);

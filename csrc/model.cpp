@@ -114,8 +114,8 @@ class ModelReader {
 
     void open() {
         if (options_.n_gpu_layers < -1) {
-            throw Error(DG_ERROR_ARGUMENT, format("n_gpu_layers is %d: it must be -1 (as many as fit) or more",
-                                                  options_.n_gpu_layers));
+            throw Error(DG_ERROR_ARGUMENT,
+                        format("n_gpu_layers is %d: it must be -1 (as many as fit) or more", options_.n_gpu_layers));
         }
         if (options_.n_gpu_layers > 0) {
             throw Error(DG_ERROR_UNSUPPORTED,
@@ -331,7 +331,8 @@ class ModelReader {
         const auto n = static_cast<size_t>(c.n_layer);
         const std::vector<bool> sliding = bools(names::KEY_SLIDING_WINDOW_PATTERN, n);
         const std::vector<int64_t> kv = integers(names::KEY_HEAD_COUNT_KV, n, 1, c.n_head);
-        const int64_t dim_full = head_dim(names::KEY_KEY_LENGTH, names::KEY_VALUE_LENGTH, names::KEY_ROPE_DIMENSION_COUNT);
+        const int64_t dim_full =
+            head_dim(names::KEY_KEY_LENGTH, names::KEY_VALUE_LENGTH, names::KEY_ROPE_DIMENSION_COUNT);
         const int64_t dim_sliding =
             head_dim(names::KEY_KEY_LENGTH_SWA, names::KEY_VALUE_LENGTH_SWA, names::KEY_ROPE_DIMENSION_COUNT_SWA);
         int64_t kv_of_type[2] = {0, 0};
@@ -346,9 +347,10 @@ class ModelReader {
             }
             int64_t &expected = kv_of_type[sliding[i]];
             if (expected != 0 && expected != kv[i]) {
-                fail(DG_ERROR_UNSUPPORTED, format("layer %zu has %" PRId64 " KV heads where another %s layer has %" PRId64
-                                                  "; layers of one kind must be alike",
-                                                  i, kv[i], sliding[i] ? "sliding" : "full", expected));
+                fail(DG_ERROR_UNSUPPORTED,
+                     format("layer %zu has %" PRId64 " KV heads where another %s layer has %" PRId64
+                            "; layers of one kind must be alike",
+                            i, kv[i], sliding[i] ? "sliding" : "full", expected));
             }
             expected = kv[i];
             model_.weights_.layers.push_back(layer);
@@ -428,7 +430,8 @@ class ModelReader {
                  format("tensor %s has type %s, which cannot be multiplied with", name.c_str(), ggml_type_name(type)));
         }
         if (!tensor->buffer) {
-            ggml_backend_tensor_alloc(model_.file_buffer_.get(), tensor, const_cast<unsigned char *>(file_data(tensor)));
+            ggml_backend_tensor_alloc(model_.file_buffer_.get(), tensor,
+                                      const_cast<unsigned char *>(file_data(tensor)));
         }
         return tensor;
     }
@@ -500,13 +503,16 @@ class ModelReader {
         c.n_vocab = static_cast<int32_t>(embedding->ne[1]);
         w.token_embd = matrix(names::TOKEN_EMBD, {c.n_embd, c.n_vocab});
         if (find(names::OUTPUT)) {
-            fail(DG_ERROR_UNSUPPORTED, std::string("tensor ") + names::OUTPUT + " is present; only a tied head is served");
+            fail(DG_ERROR_UNSUPPORTED,
+                 std::string("tensor ") + names::OUTPUT + " is present; only a tied head is served");
         }
         w.output_norm = vector(names::OUTPUT_NORM, c.n_embd);
         bind_rope();
 
-        const std::string pre_norm = find(names::SELF_COND_PRE_NORM) ? names::SELF_COND_PRE_NORM : names::SELF_COND_NORM;
-        const bool any = find(pre_norm) || find(names::SELF_COND_GATE) || find(names::SELF_COND_UP) || find(names::SELF_COND_DOWN);
+        const std::string pre_norm =
+            find(names::SELF_COND_PRE_NORM) ? names::SELF_COND_PRE_NORM : names::SELF_COND_NORM;
+        const bool any =
+            find(pre_norm) || find(names::SELF_COND_GATE) || find(names::SELF_COND_UP) || find(names::SELF_COND_DOWN);
         c.has_self_conditioning = any;
         if (any) {
             w.self_cond_pre_norm = vector(pre_norm, c.n_embd);
@@ -514,8 +520,9 @@ class ModelReader {
             w.self_cond_up = matrix(names::SELF_COND_UP, {c.n_embd, c.n_ff});
             w.self_cond_down = matrix(names::SELF_COND_DOWN, {c.n_ff, c.n_embd});
         } else {
-            model_.warnings_.push_back("the file has no self-conditioning tensors (self_cond_*): the signal is zero, and "
-                                       "more steps will be needed");
+            model_.warnings_.push_back(
+                "the file has no self-conditioning tensors (self_cond_*): the signal is zero, and "
+                "more steps will be needed");
         }
     }
 
@@ -549,7 +556,8 @@ class ModelReader {
         if (l.sliding) {
             l.attn_v = matrix(prefix + names::ATTN_V, {n_embd, kv_width});
         } else if (find(prefix + names::ATTN_V)) {
-            fail(DG_ERROR_UNSUPPORTED, "tensor " + prefix + names::ATTN_V + " is present; a full layer's V is made from K");
+            fail(DG_ERROR_UNSUPPORTED,
+                 "tensor " + prefix + names::ATTN_V + " is present; a full layer's V is made from K");
         }
         l.attn_output = matrix(prefix + names::ATTN_OUTPUT, {q_width, n_embd});
         l.attn_q_norm = vector(prefix + names::ATTN_Q_NORM, l.head_dim);
@@ -590,8 +598,8 @@ class ModelReader {
         } else {
             l.encoder_output_scale = l.output_scale;
             if (index == 0 || config.has_encoder_scalars) {
-                model_.warnings_.push_back("encoder scalars are missing from layer " + std::to_string(index) +
-                                           " on (" + names::ENC_LAYER_OUTPUT_SCALE +
+                model_.warnings_.push_back("encoder scalars are missing from layer " + std::to_string(index) + " on (" +
+                                           names::ENC_LAYER_OUTPUT_SCALE +
                                            "): the decoder's are used, and long prompts will suffer");
             }
             config.has_encoder_scalars = false;

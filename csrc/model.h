@@ -20,13 +20,13 @@ struct LayerWeights {
     int64_t n_head_kv = 0;
     int64_t head_dim = 0;
 
-    ggml_tensor *attn_norm = nullptr;      // [n_embd]
-    ggml_tensor *attn_q = nullptr;         // [n_embd, D*H]
-    ggml_tensor *attn_k = nullptr;         // [n_embd, D*K]
-    ggml_tensor *attn_v = nullptr;         // [n_embd, D*K]; null on full layers, whose V is K's raw projection
-    ggml_tensor *attn_output = nullptr;    // [D*H, n_embd]
-    ggml_tensor *attn_q_norm = nullptr;    // [D]
-    ggml_tensor *attn_k_norm = nullptr;    // [D]
+    ggml_tensor *attn_norm = nullptr;   // [n_embd]
+    ggml_tensor *attn_q = nullptr;      // [n_embd, D*H]
+    ggml_tensor *attn_k = nullptr;      // [n_embd, D*K]
+    ggml_tensor *attn_v = nullptr;      // [n_embd, D*K]; null on full layers, whose V is K's raw projection
+    ggml_tensor *attn_output = nullptr; // [D*H, n_embd]
+    ggml_tensor *attn_q_norm = nullptr; // [D]
+    ggml_tensor *attn_k_norm = nullptr; // [D]
     ggml_tensor *post_attention_norm = nullptr;
 
     ggml_tensor *ffn_norm = nullptr;
@@ -38,10 +38,11 @@ struct LayerWeights {
     ggml_tensor *router = nullptr;       // [n_embd, E]
     ggml_tensor *router_scale = nullptr; // [n_embd], with hidden^-0.5 multiplied in
     ggml_tensor *pre_ffw_norm_2 = nullptr;
-    ggml_tensor *gate_up_exps = nullptr; // [n_embd, 2X, E]: rows 0..X-1 gate, X..2X-1 up; null when the file splits them
-    ggml_tensor *gate_exps = nullptr;    // [n_embd, X, E]
-    ggml_tensor *up_exps = nullptr;      // [n_embd, X, E]
-    ggml_tensor *down_exps = nullptr;    // [X, n_embd, E]
+    ggml_tensor *gate_up_exps =
+        nullptr;                      // [n_embd, 2X, E]: rows 0..X-1 gate, X..2X-1 up; null when the file splits them
+    ggml_tensor *gate_exps = nullptr; // [n_embd, X, E]
+    ggml_tensor *up_exps = nullptr;   // [n_embd, X, E]
+    ggml_tensor *down_exps = nullptr; // [X, n_embd, E]
     ggml_tensor *down_exps_scale = nullptr; // [1, E]: one value a row, as get_rows wants it
     ggml_tensor *post_ffw_norm_2 = nullptr;
     ggml_tensor *post_ffw_norm = nullptr;
@@ -83,8 +84,8 @@ class Model {
     bool mapped_ = false;
     std::unique_ptr<FileBytes> file_;
     gguf_context_ptr gguf_;
-    ggml_context_ptr tensors_;       // the file's tensors, pointing into file_
-    ggml_context_ptr owned_;         // small float32 tensors made at load
+    ggml_context_ptr tensors_; // the file's tensors, pointing into file_
+    ggml_context_ptr owned_;   // small float32 tensors made at load
     ggml_backend_buffer_ptr file_buffer_;
     ggml_backend_buffer_ptr owned_buffer_;
     dg_config config_ = {};

@@ -17,8 +17,9 @@ constexpr int32_t LANES = 8;
 // Below this a term is 0 in float32; a softcap of 30 at t = 0.4 spans 150.
 constexpr float EXP_FLOOR = -87.0f;
 
-// exp(x) for EXP_FLOOR <= x <= 0, within 2 ulp, in a form that compilers vectorize: a whole row takes 4.8 ns a logit here
-// (AVX2), and took 12.3 while its rounding was a call to libm. x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 6 in r.
+// exp(x) for EXP_FLOOR <= x <= 0, within 2 ulp, in a form that compilers vectorize: a whole row takes 4.8 ns a logit
+// here (AVX2), and took 12.3 while its rounding was a call to libm. x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial
+// of degree 6 in r.
 inline float exp_negative(float x) {
     constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, without a call to libm
     const float k = (x * 1.44269504088896341f + ROUND) - ROUND;
@@ -37,32 +38,37 @@ inline float exp_negative(float x) {
 }
 
 struct BlockSums {
-    double weight;   // sum of exp(x)
-    double moment;   // sum of x exp(x)
+    double weight = 0.0; // sum of exp(x)
+    double moment = 0.0; // sum of x exp(x)
 };
 
-// Sums over one block of x = max(z - greatest, EXP_FLOOR), in LANES float accumulators.
+// Sums over one block of x = max(z - greatest, EXP_FLOOR), in LANES float accumulators. Terms with x = 0 are counted
+// apart: in a lane that holds a 1, what is below 6e-8 would vanish, which biased the entropy of a confident row by
+// -3e-7 and that of a budget of 36 rows by -1.2e-5, enough to accept another row than the reference does.
 BlockSums sum_block(const float *z, int32_t n, float greatest) {
     float weight[LANES] = {};
     float moment[LANES] = {};
+    int32_t n_greatest[LANES] = {};
+    const auto add = [&](int32_t i, int32_t lane) {
+        const float x = std::max(z[i] - greatest, EXP_FLOOR);
+        const bool is_greatest = x == 0.0f;
+        const float e = is_greatest ? 0.0f : exp_negative(x);
+        n_greatest[lane] += is_greatest;
+        weight[lane] += e;
+        moment[lane] += x * e;
+    };
     int32_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         for (int32_t lane = 0; lane < LANES; ++lane) {
-            const float x = std::max(z[i + lane] - greatest, EXP_FLOOR);
-            const float e = exp_negative(x);
-            weight[lane] += e;
-            moment[lane] += x * e;
+            add(i + lane, lane);
         }
     }
     for (; i < n; ++i) {
-        const float x = std::max(z[i] - greatest, EXP_FLOOR);
-        const float e = exp_negative(x);
-        weight[i % LANES] += e;
-        moment[i % LANES] += x * e;
+        add(i, i % LANES);
     }
-    BlockSums sums = {0.0, 0.0};
+    BlockSums sums;
     for (int32_t lane = 0; lane < LANES; ++lane) {
-        sums.weight += static_cast<double>(weight[lane]);
+        sums.weight += static_cast<double>(weight[lane]) + n_greatest[lane];
         sums.moment += static_cast<double>(moment[lane]);
     }
     return sums;
@@ -200,8 +206,8 @@ void check_noise(const dg_noise &noise, int32_t n_rows, int32_t n_vocab) {
             throw Error(DG_ERROR_ARGUMENT, format("uniform[%d] is %g: it must be in [0, 1)", i, noise.uniform[i]));
         }
         if (noise.renoise[i] < 0 || noise.renoise[i] >= n_vocab) {
-            throw Error(DG_ERROR_ARGUMENT, format("renoise[%d] is %d: a token id must be from 0 to %d", i,
-                                                  noise.renoise[i], n_vocab - 1));
+            throw Error(DG_ERROR_ARGUMENT,
+                        format("renoise[%d] is %d: a token id must be from 0 to %d", i, noise.renoise[i], n_vocab - 1));
         }
     }
 }

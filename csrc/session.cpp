@@ -41,7 +41,8 @@ size_t reserve(ggml_gallocr_t allocator, const Graph &graph, bool allocate) {
         return size;
     }
     if (!ggml_gallocr_reserve(allocator, graph.nodes)) {
-        throw Error(DG_ERROR_MEMORY, "memory for intermediate tensors was refused; a smaller n_ctx or n_batch needs less");
+        throw Error(DG_ERROR_MEMORY,
+                    "memory for intermediate tensors was refused; a smaller n_ctx or n_batch needs less");
     }
     return ggml_gallocr_get_buffer_size(allocator, 0);
 }
@@ -68,8 +69,8 @@ int32_t context_size(const Model &model, int32_t asked) {
     checked("n_ctx", asked, 0, INT32_MAX);
     const int32_t n_ctx = asked > 0 ? asked : std::min(DEFAULT_CONTEXT, c.n_ctx_train);
     if (n_ctx < c.canvas_length + 1) {
-        throw Error(DG_ERROR_CONTEXT, format("n_ctx is %d: a prefix of one token and the canvas need %d", n_ctx,
-                                             c.canvas_length + 1));
+        throw Error(DG_ERROR_CONTEXT,
+                    format("n_ctx is %d: a prefix of one token and the canvas need %d", n_ctx, c.canvas_length + 1));
     }
     if (n_ctx > c.n_ctx_train) {
         throw Error(DG_ERROR_CONTEXT, format("n_ctx is %d: the file's context_length is %d", n_ctx, c.n_ctx_train));
@@ -284,9 +285,10 @@ void Session::encode(const int32_t *ids, int32_t n) {
     check_ids("ids", ids, n);
     const int32_t canvas = model_->config().canvas_length;
     if (n > n_ctx_ - canvas - n_past()) {
-        throw Error(DG_ERROR_CONTEXT,
-                    format("%d tokens after a prefix of %d do not fit: with the canvas of %d, n_ctx %d leaves room for %d",
-                           n, n_past(), canvas, n_ctx_, std::max(0, n_ctx_ - canvas - n_past())));
+        throw Error(
+            DG_ERROR_CONTEXT,
+            format("%d tokens after a prefix of %d do not fit: with the canvas of %d, n_ctx %d leaves room for %d", n,
+                   n_past(), canvas, n_ctx_, std::max(0, n_ctx_ - canvas - n_past())));
     }
     for (int32_t done = 0; done < n; done += n_batch_) {
         encode_chunk(ids + done, std::min(n_batch_, n - done));
@@ -410,21 +412,23 @@ void Session::load(const std::string &path) {
     take(&header, sizeof header);
     const int32_t expected_first = std::max(0, header.n_past - (model_->config().sliding_window - 1));
     if (header.fingerprint != model_->fingerprint() || header.type_kv != type_kv_) {
-        throw Error(DG_ERROR_FORMAT,
-                    format("%s: saved from another model or with another type_kv", path.c_str()));
+        throw Error(DG_ERROR_FORMAT, format("%s: saved from another model or with another type_kv", path.c_str()));
     }
     if (header.n_past < 0 || header.first_sliding != expected_first) {
         throw Error(DG_ERROR_FORMAT, format("%s: damaged header", path.c_str()));
     }
     if (header.n_past > n_ctx_ - model_->config().canvas_length) {
-        throw Error(DG_ERROR_CONTEXT, format("%s: its %d tokens and a canvas do not fit n_ctx %d", path.c_str(),
-                                             header.n_past, n_ctx_));
+        throw Error(DG_ERROR_CONTEXT,
+                    format("%s: its %d tokens and a canvas do not fit n_ctx %d", path.c_str(), header.n_past, n_ctx_));
     }
     std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
     take(tokens.data(), tokens.size() * sizeof(int32_t));
     check_ids("saved tokens", tokens.data(), header.n_past);
     for (const CacheLayer &layer : cache_->layers()) {
         for (ggml_tensor *t : {layer.k, layer.v}) {
+            if (layer.sliding) { // slots before the window stay unwritten: a masked NaN would still spoil the sums
+                std::memset(t->data, 0, ggml_nbytes(t));
+            }
             for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
                 take(static_cast<char *>(t->data) + static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
                      t->nb[1]);

@@ -74,7 +74,7 @@ class Session {
     ggml_threadpool *threadpool_ = nullptr;
     ggml_gallocr_ptr pass_allocator_;
     ggml_gallocr_ptr soft_allocator_;
-    Graph pass_graph_; // the denoise graph of the current n_past, or the last chunk's
+    Graph pass_graph_;                // the denoise graph of the current n_past, or the last chunk's
     int32_t denoise_graph_past_ = -1; // n_past that pass_graph_ is a denoise graph for, else -1
     Graph soft_graph_;
     std::vector<int32_t> tokens_;

@@ -458,7 +458,7 @@ class NativeSession:
         # Room for a whole context: another thread may encode between a look at n_past and the copy.
         ids: Int32Array = np.empty(self.n_ctx, dtype=np.int32)
         n_past: int = lib.dg_session_n_past(pointer)
-        _call(lib.dg_session_tokens, pointer, _pointer_to("int32_t[]", ids))
+        _call(lib.dg_session_tokens, pointer, _pointer_to("int32_t[]", ids), self.n_ctx)
         return np.array(ids[:n_past])
 
     def encode(self, ids: npt.ArrayLike) -> None:
