@@ -200,7 +200,6 @@ def read_value(cursor: Cursor, what: str) -> Value:
     element = cursor.number("<I", what)
     count = cursor.number("<Q", what)
     if element == STRING:
-        cursor.check(count * 8, what)
         kept: list[Scalar] = []
         for i in range(count):
             data = cursor.text(what)
@@ -211,7 +210,6 @@ def read_value(cursor: Cursor, what: str) -> Value:
         raise cursor.fail(f"{what} is an array of the unknown type {element}")
     name, fmt = SCALARS[element]
     size = struct.calcsize(fmt)
-    cursor.check(count * size, what)
     head = min(count, KEPT)
     values = list(struct.unpack(f"<{head}{fmt[1]}", cursor.take(head * size, what)))
     rest = (count - head) * size
