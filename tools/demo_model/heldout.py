@@ -1,0 +1,94 @@
+"""Write the held-out tasks: one JSON object a line.
+
+    python heldout.py --tokenizer DIR --out ../../tests/data/demo_tasks.jsonl [--seed 2026]
+
+kind        fields beside kind and id
+sudoku_chat     prompt (a user turn), answer (four lines of four digits)
+sudoku_pinned   prefix, grid (as answer, `.` where a cell is free), answer; both end in a newline
+question        form, prompt, answer
+infill          form (the template), prefix, gap, suffix, gap_tokens; far_tokens: how many of the suffix' last tokens do
+                not fit on one canvas of 64 rows together with gap, suffix and the end token (0: everything fits)
+
+An infill gap begins and ends at token joints: encoding prefix, gap and suffix apart gives the ids of the whole text.
+No other text of any template, with a middle of any length, fits its prefix and suffix (`tasks.determined`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tasks import (
+    PYTHON,
+    STORIES,
+    SUDOKU_HEADER,
+    Template,
+    determined,
+    document,
+    grid_text,
+    question,
+    sudoku,
+    sudoku_prompt,
+)
+from tokenizers import Tokenizer
+
+CANVAS = 64
+LENGTHS = [(1, 2), (3, 4), (5, 8), (9, 16), (17, 32)]
+
+
+def cut(rng: Random, tok: Tokenizer, templates: list[Template], lengths: tuple[int, int]) -> dict[str, Any]:
+    """One determined gap of `lengths` (inclusive range, tokens) in a held-out document."""
+    while True:
+        form, text = document(rng, "test", templates)
+        enc = tok.encode(text, add_special_tokens=False)
+        n = rng.randint(*lengths)
+        if n > len(enc.ids) - 4:
+            continue
+        a = rng.randint(1, len(enc.ids) - n - 1)
+        start, end = enc.offsets[a][0], enc.offsets[a + n - 1][1]
+        prefix, gap, suffix = text[:start], text[start:end], text[end:]
+        parts = [tok.encode(s, add_special_tokens=False).ids for s in (prefix, gap, suffix)]
+        if [i for p in parts for i in p] != enc.ids or len(parts[1]) != n or not determined(prefix, gap, suffix):
+            continue
+        far = max(0, n + len(parts[2]) + 1 - CANVAS)
+        return {"form": form, "prefix": prefix, "gap": gap, "suffix": suffix, "gap_tokens": n, "far_tokens": far}
+
+
+def tasks(tok: Tokenizer, seed: int, each: int) -> list[dict[str, Any]]:
+    """`each` tasks of every kind (stories and Python count as two kinds)."""
+    rng = Random(seed)
+    out: list[dict[str, Any]] = []
+    for _ in range(each):
+        s = sudoku(rng, "test")
+        out.append({"kind": "sudoku_chat", "prompt": sudoku_prompt(s), "answer": grid_text(s.solution)})
+    for _ in range(each):
+        s = sudoku(rng, "test")
+        grid, answer = grid_text(s.puzzle) + "\n", grid_text(s.solution) + "\n"
+        out.append({"kind": "sudoku_pinned", "prefix": SUDOKU_HEADER, "grid": grid, "answer": answer})
+    for _ in range(each):
+        q = question(rng, "test")
+        out.append({"kind": "question", "form": q.kind, "prompt": q.prompt, "answer": q.answer})
+    for templates in (STORIES, PYTHON):
+        for i in range(each):
+            out.append({"kind": "infill", **cut(rng, tok, templates, LENGTHS[i % len(LENGTHS)])})
+    return [{"kind": t.pop("kind"), "id": i, **t} for i, t in enumerate(out)]
+
+
+def main() -> None:
+    """Write the file."""
+    ap = argparse.ArgumentParser()
+    ap.add_argument("--tokenizer", type=Path, required=True)
+    ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--seed", type=int, default=2026)
+    ap.add_argument("--each", type=int, default=100)
+    args = ap.parse_args()
+    rows = tasks(Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")), args.seed, args.each)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
