@@ -18,8 +18,8 @@ constexpr int32_t LANES = 8;
 constexpr float EXP_FLOOR = -87.0f;
 
 // exp(x) for EXP_FLOOR <= x <= 0, within 2 ulp, in a form that compilers vectorize: a whole row takes 4.8 ns a logit
-// here (AVX2), and took 12 to 14 while its rounding was a call to libm. x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial
-// of degree 6 in r.
+// here (AVX2), and took 12 to 14 while its rounding was a call to libm. x = k ln 2 + r, |r| <= ln 2 / 2, and a
+// polynomial of degree 6 in r.
 inline float exp_negative(float x) {
     constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, without a call to libm
     const float k = (x * 1.44269504088896341f + ROUND) - ROUND;

@@ -87,7 +87,8 @@ class DiffusionModel:
         }
         self.path = Path(path)
         self._native = NativeModel(
-            path, n_gpu_layers=-1 if n_gpu_layers == "auto" else integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1),
+            path,
+            n_gpu_layers=-1 if n_gpu_layers == "auto" else integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1),
             use_mmap=use_mmap,
         )
         self._lock = threading.Lock()
@@ -434,7 +435,9 @@ def _read_tokenizer(metadata: Metadata, n_vocab: int) -> Tokenizer | None:
 
     tokens = typed(f"{prefix}tokens", list, [])
     if len(tokens) != n_vocab:
-        raise ModelFormatError(f"key {prefix}tokens has {len(tokens)} entries, expected one a row of token_embd, {n_vocab}")
+        raise ModelFormatError(
+            f"key {prefix}tokens has {len(tokens)} entries, expected one a row of token_embd, {n_vocab}"
+        )
     return Tokenizer.from_gguf(
         tokens,
         typed(f"{prefix}token_type", list, None),

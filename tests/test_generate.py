@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydiffgguf import Block, ContextOverflowError, DenoiseStep, DiffusionModel, Generation, ModelClosedError, UnsupportedError
+from pydiffgguf import (
+    Block,
+    ContextOverflowError,
+    DenoiseStep,
+    DiffusionModel,
+    Generation,
+    ModelClosedError,
+    UnsupportedError,
+)
 
 CANVAS = 32
 
@@ -53,7 +61,11 @@ def test_generate_is_the_stream_drained(model: DiffusionModel) -> None:
     options: dict[str, Any] = {"seed": 3, "steps": 3, "max_tokens": 70}
     events, streamed = drain(model.stream(plain_ids(model), **options))
     drained = model.generate(plain_ids(model), **options)
-    assert (streamed.text, streamed.tokens, streamed.finish_reason) == (drained.text, drained.tokens, drained.finish_reason)
+    assert (streamed.text, streamed.tokens, streamed.finish_reason) == (
+        drained.text,
+        drained.tokens,
+        drained.finish_reason,
+    )
     blocks = [event for event in events if isinstance(event, Block)]
     steps = [event for event in events if isinstance(event, DenoiseStep)]
     assert "".join(block.text for block in blocks) == drained.text

@@ -233,8 +233,16 @@ def score(engine: Engine, tasks: list[dict[str, Any]], tok: Tokenizer) -> list[d
     out: list[dict[str, Any]] = []
     chats = [t for t in tasks if "prompt" in t]
     for t, (text, steps) in zip(chats, engine.chat(chats), strict=True):
-        out.append({"id": t["id"], "kind": t["kind"], "form": t.get("form"), "right": text.strip() == t["answer"],
-                    "steps": steps, "given": text})
+        out.append(
+            {
+                "id": t["id"],
+                "kind": t["kind"],
+                "form": t.get("form"),
+                "right": text.strip() == t["answer"],
+                "steps": steps,
+                "given": text,
+            }
+        )
     fixed = [t for t in tasks if "prompt" not in t]
     plans = [layout(t, tok) for t in fixed]
     ran = engine.pinned([(t["id"], p, rows) for t, (p, rows, _) in zip(fixed, plans, strict=True)])
@@ -243,9 +251,18 @@ def score(engine: Engine, tasks: list[dict[str, Any]], tok: Tokenizer) -> list[d
             raise SystemExit(f"task {t['id']}: a pinned row was changed")
         form = t.get("form")
         kind = t["kind"] if form is None else "infill_python" if form in PYTHON_FORMS else "infill_story"
-        out.append({"id": t["id"], "kind": kind, "form": form, "right": bool(np.array_equal(canvas, whole)),
-                    "steps": steps, "given": tok.decode(canvas[rows < 0].tolist(), skip_special_tokens=False),
-                    "tokens": t.get("gap_tokens"), "far": t.get("far_tokens")})
+        out.append(
+            {
+                "id": t["id"],
+                "kind": kind,
+                "form": form,
+                "right": bool(np.array_equal(canvas, whole)),
+                "steps": steps,
+                "given": tok.decode(canvas[rows < 0].tolist(), skip_special_tokens=False),
+                "tokens": t.get("gap_tokens"),
+                "far": t.get("far_tokens"),
+            }
+        )
     return sorted(out, key=lambda r: r["id"])
 
 
@@ -258,8 +275,11 @@ def table(results: list[dict[str, Any]]) -> dict[str, Any]:
 
     def line(rows: list[dict[str, Any]]) -> dict[str, Any]:
         n = len(rows)
-        return {"n": n, "right": round(sum(r["right"] for r in rows) / n, 4),
-                "steps": round(sum(r["steps"] for r in rows) / n, 2)}
+        return {
+            "n": n,
+            "right": round(sum(r["right"] for r in rows) / n, 4),
+            "steps": round(sum(r["steps"] for r in rows) / n, 2),
+        }
 
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for r in results:
@@ -306,9 +326,18 @@ def main() -> None:
     results = score(engine, tasks, tok)
     if args.dump:
         args.dump.write_text("".join(json.dumps(r) + "\n" for r in results), encoding="utf-8")
-    print(json.dumps({"engine": "transformers" if args.checkpoint else "pydiffgguf", "seed": args.seed,
-                      "same_noise": args.same_noise, "seconds": round(time.time() - began, 1),
-                      "scores": table(results)}, indent=1))
+    print(
+        json.dumps(
+            {
+                "engine": "transformers" if args.checkpoint else "pydiffgguf",
+                "seed": args.seed,
+                "same_noise": args.same_noise,
+                "seconds": round(time.time() - began, 1),
+                "scores": table(results),
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

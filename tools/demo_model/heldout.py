@@ -68,9 +68,12 @@ def tasks(tok: Tokenizer, seed: int, each: int) -> list[dict[str, Any]]:
         s = sudoku(rng, "test")
         grid, answer = grid_text(s.puzzle) + "\n", grid_text(s.solution) + "\n"
         out.append({"kind": "sudoku_pinned", "prefix": SUDOKU_HEADER, "grid": grid, "answer": answer})
-    for _ in range(each):
+    asked: set[str] = set()
+    while len(asked) < each:
         q = question(rng, "test")
-        out.append({"kind": "question", "form": q.kind, "prompt": q.prompt, "answer": q.answer})
+        if q.prompt not in asked:
+            asked.add(q.prompt)
+            out.append({"kind": "question", "form": q.kind, "prompt": q.prompt, "answer": q.answer})
     for templates in (STORIES, PYTHON):
         for i in range(each):
             out.append({"kind": "infill", **cut(rng, tok, templates, LENGTHS[i % len(LENGTHS)])})

@@ -18,11 +18,26 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 # Texts and, where a fixed id is given, ids as in Gemma 4.
 FIXED = {
-    "<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<|tool_response>": 50, "<|turn>": 105, "<turn|>": 106,
+    "<pad>": 0,
+    "<eos>": 1,
+    "<bos>": 2,
+    "<unk>": 3,
+    "<mask>": 4,
+    "<|tool_response>": 50,
+    "<|turn>": 105,
+    "<turn|>": 106,
 }
 OTHER = [
-    "<tool_response|>", "<|tool_call>", "<tool_call|>", "<|tool>", "<tool|>", "<|think|>", "<|channel>", "<channel|>",
-    '<|"|>', "<|image|>",
+    "<tool_response|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool>",
+    "<tool|>",
+    "<|think|>",
+    "<|channel>",
+    "<channel|>",
+    '<|"|>',
+    "<|image|>",
 ]
 SPACE = "\u2581"
 
@@ -76,7 +91,10 @@ def main() -> None:
     learner.train_from_iterator(
         corpus(args.seed, 4000),
         trainers.BpeTrainer(
-            vocab_size=args.vocab - reserved, initial_alphabet=alphabet, special_tokens=[], show_progress=False,
+            vocab_size=args.vocab - reserved,
+            initial_alphabet=alphabet,
+            special_tokens=[],
+            show_progress=False,
             min_frequency=2,
         ),
     )
@@ -107,8 +125,14 @@ def main() -> None:
     tok.save(str(args.out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>",
-        "add_bos_token": True, "clean_up_tokenization_spaces": False, "model_max_length": 2048,
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+        "add_bos_token": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
     }
     (args.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (args.out / "chat_template.jinja").write_text(CHAT_TEMPLATE)

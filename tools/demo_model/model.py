@@ -55,19 +55,47 @@ def build(vocab: int, seed: int, copying: bool = True) -> DiffusionGemmaForBlock
     """
     torch.manual_seed(seed)
     text = DiffusionGemmaTextConfig(
-        vocab_size=vocab, hidden_size=128, intermediate_size=192, num_hidden_layers=len(LAYERS),
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, global_head_dim=64, num_global_key_value_heads=1,
-        num_experts=8, top_k_experts=2, moe_intermediate_size=64, sliding_window=40, layer_types=list(LAYERS),
-        max_position_embeddings=2048, use_bidirectional_attention="vision", pad_token_id=PAD, eos_token_id=EOS,
-        bos_token_id=BOS, final_logit_softcapping=30.0, initializer_range=0.04,
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=len(LAYERS),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        global_head_dim=64,
+        num_global_key_value_heads=1,
+        num_experts=8,
+        top_k_experts=2,
+        moe_intermediate_size=64,
+        sliding_window=40,
+        layer_types=list(LAYERS),
+        max_position_embeddings=2048,
+        use_bidirectional_attention="vision",
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+        final_logit_softcapping=30.0,
+        initializer_range=0.04,
     )
     vision = {
-        "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32,
+        "model_type": "gemma4_vision",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
     }
     config = DiffusionGemmaConfig(
-        text_config=text, vision_config=vision, canvas_length=CANVAS, boi_token_id=PAD, eoi_token_id=PAD,
-        image_token_id=vocab - 1, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS,
+        text_config=text,
+        vision_config=vision,
+        canvas_length=CANVAS,
+        boi_token_id=PAD,
+        eoi_token_id=PAD,
+        image_token_id=vocab - 1,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
     )
     model = DiffusionGemmaForBlockDiffusion(config)
     with torch.no_grad():
@@ -79,8 +107,15 @@ def build(vocab: int, seed: int, copying: bool = True) -> DiffusionGemmaForBlock
     if copying:
         prepare_copying(model)
     model.generation_config = DiffusionGemmaGenerationConfig(
-        max_new_tokens=CANVAS, max_denoising_steps=48, sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
-        t_min=0.4, t_max=0.8, stability_threshold=1, confidence_threshold=0.005, bos_token_id=BOS, pad_token_id=PAD,
+        max_new_tokens=CANVAS,
+        max_denoising_steps=48,
+        sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
+        t_min=0.4,
+        t_max=0.8,
+        stability_threshold=1,
+        confidence_threshold=0.005,
+        bos_token_id=BOS,
+        pad_token_id=PAD,
         eos_token_id=[EOS, TURN_END, TOOL_RESPONSE],
     )
     return model

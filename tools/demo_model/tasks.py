@@ -16,17 +16,70 @@ from random import Random
 HELD_OUT_SHARE = 0.1
 
 NAMES = [
-    "Anna", "Ben", "Carl", "Dora", "Emma", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mia", "Noah",
-    "Olga", "Paul", "Rosa", "Sam", "Tina", "Vera", "Will", "Zoe", "Adam", "Clara", "Eric", "Fay", "Gus", "Hana",
-    "Ivan", "June",
+    "Anna",
+    "Ben",
+    "Carl",
+    "Dora",
+    "Emma",
+    "Finn",
+    "Gina",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Vera",
+    "Will",
+    "Zoe",
+    "Adam",
+    "Clara",
+    "Eric",
+    "Fay",
+    "Gus",
+    "Hana",
+    "Ivan",
+    "June",
 ]
 COLOURS = ["red", "blue", "green", "yellow", "black", "white", "brown", "pink", "gray", "purple"]
 OBJECTS = [
-    "ball", "cup", "hat", "book", "key", "lamp", "coin", "drum", "kite", "bell", "spoon", "shoe", "rope",
-    "doll", "map", "box", "pen", "ring",
+    "ball",
+    "cup",
+    "hat",
+    "book",
+    "key",
+    "lamp",
+    "coin",
+    "drum",
+    "kite",
+    "bell",
+    "spoon",
+    "shoe",
+    "rope",
+    "doll",
+    "map",
+    "box",
+    "pen",
+    "ring",
 ]
 PLACES = [
-    "park", "garden", "kitchen", "school", "forest", "market", "library", "museum", "station", "harbor", "barn",
+    "park",
+    "garden",
+    "kitchen",
+    "school",
+    "forest",
+    "market",
+    "library",
+    "museum",
+    "station",
+    "harbor",
+    "barn",
     "castle",
 ]
 ANIMALS = ["dog", "cat", "horse", "rabbit", "duck", "goat", "mouse", "sheep", "parrot", "turtle"]
@@ -34,13 +87,38 @@ FOODS = ["bread", "soup", "cake", "rice", "cheese", "salad", "pie", "fish", "cor
 FEELINGS = ["happy", "sad", "tired", "proud", "calm", "angry"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-    "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ]
 OPPOSITES = [
-    ("hot", "cold"), ("big", "small"), ("fast", "slow"), ("old", "new"), ("full", "empty"), ("open", "closed"),
-    ("dark", "light"), ("early", "late"), ("hard", "soft"), ("high", "low"), ("long", "short"), ("loud", "quiet"),
-    ("rich", "poor"), ("wet", "dry"), ("strong", "weak"), ("wide", "narrow"), ("clean", "dirty"), ("near", "far"),
+    ("hot", "cold"),
+    ("big", "small"),
+    ("fast", "slow"),
+    ("old", "new"),
+    ("full", "empty"),
+    ("open", "closed"),
+    ("dark", "light"),
+    ("early", "late"),
+    ("hard", "soft"),
+    ("high", "low"),
+    ("long", "short"),
+    ("loud", "quiet"),
+    ("rich", "poor"),
+    ("wet", "dry"),
+    ("strong", "weak"),
+    ("wide", "narrow"),
+    ("clean", "dirty"),
+    ("near", "far"),
 ]
 
 
@@ -128,8 +206,8 @@ class Question:
     thought: str
 
 
-# What a question is about stands at a fixed distance from its end, and so from the canvas. A net of this size learns to
-# look there in minutes; looking words up by what they are, as longer questions would need, it did not learn in an hour.
+# Questions are about digits and days. A net of this size learns in minutes to carry ten digits from the prompt into the
+# answer; carrying hundreds of words it did not learn in an hour.
 
 
 def _asked(rng: Random, question: str) -> str:
@@ -139,60 +217,47 @@ def _asked(rng: Random, question: str) -> str:
     return f"{rng.choice(NAMES)} asks: {question}"
 
 
-def _cycle(rng: Random) -> Question:
-    ring, word = rng.choice([(DAYS, "day"), (MONTHS, "month")])
-    i = rng.randrange(len(ring))
+def _day(rng: Random) -> Question:
+    i = rng.randrange(len(DAYS))
     step, side = rng.choice([(1, "after"), (-1, "before")])
-    x, y = ring[i], ring[(i + step) % len(ring)]
-    prompt = _asked(rng, f"what {word} comes {side} {x}?")
-    return Question("cycle", prompt, f"The {word} {side} {x} is {y}.", f"We need the {word} {side} {x}.")
+    prompt = _asked(rng, f"what day comes {side} {DAYS[i]}?")
+    return Question("day", prompt, f"{DAYS[(i + step) % len(DAYS)]}.", "Go through the week.")
 
 
-def _opposite(rng: Random) -> Question:
-    a, b = rng.choice(OPPOSITES)
-    if rng.random() < 0.5:
-        a, b = b, a
-    prompt = _asked(rng, f"what is the opposite of {a}?")
-    return Question("opposite", prompt, f"The opposite of {a} is {b}.", f"We need the opposite of {a}.")
+def _next(rng: Random) -> Question:
+    a = rng.randint(1, 8)
+    step, side = rng.choice([(1, "after"), (-1, "before")])
+    prompt = _asked(rng, f"which number comes {side} {a}?")
+    return Question("next", prompt, f"{a + step} comes {side} {a}.", "Count.")
 
 
 def _sum(rng: Random) -> Question:
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     if rng.random() < 0.5:
-        return Question("sum", _asked(rng, f"what is {a} + {b}?"), f"{a} + {b} = {a + b}", f"Add {b} to {a}.")
+        return Question("sum", _asked(rng, f"what is {a} + {b}?"), f"{a} + {b} = {a + b}", "Add.")
     a, b = max(a, b), min(a, b)
-    return Question("sum", _asked(rng, f"what is {a} - {b}?"), f"{a} - {b} = {a - b}", f"Take {b} from {a}.")
+    return Question("sum", _asked(rng, f"what is {a} - {b}?"), f"{a} - {b} = {a - b}", "Take away.")
 
 
 def _bigger(rng: Random) -> Question:
-    a, b = rng.sample(range(10, 100), 2)
-    word, pick = rng.choice([("bigger", max), ("smaller", min)])
-    return Question(
-        "compare",
-        _asked(rng, f"which number is {word}, {a} or {b}?"),
-        f"The {word} number is {pick(a, b)}.",
-        f"Compare {a} and {b}.",
-    )
+    a, b = rng.sample(range(10), 2)
+    word, other = rng.choice([("bigger", min), ("smaller", max)])
+    n = other(a, b)
+    m = a + b - n
+    return Question("compare", _asked(rng, f"which is {word}, {a} or {b}?"), f"{m} is {word} than {n}.", "Compare.")
 
 
-def _reading(rng: Random) -> Question:
-    p, c, o = rng.choice(NAMES), rng.choice(COLOURS), rng.choice(OBJECTS)
-    text = f"{p} has a {c} {o}."
-    question, answer = rng.choice(
-        [
-            (f"Who has the {o}?", f"{p} has the {o}."),
-            (f"What color is the {o}?", f"The {o} is {c}."),
-            (f"What does {p} have?", f"{p} has a {c} {o}."),
-        ]
-    )
-    return Question("reading", f"{text} {question}", answer, text)
+def _count(rng: Random) -> Question:
+    a = rng.randint(0, 7)
+    b = rng.randint(a + 1, 9)
+    answer = " ".join(str(i) for i in range(a, b + 1))
+    return Question("count", _asked(rng, f"count from {a} to {b}."), answer, "Count.")
 
 
-def _where(rng: Random) -> Question:
-    p, x = rng.choice(NAMES), rng.choice(PLACES)
-    text = f"{p} went to the {x}."
-    question = rng.choice([f"Where is {p}?", f"Who is in the {x}?"])
-    return Question("where", f"{text} {question}", f"{p} is in the {x}.", text)
+def _order(rng: Random) -> Question:
+    digits = rng.sample(range(10), 3)
+    shown, answer = (" ".join(str(i) for i in order) for order in (digits, sorted(digits)))
+    return Question("order", _asked(rng, f"put in order: {shown}."), answer, "Compare.")
 
 
 def _repeat(rng: Random) -> Question:
@@ -214,7 +279,7 @@ def _sort(rng: Random) -> Question:
 
 # Dense copying: every token of the answer stands in the prompt. Learnt first, it carries the sparse questions.
 DRILLS: list[Callable[[Random], Question]] = [_repeat, _sort]
-QUESTION_KINDS: list[Callable[[Random], Question]] = [_cycle, _opposite, _sum, _bigger, _reading, _where]
+QUESTION_KINDS: list[Callable[[Random], Question]] = [_day, _next, _sum, _bigger, _count, _order]
 
 
 def question(rng: Random, split: str, drill: float = 0.0) -> Question:
@@ -345,8 +410,15 @@ TEMPLATES: list[Template] = [
         "pet",
         "<<p>> has a <<c>> <<a>>. The <<a>> is called <<q>>. Every <<day>> <<p>> takes <<q>> to the <<l>>. "
         "In the <<l>> the <<c>> <<a>> is <<f>>. <<p>> is <<f>> on <<day>> too.",
-        {"p": PEOPLE, "q": PEOPLE, "c": list(COLOURS), "a": list(ANIMALS), "day": list(DAYS), "l": list(PLACES),
-         "f": list(FEELINGS)},
+        {
+            "p": PEOPLE,
+            "q": PEOPLE,
+            "c": list(COLOURS),
+            "a": list(ANIMALS),
+            "day": list(DAYS),
+            "l": list(PLACES),
+            "f": list(FEELINGS),
+        },
         distinct=(("p", "q"),),
     ),
     Template(
@@ -362,8 +434,17 @@ TEMPLATES: list[Template] = [
         "<<r>> looked in the <<m>>. On <<day>> <<r>> saw the <<c>> <<o>> in the <<m>>, not in the <<l>>. <<r>> told "
         "<<q>>, and <<q>> told <<p>>. Since that <<day>> <<p>> is not <<f>>. <<p>> keeps the <<o>> near <<q>> "
         "and <<r>>.",
-        {"p": PEOPLE, "q": PEOPLE, "r": PEOPLE, "o": list(OBJECTS), "c": list(COLOURS), "l": list(PLACES),
-         "m": list(PLACES), "day": list(DAYS), "f": list(FEELINGS)},
+        {
+            "p": PEOPLE,
+            "q": PEOPLE,
+            "r": PEOPLE,
+            "o": list(OBJECTS),
+            "c": list(COLOURS),
+            "l": list(PLACES),
+            "m": list(PLACES),
+            "day": list(DAYS),
+            "f": list(FEELINGS),
+        },
         distinct=(("p", "q", "r"), ("l", "m")),
     ),
     Template(

@@ -109,6 +109,7 @@ def main() -> None:
     ap.add_argument("--temper", type=float, default=1.0, help="factor on each branch's last norm, at the start")
     ap.add_argument("--drill", type=float, default=0.0, help="share of copying drills among the questions")
     ap.add_argument("--grid", type=float, default=1.0, help="share of Sudoku in the first process, text for the rest")
+    ap.add_argument("--chat", type=float, default=0.45, help="share of questions in the text, documents for the rest")
     ap.add_argument("--save-minutes", type=float, default=4.0)
     args = ap.parse_args()
     torch.set_num_threads(1)
@@ -135,14 +136,18 @@ def main() -> None:
             {"params": matrices, "weight_decay": 0.02, "factor": 1.0},
             {"params": vectors, "weight_decay": 0.0, "factor": 3.0},
         ],
-        lr=args.lr, betas=(0.9, 0.98), eps=1e-9,
+        lr=args.lr,
+        betas=(0.9, 0.98),
+        eps=1e-9,
     )
     ema = [p.detach().clone() for p in params]
     gen = torch.Generator().manual_seed(args.seed * 7919 + rank)
     shared = Random(args.seed)  # the same draws in every process
     if rank == 0:
-        print(json.dumps({"start": time.strftime("%H:%M:%S"), **json.loads(counts(model)), **vars(args)}, default=str),
-              flush=True)
+        print(
+            json.dumps({"start": time.strftime("%H:%M:%S"), **json.loads(counts(model)), **vars(args)}, default=str),
+            flush=True,
+        )
     began = saved = time.time()
     step, done = 0, 0.0
     sums: dict[str, list[float]] = {}
@@ -151,7 +156,7 @@ def main() -> None:
         group = "grid" if rank == 0 and source.rng.random() < args.grid else "text"
         # Short canvases first: they cost half. The whole canvas length is practised more towards the end.
         short = 0.85 if done < 0.65 else 0.4
-        batch = source.draw(group, (0.62 if group == "grid" else 0.45, short))
+        batch = source.draw(group, (0.62 if group == "grid" else args.chat, short))
         decoder, encoder, right = losses(model, batch, self_condition, gen)
         (decoder + ENCODER_WEIGHT * encoder).backward()
         # The clock travels with the gradients, so both processes use one learning rate and stop together.
