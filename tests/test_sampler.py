@@ -204,9 +204,7 @@ def test_u_on_a_boundary_belongs_to_the_next_id() -> None:
     """Probabilities 1/4 1/4 1/2: the first id whose cumulative probability exceeds u, so u = 1/4 draws id 1."""
     z = np.full((5, 3), 0, np.float32)
     z[:, 2] = np.log(2)
-    got = run(
-        z, at_temperature(1.0, entropy_bound=100.0), uniform=np.array([0, 0.2499, 0.2501, 0.4999, 0.5001])
-    )
+    got = run(z, at_temperature(1.0, entropy_bound=100.0), uniform=np.array([0, 0.2499, 0.2501, 0.4999, 0.5001]))
     assert got.canvas.tolist() == [0, 0, 1, 1, 2]
     flat = np.zeros((4, 4), np.float32)
     got = run(flat, at_temperature(1.0, entropy_bound=100.0), uniform=np.array([0.0, 0.25, 0.5, 0.75]))
@@ -359,7 +357,7 @@ def test_stops_only_below_the_confidence_threshold(session: Session) -> None:
     assert whole.steps == 30
     means = [step.entropy[free].sum() / free.sum() for step in whole.trace]
     lowest = int(np.argmin(means))
-    assert 0 < lowest
+    assert lowest > 0
     at = session.run_canvas(pinned=pinned, stability_threshold=0, confidence_threshold=means[lowest], **LOOP)
     assert at.steps == 30 and not at.converged
     above = np.nextafter(means[lowest], 1)
@@ -434,9 +432,7 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "limit"), OUT_OF_RANGE)
-def test_options_out_of_range_name_option_value_and_range(
-    session: Session, name: str, value: Any, limit: str
-) -> None:
+def test_options_out_of_range_name_option_value_and_range(session: Session, name: str, value: Any, limit: str) -> None:
     """ValueError with the option, what it was, and what it may be; the same from the loop and from the sampler."""
     with pytest.raises(ValueError, match=name) as error:
         session.run_canvas(**{name: value})

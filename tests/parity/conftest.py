@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from demo_tasks import Demo
 from nets import SHAPES, Net, Report, make_net
+from rebuild import model_from_gguf, write_float32
+
+from pydiffgguf import DiffusionModel, demo_model_path
 
 _lines = pytest.StashKey[list[str]]()
 
@@ -66,3 +70,13 @@ def walker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
         return nets[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """The bundled demo model on both sides, its tensors dequantized to float32, so that its quantization plays no
+    part in what is compared."""
+    path = tmp_path_factory.mktemp("demo") / "demo.f32.gguf"
+    write_float32(demo_model_path(), path)
+    with DiffusionModel(path, type_kv="f32", n_threads=1) as opened:
+        yield Demo(opened, model_from_gguf(path))

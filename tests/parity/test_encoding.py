@@ -96,9 +96,7 @@ def test_prefix_grown_in_calls_of_any_size_equals_the_reference(net: Callable[[s
 
 @pytest.mark.parametrize("n_batch", [7, 512])
 @pytest.mark.parametrize("name", ["one_kv_head", "full_first", "long_canvas", "many_experts"])
-def test_second_canvas_sees_the_first_as_the_reference_does(
-    net: Callable[[str], Net], name: str, n_batch: int
-) -> None:
+def test_second_canvas_sees_the_first_as_the_reference_does(net: Callable[[str], Net], name: str, n_batch: int) -> None:
     """A finished canvas, encoded behind the prompt, then one more canvas: the two-canvas path of `generate()`."""
     n = net(name)
     prompt, finished = n.ids(3, 44), n.ids(4, n.canvas_length)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +125,7 @@ def test_shapes_are_as_awkward_as_they_claim() -> None:
         assert shape["sliding_window"] < max(PROMPTS[name])
     full = [[kind == "full_attention" for kind in shape["layer_types"]] for shape in shapes]
     assert any(layers[0] for layers in full)
-    assert any(a and b for layers in full for a, b in zip(layers, layers[1:], strict=False))
+    assert any(a and b for layers in full for a, b in pairwise(layers))
     released = SHAPES["released_heads"]
     assert (released["head_dim"], released["global_head_dim"], max(PROMPTS["released_heads"])) == (256, 512, 1000)
 
@@ -147,7 +148,9 @@ def test_rounded_weights_give_the_reference_of_the_same_rounding(
     """F16 and Q8_0 files against transformers on the checkpoint rounded in the same way."""
     differences = compare(net(name), model_from_gguf(net(name).gguf(kind)), kind)
     typical = float(np.median([d.median_row for d in differences]))
-    report(f"{kind.upper()} logits, {name}: relative error of a row {typical:.1e} (median over {len(differences)} passes)")
+    report(
+        f"{kind.upper()} logits, {name}: relative error of a row {typical:.1e} (median over {len(differences)} passes)"
+    )
     assert typical <= ROUNDED[kind]
 
 

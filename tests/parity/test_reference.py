@@ -41,7 +41,7 @@ def test_handed_noise_depends_on_seed_canvas_and_step_alone() -> None:
     assert len({tuple(d.tolist()) for d in draws}) == len(draws)
     assert all(d.dtype == np.int32 and d.min() >= 0 and d.max() < 1000 for d in draws)
     u = noise.uniform(0, 0)
-    assert u.dtype == np.float64 and 0 <= u.min() and u.max() < 1
+    assert u.dtype == np.float64 and u.min() >= 0 and u.max() < 1
 
 
 def test_inverse_cdf_draws_the_first_id_whose_cumulative_probability_exceeds_u() -> None:

@@ -8,17 +8,14 @@ in ten.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from demo_tasks import Demo, tasks
 from nets import Net, Report, relative_error
-from rebuild import model_from_gguf, write_float32
 from reference import (
     HandedNoise,
     Model,
@@ -31,7 +28,7 @@ from reference import (
     same_path,
 )
 
-from pydiffgguf import DenoiseStep, DiffusionModel, demo_model_path
+from pydiffgguf import DenoiseStep, DiffusionModel
 from pydiffgguf.session import Step
 
 pytestmark = pytest.mark.parity
@@ -41,8 +38,6 @@ MOST_UNDECIDED = SEEDS // 10
 
 # Entropies are sums of p log p over the vocabulary, from logits that agree to 1e-6 of 10; measured 2e-5.
 ENTROPY_TOLERANCE = 5e-4
-
-TASKS = Path(__file__).parents[1] / "data" / "demo_tasks.jsonl"
 
 
 def options(sampling: Sampling) -> dict[str, Any]:
@@ -61,7 +56,11 @@ def check_step(got: Step | DenoiseStep, expected: Any, where: str) -> None:
 
 
 def check_stream(
-    model: DiffusionModel, prompt: Sequence[int], noise: HandedNoise, sampling: Sampling, expected: list[ReferenceCanvas]
+    model: DiffusionModel,
+    prompt: Sequence[int],
+    noise: HandedNoise,
+    sampling: Sampling,
+    expected: list[ReferenceCanvas],
 ) -> None:
     """`model.stream` walks the reference's steps, and its result is the reference's canvases one after another."""
     canvas_length = model.config.canvas_length
@@ -131,46 +130,18 @@ def test_generate_takes_the_references_path_on_random_nets(
     assert min(stops) < sampling.steps, "no canvas stopped early: the stop rule was not compared"
 
 
-@dataclass(frozen=True)
-class Demo:
-    """The bundled model three times over: opened, as transformers, and the prompts of its own held-out tasks."""
-
-    opened: DiffusionModel
-    reference: Model
-    prompts: list[list[int]]
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """Both sides hold the demo file's dequantized tensors in float32, so that its quantization plays no part."""
-    path = tmp_path_factory.mktemp("demo") / "demo.f32.gguf"
-    write_float32(demo_model_path(), path)
-    with DiffusionModel(path, type_kv="f32", n_threads=1) as opened:
-        template = ImmutableSandboxedEnvironment().from_string(str(opened.metadata["tokenizer.chat_template"]))
-        prompts = []
-        for line in TASKS.read_text(encoding="utf-8").splitlines():
-            task = json.loads(line)
-            if "prompt" in task:
-                messages = [{"role": "user", "content": task["prompt"]}]
-                text = template.render(messages=messages, add_generation_prompt=True, bos_token="<bos>")
-                prompts.append(opened.tokenize(text))
-        yield Demo(opened, model_from_gguf(path), prompts)
-
-
 def test_generate_takes_the_references_path_on_the_demo_model(demo: Demo, report: Report) -> None:
     """20 seeds on prompts of its own tasks, the file's own sampler values.
 
     `stream` ends at the first end token, as `generate()` with end tokens does; canvas after canvas of a session goes
     on past it over all three, as `generate()` without them does.
     """
-    sampling = Sampling(
-        **{name: getattr(demo.opened._native.sampling, name) for name in asdict(Sampling()) if name != "max_steps"}
-    )
+    sampling = demo.sampling
+    prompts = [demo.chat_prompt(task["prompt"]) for kind in ("sudoku_chat", "question") for task in tasks(kind)]
     end_ids = demo.opened.tokenizer.end_ids
     undecided, stops, ended = [], [], 0
     for seed in range(SEEDS):
-        prompt = demo.prompts[seed * len(demo.prompts) // SEEDS]
-        noise = HandedNoise(seed, demo.opened.config.canvas_length, demo.opened.config.n_vocab)
+        prompt, noise = prompts[seed * len(prompts) // SEEDS], demo.noise(seed)
         expected = decided(demo.reference, prompt, noise, sampling)
         if expected is None:
             undecided.append(seed)
