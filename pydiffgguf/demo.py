@@ -22,8 +22,8 @@ __all__ = ["run_demo"]
 
 SEED = 1
 #: Asked of the model in its own words, and not in its training data (tools/demo_model).
-QUESTION = "What is 6 + 9?"
-ANSWER = "6 + 9 = 15"
+QUESTION = "Put in order: 9 7 1."
+ANSWER = "1 7 9"
 #: Each row, column and quarter of the only solution holds 1 to 4; dots are for the model to fill.
 PUZZLE = "4..2\n....\n2.41\n..2.\n"
 HEADER = "Sudoku:\n"
