@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from demo_tasks import Demo
+from gguf_rewrite import rewrite
 from nets import SHAPES, Net, Report, make_net
-from rebuild import model_from_gguf, write_float32
+from rebuild import model_from_gguf, read_tensors
 
 from pydiffgguf import DiffusionModel, demo_model_path
 
@@ -77,6 +78,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     """The bundled demo model on both sides, its tensors dequantized to float32, so that its quantization plays no
     part in what is compared."""
     path = tmp_path_factory.mktemp("demo") / "demo.f32.gguf"
-    write_float32(demo_model_path(), path)
+    tensors = read_tensors(demo_model_path())
+    rewrite(demo_model_path(), path, tensors={name: tensor.values for name, tensor in tensors.items()})
     with DiffusionModel(path, type_kv="f32", n_threads=1) as opened:
         yield Demo(opened, model_from_gguf(path))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from reference import Model
 from transformers.models.diffusion_gemma.configuration_diffusion_gemma import (
     DiffusionGemmaConfig,
@@ -77,24 +77,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         values = dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32)
         tensors[tensor.name] = Tensor(tensor.tensor_type, values)
     return tensors
-
-
-def write_float32(source: Path, out: Path) -> None:
-    """Copies a GGUF file with every tensor dequantized to float32; the keys stay as they are."""
-    reader = GGUFReader(source)
-    keys = read_keys(source)
-    writer = GGUFWriter(out, keys["general.architecture"])
-    for name, field in reader.fields.items():
-        # The writer makes its own header and architecture key.
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(name, keys[name], field.types[0], sub_type)
-    for name, tensor in read_tensors(source).items():
-        writer.add_tensor(name, tensor.values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def tensor_names(model: Model) -> dict[str, str]:

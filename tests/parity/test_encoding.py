@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from nets import Net, Report, relative_error
-from reference import Ids, reference_logits
+from reference import reference_logits
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf.errors import ContextOverflowError
+from pydiffgguf.errors import UnsupportedError
 from pydiffgguf.session import Session
 
 pytestmark = pytest.mark.parity
@@ -74,6 +73,33 @@ def test_chunked_encoding_into_a_half_precision_cache(
     cost = relative_error(logits[512, "f16"], logits[512, "f32"])
     report(f"F16 cache, {name}: chunks of 7 against one chunk {chunked:.1e}; against an F32 cache {cost:.1e}")
     assert chunked <= CHUNKED_F16
+
+
+# The cache's rounding of K and V (2^-12 of an element for F16, 2^-9 for BF16, 1/254 of a block's greatest for Q8_0)
+# grows on its way through a random net, where some tokens choose another expert. Measured over eight prompts:
+# F16 3e-4 to 5e-3, BF16 3e-3 to 1.1e-2, Q8_0 1e-2 to 3e-2.
+CACHES = {"f16": 5e-3, "bf16": 3e-2, "q8_0": 6e-2}
+
+
+@pytest.mark.parametrize("type_kv", CACHES)
+def test_smaller_caches_cost_their_rounding(net: Callable[[str], Net], type_kv: str, report: Report) -> None:
+    """Against transformers in float32, chunked, beyond the window."""
+    n = net("many_experts")
+    prompt = n.ids(1, 60)
+    with opened(n, 16, type_kv) as model:
+        session = model.session()
+        session.encode(prompt)
+        got = logits_behind(session, n)
+    expected = reference_logits(n.model, prompt, n.ids(5, n.canvas_length))
+    rows = np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    report(f"{type_kv.upper()} cache: relative error of a row {np.median(rows):.1e} (median)")
+    assert np.median(rows) <= CACHES[type_kv]
+
+
+def test_a_cache_type_that_does_not_divide_the_heads_is_unsupported(net: Callable[[str], Net]) -> None:
+    """Q8_0 has blocks of 32; heads of 24 do not fit, and nothing falls back in silence."""
+    with pytest.raises(UnsupportedError, match="q8_0"):
+        opened(net("one_kv_head"), type_kv="q8_0").session()
 
 
 @pytest.mark.parametrize("name", ["one_kv_head", "full_first", "long_canvas"])
@@ -149,61 +175,3 @@ def test_another_tail_after_truncating_leaves_no_trace_of_the_first(net: Callabl
             session.truncate(50)
             session.reset()
             assert session.n_past == 0
-
-
-def test_denoising_does_not_change_the_prefix(net: Callable[[str], Net]) -> None:
-    """Two passes over the same canvas give the same bits, whatever canvas came in between."""
-    n = net("one_kv_head")
-    with opened(n) as model:
-        session = model.session()
-        session.encode(n.ids(1, 60))
-        before = logits_behind(session, n, seed=5)
-        logits_behind(session, n, seed=6)
-        session.run_canvas(seed=1, steps=3)
-        assert session.n_past == 60
-        assert np.array_equal(logits_behind(session, n, seed=5), before)
-
-
-def test_saved_prefix_gives_the_same_bits_in_another_session(net: Callable[[str], Net], tmp_path: Path) -> None:
-    """Also when the rings have wrapped; and what is encoded behind it joins on."""
-    n = net("full_first")
-    prompt, more = n.ids(1, 150), n.ids(2, 20)
-    with opened(n, n_batch=32) as model:
-        first, second = model.session(), model.session()
-        first.encode(prompt)
-        first.save(tmp_path / "prefix")
-        second.load(tmp_path / "prefix")
-        assert second.n_past == 150
-        assert np.array_equal(second.tokens(), prompt)
-        assert np.array_equal(logits_behind(second, n), logits_behind(first, n))
-        first.encode(more)
-        second.encode(more)
-        assert np.array_equal(logits_behind(second, n), logits_behind(first, n))
-
-
-def test_a_prompt_that_does_not_fit_changes_nothing(net: Callable[[str], Net]) -> None:
-    """The last position belongs to the canvas: n_ctx - C tokens fit, one more raises and leaves prefix and logits."""
-    n = net("one_kv_head")
-    with opened(n) as model:
-        session = model.session()
-        session.encode(n.ids(1, 1000 - n.canvas_length))
-        session.encode(n.ids(2, 24))
-        before = logits_behind(session, n)
-        with pytest.raises(ContextOverflowError):
-            session.encode(n.ids(3, 1))
-        assert session.n_past == 1024 - n.canvas_length
-        assert np.array_equal(logits_behind(session, n), before)
-
-
-@pytest.mark.parametrize(
-    "ids", [np.zeros(0, np.int32), np.array([1, 301], np.int32), np.array([-1], np.int32)], ids=["none", "high", "low"]
-)
-def test_bad_ids_change_nothing(net: Callable[[str], Net], ids: Ids) -> None:
-    """No ids at all, one past the vocabulary, a negative one: ValueError, and the prefix is as it was."""
-    n = net("one_kv_head")
-    with opened(n) as model:
-        session = model.session()
-        session.encode(n.ids(1, 10))
-        with pytest.raises(ValueError, match="token"):
-            session.encode(ids)
-        assert session.n_past == 10
