@@ -110,6 +110,7 @@ def main() -> None:
     ap.add_argument("--drill", type=float, default=0.0, help="share of copying drills among the questions")
     ap.add_argument("--grid", type=float, default=1.0, help="share of Sudoku in the first process, text for the rest")
     ap.add_argument("--chat", type=float, default=0.45, help="share of questions in the text, documents for the rest")
+    ap.add_argument("--asked", type=float, default=0.62, help="share of Sudoku as questions, pinned grids for the rest")
     ap.add_argument("--save-minutes", type=float, default=4.0)
     args = ap.parse_args()
     torch.set_num_threads(1)
@@ -156,7 +157,7 @@ def main() -> None:
         group = "grid" if rank == 0 and source.rng.random() < args.grid else "text"
         # Short canvases first: they cost half. The whole canvas length is practised more towards the end.
         short = 0.85 if done < 0.65 else 0.4
-        batch = source.draw(group, (0.62 if group == "grid" else args.chat, short))
+        batch = source.draw(group, (args.asked if group == "grid" else args.chat, short))
         decoder, encoder, right = losses(model, batch, self_condition, gen)
         (decoder + ENCODER_WEIGHT * encoder).backward()
         # The clock travels with the gradients, so both processes use one learning rate and stop together.
