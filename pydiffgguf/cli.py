@@ -209,7 +209,9 @@ def _add_generation(sub: Any) -> None:
 
 def _add_model_options(sub: Any) -> None:
     group = sub.add_argument_group("model")
-    group.add_argument("--ctx", type=int, metavar="N", help="positions for prompt, text and canvas (at most 8192)")
+    group.add_argument(
+        "--ctx", type=int, metavar="N", help="positions for prompt, text and canvas (8192, or the file's if less)"
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (as many as there are)")
     group.add_argument("--gpu-layers", type=_gpu_layers, metavar="N|auto", help="layers on the GPU (auto)")
     group.add_argument("--type-kv", metavar="TYPE", help="type of the cache: f16 (default), f32, bf16, q8_0")

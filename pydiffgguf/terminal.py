@@ -257,7 +257,7 @@ class LiveCanvas:
     def _pieces(self, event: DenoiseStep) -> Iterator[tuple[str, Style]]:
         """(text, style) by token; the bytes of one character are taken together."""
         tokens = [int(token) for token in event.tokens]
-        end = next((i for i, token in enumerate(tokens) if token in self._tokenizer.end_ids), len(tokens))
+        end = self._end(event)
         at = 0
         while at < end:
             piece = self._tokenizer.piece(tokens[at])
@@ -271,13 +271,19 @@ class LiveCanvas:
             yield piece, _style(event, at, at + n)
             at += n
 
+    def _end(self, event: DenoiseStep) -> int:
+        """Where the canvas's first end token stands."""
+        ends = (i for i, token in enumerate(event.tokens) if int(token) in self._tokenizer.end_ids)
+        return next(ends, len(event.tokens))
+
     def _status(self) -> str:
         event = self._step
         if event is None:
             return "reading" if not self._tokens else "reading the finished canvas"
         settled = int(event.accepted.sum())
         free = len(event.tokens) - (0 if event.pinned is None else int(event.pinned.sum()))
-        speed = (len(self._tokens) + settled) / event.elapsed_s if event.elapsed_s > 0 else 0.0
+        text = len(self._tokens) + int(event.accepted[: self._end(event)].sum())  # rows behind the end are no text
+        speed = text / event.elapsed_s if event.elapsed_s > 0 else 0.0
         return (
             f"step {event.step + 1}/{event.total_steps}, {settled} of {free} accepted, {speed:.1f} tokens/s"
             f"{f', canvas {event.canvas + 1}' if event.canvas else ''}"

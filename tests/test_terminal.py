@@ -166,13 +166,15 @@ def test_the_canvas_shows_tokens_status_and_no_end(tokenizer: Tokenizer, width: 
     """What stands before the first end token, then one line with the step, counted from one, and the speed."""
     console, screen = console_of(width)
     with LiveCanvas(console, tokenizer, pace_s=1e-9) as live:
-        live.step(step([*ids("<bos>", "\u2581the", "\u2581dog"), *byte_ids("é"), 1, *ids("\u2581sleeps")], [1, 2], n=6))
+        live.step(
+            step([*ids("<bos>", "\u2581the", "\u2581dog"), *byte_ids("é"), 1, *ids("\u2581sleeps")], [1, 2, 8], n=6)
+        )
         shown = screen.text()
         assert not screen.cursor_visible
     lines = shown.splitlines()
     assert lines[0] == " the dogé"
     assert len(lines) == 2
-    full = "step 7/48, 2 of 16 accepted, 4.0 tokens/s"
+    full = "step 7/48, 3 of 16 accepted, 4.0 tokens/s"
     assert lines[1] == (full if width == 80 else full[:19] + "…")
     assert screen.text() == ""
     assert screen.cursor_visible
