@@ -7,14 +7,9 @@ import errno
 import io
 import json
 import os
-import pty
 import re
-import select
-import struct
 import subprocess
 import sys
-import termios
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -24,7 +19,7 @@ import numpy as np
 import pytest
 
 import pydiffgguf
-from pydiffgguf import cli, demo, doctor, talk
+from pydiffgguf import cli, talk
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 from pydiffgguf.generate import Block, DenoiseStep, Event, Generation, Stats
 from pydiffgguf.tokenizer import Tokenizer
@@ -544,187 +539,3 @@ def test_the_command_imports_little() -> None:
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert process.stdout.splitlines()[-1] == "[]"
-
-
-# Makes the terminal on stdin the controlling one, so that Ctrl-C becomes a signal. Not pty.fork(): newer Pythons warn
-# of a fork beside threads.
-ON_TERMINAL = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.executable, sys.argv[1:])"
-
-
-class Pty:
-    """A child on a terminal of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.terminal, inside = pty.openpty()
-        command = [sys.executable, "-c", ON_TERMINAL, sys.executable, "-m", "pydiffgguf", *arguments]
-        self.process = subprocess.Popen(
-            command,
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            start_new_session=True,
-            env={**os.environ, "TERM": "xterm"},
-        )
-        os.close(inside)
-        self.shown = ""
-        self._seen = 0
-
-    def resize(self, columns: int, rows: int = 24) -> None:
-        import fcntl
-
-        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def until(self, text: str, timeout: float = 60) -> None:
-        """Reads on until `text` has been shown, after what was waited for before."""
-        end = time.monotonic() + timeout
-        while text not in self.shown[self._seen :]:
-            ready, _, _ = select.select([self.terminal], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"waited for {text!r}, saw {self.shown[-500:]!r}"
-            self._read()
-        self._seen = self.shown.index(text, self._seen) + len(text)
-
-    def type(self, text: str) -> None:
-        os.write(self.terminal, text.encode())
-
-    def _read(self) -> bool:
-        try:
-            data = os.read(self.terminal, 65536)
-        except OSError:  # Linux says so when the child has gone
-            return False
-        self.shown += data.decode(errors="replace")
-        return bool(data)
-
-    def wait(self) -> int:
-        """Reads to the end; the exit code."""
-        while self._read():
-            pass
-        os.close(self.terminal)
-        return self.process.wait(60)
-
-
-def test_a_real_terminal_sees_the_canvas(tiny_gguf: Path) -> None:
-    """Drawn live, on a narrow terminal too; the cursor is back at the end, and the summary is there."""
-    child = Pty("generate", str(tiny_gguf), "-p", "hello", "--seed", "7", "-n", "64")
-    child.resize(20, 6)
-    assert child.wait() == 0
-    assert "step " in child.shown
-    assert child.shown.rfind("\x1b[?25h") > child.shown.rfind("\x1b[?25l") >= 0
-    assert " steps in " in child.shown
-
-
-def test_ctrl_c_on_a_real_terminal(tiny_gguf: Path) -> None:
-    """While the canvas is drawn: exit code 130, the cursor is back, no traceback."""
-    child = Pty("generate", str(tiny_gguf), "-p", "hello", "-n", "100000", "--ctx", "2000", "--steps", "5000",
-                "--stability-threshold", "4000")  # fmt: skip
-    child.until("step ")
-    child.type("\x03")
-    assert child.wait() == 130
-    assert child.shown.rfind("\x1b[?25h") > child.shown.rfind("\x1b[?25l") >= 0
-    assert "Traceback" not in child.shown
-
-
-def test_chat_on_a_real_terminal(tiny_gguf: Path) -> None:
-    """Two turns with a Ctrl-C in the first; the second is answered, Ctrl-D leaves with 0."""
-    child = Pty("chat", str(tiny_gguf), "--steps", "3000", "--stability-threshold", "2000", "--time-limit", "20")
-    child.until("> ")
-    child.type("hello\r")
-    child.until("step ")
-    child.type("\x03")
-    child.until("stopped")
-    child.until("> ")
-    child.type("/clear\r")
-    child.until("forgotten")
-    child.until("> ")
-    child.type("\x04")
-    assert child.wait() == 0
-    assert "Traceback" not in child.shown
-
-
-# --------------------------------------------------------------------------------------------------------- doctor
-
-
-def test_doctor_finds_a_sound_installation(capsys: pytest.CaptureFixture[str]) -> None:
-    """Versions of everything, what was built in, exit code 0."""
-    assert cli.main(["doctor", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["problems"] == []
-    assert report["pydiffgguf"] == report["build"]["version"] == pydiffgguf.__version__
-    assert set(report["packages"]) >= {"numpy", "gguf", "tokenizers"}
-    assert "CPU" in report["build"]["backends"]
-    assert cli.main(["doctor"]) == 0
-    assert capsys.readouterr().out.endswith("all is well\n")
-
-
-def test_doctor_names_the_cure_when_the_extension_is_broken(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without the extension everything else is still reported; exit code 1."""
-    monkeypatch.setitem(sys.modules, "pydiffgguf._native", None)
-    monkeypatch.delattr(pydiffgguf, "_native", raising=False)
-    assert cli.main(["doctor"]) == 1
-    out, _ = capsys.readouterr()
-    assert re.search(r"problem: +the compiled extension cannot be loaded: .+\ncure: +pip install ", out)
-    assert "numpy" in out
-
-
-def test_doctor_finds_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing package, an old one, a stale build, a build for another CPU, a missing demo model."""
-    from pydiffgguf import _native
-
-    build = {**_native.build_info(), "version": "0.0.0", "cpu_features": ["avx2", "amx_int8", "avx_nonsense"]}
-    monkeypatch.setattr(_native, "build_info", lambda: build)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    real = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "gguf" else real(name))
-    monkeypatch.setattr(doctor, "__file__", "/nowhere/doctor.py")
-    problems = {problem["what"]: problem["cure"] for problem in doctor.examine()["problems"]}
-    found = "\n".join(f"{what} -> {cure}" for what, cure in problems.items())
-    assert re.search(r'jinja2 cannot be imported: .* -> pip install "jinja2>=3', found)
-    assert re.search(r'gguf 0.1 is too old -> pip install "gguf>=', found)
-    assert "the compiled extension is version 0.0.0, the package" in found
-    assert "the demo model is missing: " in found
-    if Path("/proc/cpuinfo").exists() and "avx" in Path("/proc/cpuinfo").read_text():
-        assert "avx_nonsense, which this CPU does not have" in found
-
-
-# ----------------------------------------------------------------------------------------------------------- demo
-
-
-def test_the_demo_shows_right_answers() -> None:
-    """Without arguments or network, in seconds: a question, a Sudoku with its givens, exit code 0."""
-    process = run("demo")
-    assert (process.returncode, process.stderr) == (0, "")
-    assert demo.QUESTION in process.stdout
-    assert f"\n{demo.ANSWER}\n" in process.stdout
-    assert "Both answers are right." in process.stdout
-    grids = re.findall(r"(?:^[1-4]{4}\n){4}", process.stdout, re.MULTILINE)
-    assert len(grids) == 1
-    assert demo.is_solution(grids[0], demo.PUZZLE)
-
-
-def test_the_demo_on_a_terminal() -> None:
-    """The canvas is drawn for both, the solved grid stays, the cursor is back."""
-    child = Pty("demo")
-    assert child.wait() == 0
-    assert child.shown.count("\x1b[?25l") == child.shown.count("\x1b[?25h") == 2
-    assert "Both answers are right." in child.shown
-
-
-def test_the_demo_puzzle_has_one_solution() -> None:
-    """And the check accepts it alone."""
-    from itertools import permutations, product
-
-    rows = ["".join(row) for row in permutations("1234")]
-    fitting = [[row for row in rows if re.fullmatch(line, row)] for line in demo.PUZZLE.split()]
-    grids = ("\n".join(four) + "\n" for four in product(*fitting))
-    assert sum(demo.is_solution(grid, demo.PUZZLE) for grid in grids) == 1
-
-
-@pytest.mark.parametrize(
-    "grid", ["", "1234\n3412\n2143\n4321", "1234\n3412\n2143\n4312\n", "1234\n1234\n1234\n1234\n", "12345\n"]
-)
-def test_other_grids_are_not_solutions(grid: str) -> None:
-    """Too short, a wrong last row, wrong columns."""
-    assert demo.is_solution("1234\n3412\n2143\n4321\n", "1...\n....\n....\n...1\n")
-    assert not demo.is_solution("1234\n3412\n2143\n4321\n", "2...\n....\n....\n...1\n")
-    assert not demo.is_solution(grid, "....\n....\n....\n....\n")
