@@ -54,7 +54,8 @@ BlockSums sum_block(const float *z, int32_t n, float greatest) {
         for (int32_t lane = 0; lane < LANES; ++lane) {
             const float x = std::max(z[i + lane] - greatest, EXP_FLOOR);
             const float one = x == 0.0f ? 1.0f : 0.0f;
-            const float e = exp_negative(x) - one; // exp_negative(0) is 1 exactly
+            // exp_negative(0) is 1 exactly, and what lies at the floor counts for nothing.
+            const float e = x > EXP_FLOOR ? exp_negative(x) - one : 0.0f;
             n_greatest[lane] += one;
             weight[lane] += e;
             moment[lane] += x * e;
@@ -63,7 +64,7 @@ BlockSums sum_block(const float *z, int32_t n, float greatest) {
     for (; i < n; ++i) {
         const float x = std::max(z[i] - greatest, EXP_FLOOR);
         const float one = x == 0.0f ? 1.0f : 0.0f;
-        const float e = exp_negative(x) - one;
+        const float e = x > EXP_FLOOR ? exp_negative(x) - one : 0.0f;
         n_greatest[i % LANES] += one;
         weight[i % LANES] += e;
         moment[i % LANES] += x * e;
