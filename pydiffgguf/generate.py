@@ -20,7 +20,18 @@ from pydiffgguf.errors import CancelledError, ContextOverflowError
 from pydiffgguf.session import CanvasLoop, Noise, Session
 from pydiffgguf.tokenizer import Tokenizer
 
-__all__ = ["Block", "DenoiseStep", "Event", "FinishReason", "Generation", "Request", "Stats", "TextView", "run"]
+__all__ = [
+    "Block",
+    "DenoiseStep",
+    "Event",
+    "FinishReason",
+    "Generation",
+    "Request",
+    "Stats",
+    "TextView",
+    "common_head",
+    "run",
+]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -189,6 +200,14 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
     return Generation(text, done, reason, stats, view.split(done)[0])
 
 
+def common_head(session: Session, prompt: Int32Array) -> int:
+    """How many of the prompt's first tokens the session's prefix begins with."""
+    held = session.tokens()
+    n = min(len(held), len(prompt))
+    different = np.nonzero(held[:n] != prompt[:n])[0]
+    return int(different[0]) if different.size else n
+
+
 def _fits_another(session: Session) -> bool:
     """Whether the finished canvas can go into the cache and leave room for the next."""
     return session.n_past + 2 * session.config.canvas_length <= session.n_ctx
@@ -211,10 +230,7 @@ def _encode_prompt(session: Session, prompt: Sequence[int], stats: Stats) -> Non
             f"{session.config.canvas_length}; open the model with a larger n_ctx"
         )
     ids = np.asarray(prompt, dtype=np.int32)
-    held = session.tokens()
-    n = min(len(held), len(ids))
-    different = np.nonzero(held[:n] != ids[:n])[0]
-    common = int(different[0]) if different.size else n
+    common = common_head(session, ids)
     began = time.monotonic()
     session.truncate(common)
     stats.prefill_s += time.monotonic() - began

@@ -18,7 +18,7 @@ from pydiffgguf._arguments import MAX_SEED, integer
 from pydiffgguf._native import Memory, Metadata, ModelConfig, NativeModel, StrPath, TensorInfo
 from pydiffgguf.chat import StopStrings, render
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
-from pydiffgguf.generate import Event, Generation, Request, TextView, run
+from pydiffgguf.generate import Event, Generation, Request, TextView, common_head, run
 from pydiffgguf.session import Noise, Session, resolve_sampling
 from pydiffgguf.tokenizer import Tokenizer
 
@@ -340,9 +340,10 @@ class DiffusionModel:
     @contextmanager
     def _session_for(self, prompt: Sequence[int]) -> Iterator[Session]:
         """An idle session, the one that shares the longest head with the prompt, or a new one."""
+        ids = np.asarray(prompt, dtype=np.int32)
         with self._lock:
             self._check_open()
-            self._idle.sort(key=lambda session: _common_head(session, prompt))
+            self._idle.sort(key=lambda session: common_head(session, ids))
             session = self._idle.pop() if self._idle else None
             if session is not None:
                 self._active.add(session)
@@ -410,13 +411,6 @@ def _drain(stream: Generator[Event, None, Generation]) -> Generation:
         except StopIteration as end:
             result: Generation = end.value
             return result
-
-
-def _common_head(session: Session, prompt: Sequence[int]) -> int:
-    held = session.tokens()
-    n = min(len(held), len(prompt))
-    different = np.nonzero(held[:n] != np.asarray(prompt[:n], dtype=np.int32))[0]
-    return int(different[0]) if different.size else n
 
 
 def _read_tokenizer(metadata: Metadata, n_vocab: int) -> Tokenizer | None:
