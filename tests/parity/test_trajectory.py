@@ -36,8 +36,9 @@ pytestmark = pytest.mark.parity
 SEEDS, CANVASES = 20, 3
 MOST_UNDECIDED = SEEDS // 10
 
-# Entropies are sums of p log p over the vocabulary, from logits that agree to 1e-6 of 10; measured 2e-5.
-ENTROPY_TOLERANCE = 5e-4
+# The claim is the same rows, argmax and stop; entropies are compared besides. Rounding is fed back from step to step by
+# self-conditioning: measured 1.1e-3 at step 6 of a demo canvas that lies past the end of its answer, 2e-5 elsewhere.
+ENTROPY_TOLERANCE = 5e-3
 
 
 def options(sampling: Sampling) -> dict[str, Any]:
