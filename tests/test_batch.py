@@ -143,8 +143,8 @@ def test_watched_ids_report_their_log_probability(session: Session) -> None:
 
 
 def test_scores_are_those_of_one_token_after_the_other(model: DiffusionModel, session: Session) -> None:
-    """Each head of a text scores the same, and nothing is left behind. A shorter text reads fewer cache rows: masked ones
-    count for nothing, but the vector sums over those that are left are cut elsewhere (measured 2e-7 of the result)."""
+    """Each head of a text scores the same, and nothing is left behind. A shorter text reads fewer cache rows:
+    masked ones count for nothing, but the sums over the others are cut elsewhere (measured 2e-7 of the result)."""
     text = [11, 300, 12, 45, 200, 201, 202, 7]
     before = session.denoise([5] * 32)
     held = session.tokens()
