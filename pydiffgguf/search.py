@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from pydiffgguf._native import BoolArray, Float64Array, RawStep, Sampling
+from pydiffgguf._records import BoolArray, Float64Array, RawStep, Sampling
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
