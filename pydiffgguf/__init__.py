@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pydiffgguf.edit import Edit
     from pydiffgguf.errors import (
         CancelledError,
         ContextOverflowError,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         SessionBusyError,
         UnsupportedError,
     )
-    from pydiffgguf.edit import Edit
     from pydiffgguf.generate import Block, DenoiseStep, Generation, Stats
     from pydiffgguf.infill import Candidate, Fill, Infill, InfillStats
     from pydiffgguf.model import DiffusionModel, ModelWarning, demo_model_path

@@ -45,9 +45,8 @@ class Hole:
     """What is known of a gap.
 
     `head`: ids between the session's prefix and the gap, pinned. `healed`: ids that may stand in place of all of
-    `head`, as the gap's first token; empty: none. `suffix`: the ids that follow, as many as there are or may be of use, -1
-    for a row that a later gap leaves free.
-    `end_ids`: ids that end a text, which therefore never stand in a gap."""
+    `head`, as the gap's first token; empty: none. `suffix`: the ids that follow, as many as there are or may be of use,
+    -1 for a row that a later gap leaves free. `end_ids`: ids that end a text, which therefore never stand in a gap."""
 
     suffix: Sequence[int]
     head: Sequence[int] = ()
