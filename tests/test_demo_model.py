@@ -44,7 +44,7 @@ def test_95_of_100_prompts_are_answered_exactly(model: DiffusionModel, kind: str
     assert right >= 95
 
 
-def test_95_of_100_grids_are_solved_and_no_given_is_changed(model: DiffusionModel) -> None:
+def test_97_of_100_grids_are_solved_and_no_given_is_changed(model: DiffusionModel) -> None:
     right = changed = 0
     with model.session() as session:
         for row in tasks("sudoku_pinned"):
@@ -59,7 +59,7 @@ def test_95_of_100_grids_are_solved_and_no_given_is_changed(model: DiffusionMode
             changed += int((tokens != pinned)[pinned >= 0].sum())
             right += model.detokenize(tokens[: len(grid)].tolist()) == row["answer"]
     assert changed == 0
-    assert right >= 95
+    assert right >= 97
 
 
 def infill(model: DiffusionModel, row: dict[str, Any]) -> tuple[list[int], npt.NDArray[np.int32], list[int]]:

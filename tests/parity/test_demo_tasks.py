@@ -60,7 +60,7 @@ def test_chat_tasks_are_solved_as_transformers_solves_them(demo: Demo, kind: str
 
 
 def test_pinned_sudokus_are_solved_as_transformers_solves_them(demo: Demo, report: Report) -> None:
-    """At least 95 of 100 grids are exactly right, the givens pinned on the canvas."""
+    """At least 97 of 100 grids are exactly right, the givens pinned on the canvas."""
 
     def setting(task: dict[str, Any]) -> tuple[list[int], Ids]:
         prompt = [demo.opened.tokenizer.bos_id, *demo.opened.tokenize(task["prefix"])]
@@ -72,7 +72,7 @@ def test_pinned_sudokus_are_solved_as_transformers_solves_them(demo: Demo, repor
         for task in tasks("sudoku_pinned")
     )
     report(f"sudoku_pinned: {right} of {len(canvases)} right")
-    assert right >= 0.95 * len(canvases)
+    assert right >= 0.97 * len(canvases)
 
 
 def test_gaps_are_filled_as_transformers_fills_them(demo: Demo, report: Report) -> None:
