@@ -53,6 +53,7 @@ class Checkpoint:
     """An open checkpoint folder. Use it as a context manager, or call close().
 
     `config`: the figures. `sampler`: GGUF key -> value for the sampler values that generation_config.json holds.
+    `infill_mode`: ours, of config.json: "raw" or "chat", the form in which the model was trained to fill gaps, or None.
     `eos_ids`: its list of end tokens, empty when it has none. `tensors`: what to convert, in the GGUF's order.
     """
 
@@ -70,7 +71,9 @@ class Checkpoint:
         if not config_path.is_file():
             raise ModelFormatError(f"{path}: no config.json: not a checkpoint folder")
         self.path = path
-        self.config: ModelConfig = parse_config(read_json(config_path), str(config_path))
+        config = Reader(str(config_path), read_json(config_path))
+        self.config: ModelConfig = parse_config(config.values, config.where)
+        self.infill_mode = config.choice("infill_mode", INFILL_MODES)
         self.sampler, self.eos_ids = read_generation_config(path / "generation_config.json", self.config.vocab_size)
         self.shards: dict[str, Shard] = {}
         try:
@@ -196,11 +199,10 @@ def rope_freqs(config: ModelConfig) -> npt.NDArray[np.float32]:
     return values
 
 
-def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int | float | str], list[int]]:
-    """(defaults of generation by GGUF key, end token ids) of generation_config.json; both empty without such a file.
+def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int | float], list[int]]:
+    """(sampler values by GGUF key, end token ids) of generation_config.json; both empty when there is no such file.
 
-    Values that are null are left out. The names are those of the reference's DiffusionGemmaGenerationConfig, and
-    `infill_mode`, ours: "raw" or "chat", the form in which the model was trained to fill gaps.
+    Values that are null are left out. The names are those of the reference's DiffusionGemmaGenerationConfig.
     """
     if not path.is_file():
         return {}, []
@@ -215,7 +217,7 @@ def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int |
         sampler_config = {}
     merged: dict[str, Any] = {**config, "entropy_bound": sampler_config.get("entropy_bound")}
     values = Reader(str(path), merged)
-    sampler: dict[str, int | float | str] = {}
+    sampler: dict[str, int | float] = {}
     for key, name in SAMPLER_KEYS.items():
         if not values.present(name):
             continue
@@ -225,11 +227,6 @@ def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int |
             sampler[key] = values.integer(name, low=0)
         else:
             sampler[key] = values.real(name, positive=name == "confidence_threshold")
-    if values.present("infill_mode"):
-        mode = config["infill_mode"]
-        if mode not in INFILL_MODES:
-            raise ModelFormatError(f"{values.name('infill_mode')}: expected one of {INFILL_MODES}, got {mode!r:.60}")
-        sampler["diffusion.infill_mode"] = mode
     return sampler, read_eos(reader, vocab_size)
 
 

@@ -143,6 +143,13 @@ class Reader:
             raise ModelFormatError(f"{self.name(key)}: expected {kind}, got {value!s:.60}")
         return float(value)
 
+    def choice(self, key: str, choices: tuple[str, ...]) -> str | None:
+        """One of `choices`, or None where the key is absent or null."""
+        value = self.values.get(key)
+        if value is not None and value not in choices:
+            raise ModelFormatError(f"{self.name(key)}: expected one of {', '.join(choices)}, got {value!r:.60}")
+        return value
+
     def mapping(self, key: str) -> dict[str, Any]:
         value = self.values.get(key)
         if not isinstance(value, dict):

@@ -190,6 +190,8 @@ def metadata(checkpoint: Checkpoint, vocabulary: Vocabulary | None, wanted: Reci
     by_text = vocabulary.end_ids() if vocabulary else set()
     if checkpoint.eos_ids and set(checkpoint.eos_ids) != by_text:
         values["diffusion.eos_token_ids"] = checkpoint.eos_ids
+    if checkpoint.infill_mode:
+        values["diffusion.infill_mode"] = checkpoint.infill_mode
     if vocabulary:
         values |= {
             "tokenizer.ggml.model": "gemma4",

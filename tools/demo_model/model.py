@@ -92,6 +92,7 @@ def build(vocab: int, seed: int) -> DiffusionGemmaForBlockDiffusion:
         canvas_length=CANVAS,
         boi_token_id=PAD,
         eoi_token_id=PAD,
+        infill_mode="raw",  # for the converter: gaps are trained in plain documents, though there is a chat template
         image_token_id=vocab - 1,
         pad_token_id=PAD,
         eos_token_id=EOS,
