@@ -235,7 +235,8 @@ def read_layers(keys: Keys) -> Layers | None:
 
 
 def estimate_memory(head: GGUFHead, n_ctx: int | None, type_kv: str) -> MemoryEstimate:
-    """Full layers keep every position, sliding layers `window - 1` and the largest pass (a chunk or a canvas)."""
+    """Full layers keep every position, sliding layers a ring (`KvCache` in csrc/cache.h): `window - 1`, the largest
+    pass (a chunk or a canvas), and one row for what a scored text writes behind itself."""
     weights = sum(t.n_bytes for t in head.tensors.values())
     keys = Keys(head.keys)
     context = keys.integer(".context_length")
@@ -245,7 +246,7 @@ def estimate_memory(head: GGUFHead, n_ctx: int | None, type_kv: str) -> MemoryEs
     window, canvas = keys.integer(".attention.sliding_window"), keys.integer("diffusion.canvas_length")
     if n_ctx is None or layers is None or window is None or canvas is None:
         return MemoryEstimate(n_ctx, type_kv, weights, None)
-    ring = min(n_ctx, window - 1 + max(DEFAULT_BATCH, canvas))
+    ring = min(n_ctx, window - 1 + max(DEFAULT_BATCH, canvas) + 1)
     block, size = GGML_QUANT_SIZES[KV_TYPES[type_kv]]
     kv_bytes = 0
     for sliding, kv_heads, head_dim in zip(layers.sliding, layers.kv_heads, layers.head_dims, strict=True):

@@ -225,7 +225,7 @@ dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
 
 // ----------------------------------------------------------------------------------------------------- session
 
-dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16}; }
+dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0}; }
 
 dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg_memory *out, char *err,
                           size_t err_size) {
@@ -255,6 +255,8 @@ dg_memory dg_session_memory(const dg_session *session) { return session->session
 int32_t dg_session_n_ctx(const dg_session *session) { return session->session.n_ctx(); }
 
 int32_t dg_session_n_threads(const dg_session *session) { return session->session.n_threads(); }
+
+int32_t dg_session_n_rows(const dg_session *session) { return session->session.n_rows(); }
 
 int32_t dg_session_n_past(const dg_session *session) { return session->session.n_past(); }
 
@@ -300,43 +302,65 @@ dg_status dg_session_load(dg_session *session, const char *path, char *err, size
     });
 }
 
-dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, const float *self_conditioning, float *logits,
-                             char *err, size_t err_size) {
+dg_status dg_session_score(dg_session *session, const int32_t *ids, const int32_t *lengths, int32_t n_texts,
+                           double *logprob, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(ids, "ids");
+        require(lengths, "lengths");
+        require(logprob, "logprob");
+        session->loop.drop();
+        session->session.score(ids, lengths, n_texts, logprob);
+    });
+}
+
+dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t n_rows, const float *self_conditioning,
+                             float *logits, char *err, size_t err_size) {
     return inside(session, err, err_size, [&] {
         require(canvas, "canvas");
         require(logits, "logits");
         dg::Session &s = session->session;
-        s.check_ids("canvas", canvas, s.model().config().canvas_length);
+        if (n_rows < 1 || n_rows > s.model().config().canvas_length) {
+            throw dg::Error(DG_ERROR_ARGUMENT, dg::format("n_rows is %d: it must be from 1 to the canvas length, %d",
+                                                          n_rows, s.model().config().canvas_length));
+        }
+        s.check_ids("canvas", canvas, n_rows);
         session->loop.drop();
         if (self_conditioning) {
-            std::memcpy(s.logits(), self_conditioning, s.logits_size());
-            s.condition_on_logits();
+            std::memcpy(s.logits(), self_conditioning, s.logits_size(n_rows));
+            s.condition_on_logits(n_rows);
         } else {
             s.condition_on_nothing();
         }
-        s.denoise(canvas);
-        std::memcpy(logits, s.logits(), s.logits_size());
+        s.denoise(canvas, {n_rows});
+        std::memcpy(logits, s.logits(), s.logits_size(n_rows));
     });
 }
 
-// ------------------------------------------------------------------------------------------ denoising a canvas
+// ------------------------------------------------------------------------------------------ denoising canvases
 
 dg_canvas_options dg_canvas_options_default(const dg_model *model) {
-    return {dg_model_sampling(model), 0, 0, nullptr, nullptr};
+    dg_canvas_options options = {};
+    options.sampling = dg_model_sampling(model);
+    return options;
 }
 
-dg_status dg_session_canvas_begin(dg_session *session, const dg_canvas_options *options, char *err, size_t err_size) {
+dg_status dg_session_canvas_begin(dg_session *session, const dg_canvas_options *options, int32_t n_canvases, char *err,
+                                  size_t err_size) {
     return inside(session, err, err_size, [&] {
         require(options, "options");
-        session->loop.begin(*options);
+        session->loop.begin(options, n_canvases);
     });
 }
 
 dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noise, dg_step *out, char *err, size_t err_size) {
     return inside(session, err, err_size, [&] {
         require(out, "out");
-        *out = session->loop.step(noise);
+        session->loop.step(noise, out);
     });
+}
+
+dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] { session->loop.leave(index); });
 }
 
 dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
@@ -359,17 +383,13 @@ dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sa
                             dg::format("step is %d: it must be from 0 to %d", step, sampling->steps - 1));
         }
         dg::check_noise(*noise, n_rows, n_vocab);
-        for (int32_t i = 0; pinned && i < n_rows; ++i) {
-            if (pinned[i] < -1 || pinned[i] >= n_vocab) {
-                throw dg::Error(DG_ERROR_ARGUMENT,
-                                dg::format("pinned[%d] is %d: it must be -1 (free) or a token id up to %d", i,
-                                           pinned[i], n_vocab - 1));
-            }
-        }
+        dg::RowRules rules;
+        rules.pinned = pinned;
+        dg::check_rules(rules, n_rows, n_vocab);
         std::vector<float> processed(z, z + static_cast<int64_t>(n_rows) * n_vocab);
         dg::SamplerScratch scratch;
-        dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, pinned, 1, scratch,
-                        {argmax, canvas, accepted, entropy});
+        dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, rules, 1, scratch,
+                        {argmax, canvas, accepted, entropy, nullptr});
     });
 }
 
@@ -406,7 +426,7 @@ dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, cha
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 1; }
+int32_t dg_abi_version(void) { return 2; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 

@@ -1,9 +1,9 @@
 /* diffgguf: DiffusionGemma from GGUF files, in your own process.
  *
  * Two nouns. A `dg_model` is an opened GGUF file: immutable, shareable between threads and sessions. A `dg_session` is
- * one timeline on a model: a prefix in the KV cache, buffers, and at most one canvas that is being denoised. A session
- * is used by one thread at a time; a second caller gets DG_ERROR_BUSY and changes nothing. A session keeps its model
- * alive, so the two may be freed in any order.
+ * one timeline on a model: a prefix in the KV cache, buffers, and the canvases that are being denoised behind it. A
+ * session is used by one thread at a time; a second caller gets DG_ERROR_BUSY and changes nothing. A session keeps its
+ * model alive, so the two may be freed in any order.
  *
  * Data flows one way: file -> model -> session -> canvas. Text, prompts and chat templates are not known here.
  *
@@ -16,7 +16,7 @@
  *     dg_session_create(&session, model, &so, err, sizeof err);
  *     dg_session_encode(session, prompt_ids, n_prompt, err, sizeof err);
  *     dg_canvas_options co = dg_canvas_options_default(model);
- *     dg_session_canvas_begin(session, &co, err, sizeof err);
+ *     dg_session_canvas_begin(session, &co, 1, err, sizeof err);
  *     dg_step step = {0};
  *     while (!step.finished)
  *         dg_session_canvas_step(session, NULL, &step, err, sizeof err);
@@ -172,6 +172,7 @@ typedef struct dg_session_options {
     int32_t n_batch;    /* a prompt is encoded in chunks of so many tokens; default 512 */
     int32_t n_threads;  /* 0: as many as this process may use and a step is worth */
     dg_kv_type type_kv; /* default DG_KV_F16 */
+    int32_t n_rows;     /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
 } dg_session_options;
 
 DG_API dg_session_options dg_session_options_default(void);
@@ -182,7 +183,7 @@ typedef struct dg_memory {
     size_t weights_mapped; /* of which are file pages, shared and reclaimable */
     size_t kv_cache;
     size_t compute; /* intermediate tensors, for the largest graph */
-    size_t logits;  /* one canvas of logits, V * C floats */
+    size_t logits;  /* the logits of a step, V * R floats */
 } dg_memory;
 
 /* What a session with these options would take, without making one. */
@@ -198,6 +199,7 @@ DG_API void dg_session_free(dg_session *session); /* NULL is allowed; no thread 
 DG_API dg_memory dg_session_memory(const dg_session *session);
 DG_API int32_t dg_session_n_ctx(const dg_session *session);
 DG_API int32_t dg_session_n_threads(const dg_session *session);
+DG_API int32_t dg_session_n_rows(const dg_session *session);
 /* Positions in the cache. Safe from any thread. */
 DG_API int32_t dg_session_n_past(const dg_session *session);
 
@@ -219,33 +221,48 @@ DG_API dg_status dg_session_tokens(const dg_session *session, int32_t *out, int3
 DG_API dg_status dg_session_save(dg_session *session, const char *path, char *err, size_t err_size);
 DG_API dg_status dg_session_load(dg_session *session, const char *path, char *err, size_t err_size);
 
-/* Decoder mode, once: canvas [C] ids -> logits [C, V] float32, softcapped, before temperature. The cache is read, not
- * changed. `self_conditioning` [C, V]: the *processed* logits of the step before, or NULL for a zero signal. */
-DG_API dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, const float *self_conditioning,
-                                    float *logits, char *err, size_t err_size);
+/* Encoder mode as a causal language model: logprob[i] becomes the natural log of the probability of ids[i] after the
+ * prefix and the ids before it in its text. `n_texts` texts stand one after the other in `ids`, text k has lengths[k]
+ * tokens (1 .. C); they are computed side by side, R rows at a time, and do not see each other. Nothing is appended; a
+ * canvas that was under way is dropped. An empty prefix: DG_ERROR_ARGUMENT. */
+DG_API dg_status dg_session_score(dg_session *session, const int32_t *ids, const int32_t *lengths, int32_t n_texts,
+                                  double *logprob, char *err, size_t err_size);
 
-/* --------------------------------------------------------------------------------------- denoising a canvas */
+/* Decoder mode, once: canvas [n_rows] ids (1 .. C) -> logits [n_rows, V] float32, softcapped, before temperature. The
+ * cache is read, not changed. `self_conditioning` [n_rows, V]: the *processed* logits of the step before, or NULL for a
+ * zero signal. A canvas that was under way is dropped. */
+DG_API dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t n_rows,
+                                    const float *self_conditioning, float *logits, char *err, size_t err_size);
 
+/* -------------------------------------------------------------------------------------- denoising canvases */
+
+/* One canvas. Its arrays have n_rows entries and are copied. */
 typedef struct dg_canvas_options {
     dg_sampling sampling;
     uint64_t seed;
-    uint32_t canvas_index; /* which canvas of the generation this is: part of every draw's counter */
-    const int32_t *pinned; /* [C]: the id where a row is fixed, -1 where it is free; NULL: all free */
-    const int32_t *canvas; /* [C]: the canvas to start from; NULL: uniform random ids */
+    uint32_t canvas_index;       /* which canvas of the generation this is: part of every draw's counter */
+    int32_t n_rows;              /* 1 .. C; 0: C */
+    const int32_t *pinned;       /* the id where a row is fixed, -1 where it is free; NULL: all free */
+    const int32_t *canvas;       /* the canvas to start from; NULL: uniform random ids */
+    const int32_t *watched;      /* ids whose log-probability every step reports, -1: the argmax's; NULL: none are */
+    const int32_t *allowed_ends; /* row i takes only allowed_ids[allowed_ends[i - 1]] up to, and without, */
+    const int32_t *allowed_ids;  /* allowed_ids[allowed_ends[i]]; an empty range, or NULL: any id */
 } dg_canvas_options;
 
 DG_API dg_canvas_options dg_canvas_options_default(const dg_model *model);
 
-/* Draws of one step, handed in instead of Philox's. Both arrays have C entries. */
+/* Draws of one step, handed in instead of Philox's. Both arrays have an entry for each row. */
 typedef struct dg_noise {
-    const double *uniform;  /* [C] in [0, 1): the u of the inverse-CDF draw */
-    const int32_t *renoise; /* [C] ids for the rows that are not accepted */
+    const double *uniform;  /* in [0, 1): the u of the inverse-CDF draw */
+    const int32_t *renoise; /* ids for the rows that are not accepted */
 } dg_noise;
 
-/* What one step did. The arrays [C] belong to the session and live until its next call. */
+/* What one step did to one canvas. The arrays have n_rows entries, belong to the session and live until its next call.
+ */
 typedef struct dg_step {
-    int32_t step;            /* from 0, in order of execution */
-    int32_t steps;           /* the most there can be: min(steps, max_steps) */
+    int32_t step;  /* from 0, in order of execution */
+    int32_t steps; /* the most there can be: min(steps, max_steps) */
+    int32_t n_rows;
     bool finished;           /* no further step will be made; argmax is the finished canvas */
     bool converged;          /* finished because stable and confident, not because the steps ran out */
     double mean_entropy;     /* nats, over the free rows */
@@ -253,16 +270,24 @@ typedef struct dg_step {
     const int32_t *canvas;   /* the canvas for the next step: accepted draws, renoise elsewhere, pins */
     const uint8_t *accepted; /* 1 where the draw was accepted; 0 on pinned rows, which take no part */
     const double *entropy;   /* nats, at this step's temperature; 0 on pinned rows */
+    const double *logprob; /* of the watched ids, natural log, at temperature 1 and before `allowed`; 0 on pinned rows;
+                              NULL when none are watched */
 } dg_step;
 
-/* Starts a canvas after the prefix (which must hold at least one token). Drops a canvas that was under way. */
-DG_API dg_status dg_session_canvas_begin(dg_session *session, const dg_canvas_options *options, char *err,
-                                         size_t err_size);
+/* Starts `n_canvases` canvases side by side after the prefix (which must hold at least one token); they share every
+ * pass over the weights, do not see each other, and each has the numbers that it would have alone. More than R rows
+ * together: DG_ERROR_ARGUMENT. Drops canvases that were under way. */
+DG_API dg_status dg_session_canvas_begin(dg_session *session, const dg_canvas_options *options, int32_t n_canvases,
+                                         char *err, size_t err_size);
 
-/* One denoise step. After DG_ERROR_CANCELLED the canvas is as before the step and the step may be repeated.
- * A step after the last one is DG_ERROR_ARGUMENT. The prefix never changes. */
+/* One denoise step of every canvas that is not finished. `noise` (or NULL) and `out` have an entry for each canvas;
+ * those that were finished before keep what their last step said. After DG_ERROR_CANCELLED all canvases are as before
+ * the step and it may be repeated. A step after the last one is DG_ERROR_ARGUMENT. The prefix never changes. */
 DG_API dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noise, dg_step *out, char *err,
                                         size_t err_size);
+
+/* Canvas `index` makes no further step: it lost, say. Its last step stays what it was. */
+DG_API dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, size_t err_size);
 
 /* The sampler alone, on handed-in logits z [n_rows, n_vocab] (softcapped, before temperature); no session is needed.
  * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. Needs finite or -inf logits. */

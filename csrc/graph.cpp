@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace dg {
 namespace {
 
-constexpr size_t NODES_PER_LAYER = 128; // 85 in the widest layer, plus 2 for each expert that a row uses
+constexpr size_t NODES_PER_LAYER = 96;   // 66 in the widest layer, plus 2 for each expert that a row uses
+constexpr size_t NODES_PER_SEGMENT = 32; // of a layer: 27 in its attention
 constexpr size_t NODES_BESIDES = 64;
 // Floats of transposed embedding that exist at a time in build_soft_embedding: 16 MB.
 constexpr int64_t SOFT_SLICE_FLOATS = 4 << 20;
@@ -29,9 +31,10 @@ Graph make_graph(size_t n_nodes) {
 class PassBuilder {
   public:
     PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass)
-        : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass),
+        : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass), n_(pass.rows()),
           graph_(make_graph(static_cast<size_t>(c_.n_layer) *
-                                (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used)) +
+                                (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
+                                 NODES_PER_SEGMENT * pass.segments.size()) +
                             NODES_BESIDES)),
           ctx_(graph_.context.get()) {}
 
@@ -44,7 +47,7 @@ class PassBuilder {
             const bool only_cache = pass_.mode == Mode::ENCODE && i + 1 == w.layers.size();
             x = layer(w.layers[i], cache_.layers()[i], x, only_cache);
         }
-        if (pass_.mode == Mode::DENOISE) {
+        if (pass_.has_logits()) {
             head(x);
         }
         return std::move(graph_);
@@ -56,13 +59,14 @@ class PassBuilder {
     const KvCache &cache_;
     const GraphIo &io_;
     const Pass pass_;
+    const int64_t n_; // rows of all segments
     Graph graph_;
     ggml_context *ctx_;
     ggml_tensor *ids_ = nullptr;
     ggml_tensor *positions_ = nullptr;
 
     // The first n entries of an input of the largest size.
-    ggml_tensor *head_of(ggml_tensor *input) const { return ggml_view_1d(ctx_, input, pass_.n, 0); }
+    ggml_tensor *head_of(ggml_tensor *input) const { return ggml_view_1d(ctx_, input, n_, 0); }
 
     ggml_tensor *norm(ggml_tensor *x) const { return ggml_rms_norm(ctx_, x, c_.norm_eps); }
     ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight) const { return ggml_mul(ctx_, norm(x), weight); }
@@ -85,12 +89,13 @@ class PassBuilder {
         const Weights &w = model_.weights();
         ggml_tensor *x = ggml_get_rows(ctx_, w.token_embd, ids_);
         x = ggml_scale(ctx_, x, std::sqrt(static_cast<float>(c_.n_embd)));
-        if (pass_.mode == Mode::ENCODE) {
+        if (pass_.causal()) {
             return x;
         }
         if (c_.has_self_conditioning) {
+            ggml_tensor *soft = ggml_view_2d(ctx_, io_.soft, c_.n_embd, n_, io_.soft->nb[1], 0);
             ggml_tensor *signal =
-                gated_mlp(norm(io_.soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
+                gated_mlp(norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
             x = ggml_add(ctx_, x, signal);
         }
         return norm(x); // also on the first step, whose signal is zero
@@ -103,23 +108,38 @@ class PassBuilder {
                              l.sliding ? c_.rope_base_sliding : c_.rope_base_full, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
     }
 
-    void write_cache(ggml_tensor *cache, ggml_tensor *rows, bool sliding) const {
-        ggml_tensor *slots = head_of(sliding ? io_.slots_sliding : io_.slots_full);
-        ggml_tensor *flat = ggml_reshape_2d(ctx_, rows, cache->ne[0], pass_.n);
+    // One segment of the pass: rows first .. first + n - 1.
+    struct Segment {
+        int64_t first;
+        int64_t n;
+        int32_t end; // one past its last position
+    };
+
+    // The segment's rows of x [width, heads, rows].
+    ggml_tensor *rows_of(const Segment &s, ggml_tensor *x) const {
+        return s.n == n_ ? x
+                         : ggml_view_3d(ctx_, x, x->ne[0], x->ne[1], s.n, x->nb[1], x->nb[2],
+                                        static_cast<size_t>(s.first) * x->nb[2]);
+    }
+
+    void write_cache(const Segment &s, ggml_tensor *cache, ggml_tensor *rows, bool sliding) const {
+        ggml_tensor *input = sliding ? io_.slots_sliding : io_.slots_full;
+        ggml_tensor *slots = ggml_view_1d(ctx_, input, s.n, static_cast<size_t>(s.first) * input->nb[0]);
+        ggml_tensor *flat = ggml_reshape_2d(ctx_, rows_of(s, rows), cache->ne[0], s.n);
         ggml_build_forward_expand(graph_.nodes, ggml_set_rows(ctx_, cache, flat, slots));
     }
 
-    // The cache's rows that this pass sees, as [head_dim, rows, n_head_kv].
-    ggml_tensor *read_cache(const LayerWeights &l, ggml_tensor *cache) const {
-        const int64_t rows = cache_.visible_rows(l.sliding, pass_.end());
+    // The cache's rows that a segment sees, as [head_dim, rows, n_head_kv].
+    ggml_tensor *read_cache(const Segment &s, const LayerWeights &l, ggml_tensor *cache) const {
+        const int64_t rows = cache_.visible_rows(l.sliding, s.end);
         return ggml_view_3d(ctx_, cache, l.head_dim, rows, l.n_head_kv, cache->nb[1],
                             ggml_row_size(cache->type, l.head_dim), 0);
     }
 
     // q: [head_dim, n_head, n] -> [head_dim * n_head, n]. Scale 1: the norms of q and k take its place.
-    ggml_tensor *attend(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) const {
-        ggml_tensor *k = read_cache(l, cache.k);
-        ggml_tensor *v = read_cache(l, cache.v);
+    ggml_tensor *attend(const Segment &s, const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) const {
+        ggml_tensor *k = read_cache(s, l, cache.k);
+        ggml_tensor *v = read_cache(s, l, cache.v);
         if (v->type != GGML_TYPE_F32) {
             v = ggml_cast(ctx_, v, GGML_TYPE_F32);
         }
@@ -128,29 +148,53 @@ class PassBuilder {
         if (needs_mask(model_, pass_, l.sliding)) {
             ggml_tensor *input = l.sliding ? io_.mask_sliding : io_.mask_full;
             const int64_t rows = k->ne[1];
-            mask = ggml_view_2d(ctx_, input, rows, pass_.n, ggml_row_size(input->type, rows), 0);
+            const size_t first = static_cast<size_t>(s.first) * cache_.slots(l.sliding) * ggml_type_size(input->type);
+            mask = ggml_view_2d(ctx_, input, rows, s.n, ggml_row_size(input->type, rows), first);
         }
         ggml_tensor *scores = ggml_mul_mat(ctx_, k, ggml_permute(ctx_, q, 0, 2, 1, 3)); // [rows, n, n_head]
         scores = ggml_soft_max_ext(ctx_, scores, mask, 1.0f, 0.0f);
         ggml_tensor *out = ggml_mul_mat(ctx_, v, scores); // [head_dim, n, n_head]
         out = ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3));
-        return ggml_reshape_2d(ctx_, out, l.head_dim * c_.n_head, pass_.n);
+        return ggml_reshape_2d(ctx_, out, l.head_dim * c_.n_head, s.n);
     }
 
     ggml_tensor *attention(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) const {
         ggml_tensor *h = norm(x, l.attn_norm);
         ggml_tensor *k = ggml_mul_mat(ctx_, l.attn_k, h);
         ggml_tensor *v = l.attn_v ? ggml_mul_mat(ctx_, l.attn_v, h) : k; // the raw projection, before k_norm and rope
-        k = ggml_reshape_3d(ctx_, k, l.head_dim, l.n_head_kv, pass_.n);
-        v = ggml_reshape_3d(ctx_, v, l.head_dim, l.n_head_kv, pass_.n);
-        write_cache(cache.k, rope(l, norm(k, l.attn_k_norm)), l.sliding);
-        write_cache(cache.v, norm(v), l.sliding);
+        k = ggml_reshape_3d(ctx_, k, l.head_dim, l.n_head_kv, n_);
+        v = ggml_reshape_3d(ctx_, v, l.head_dim, l.n_head_kv, n_);
+        k = rope(l, norm(k, l.attn_k_norm));
+        v = norm(v);
+        ggml_tensor *q = nullptr;
+        if (!only_cache) {
+            q = ggml_reshape_3d(ctx_, ggml_mul_mat(ctx_, l.attn_q, h), l.head_dim, c_.n_head, n_);
+            q = rope(l, norm(q, l.attn_q_norm));
+        }
+        ggml_tensor *attended = nullptr;
+        int64_t first = 0;
+        for (const int32_t rows : pass_.segments) {
+            const Segment s = {first, rows, pass_.end(rows)};
+            first += rows;
+            write_cache(s, cache.k, k, l.sliding);
+            write_cache(s, cache.v, v, l.sliding);
+            if (only_cache) {
+                continue;
+            }
+            attended = attend(s, l, cache, rows_of(s, q));
+            if (pass_.segments.size() > 1) {
+                // Carried out before the next segment writes the cache: a graph runs in the order of this call.
+                const size_t row = static_cast<size_t>(attended->ne[0]) * sizeof(float);
+                ggml_tensor *place =
+                    ggml_view_2d(ctx_, io_.attended, attended->ne[0], s.n, row, static_cast<size_t>(s.first) * row);
+                ggml_build_forward_expand(graph_.nodes, ggml_cpy(ctx_, attended, place));
+                attended = ggml_view_2d(ctx_, io_.attended, attended->ne[0], n_, row, 0);
+            }
+        }
         if (only_cache) {
             return nullptr;
         }
-        ggml_tensor *q = ggml_reshape_3d(ctx_, ggml_mul_mat(ctx_, l.attn_q, h), l.head_dim, c_.n_head, pass_.n);
-        q = rope(l, norm(q, l.attn_q_norm));
-        return norm(ggml_mul_mat(ctx_, l.attn_output, attend(l, cache, q)), l.post_attention_norm);
+        return norm(ggml_mul_mat(ctx_, l.attn_output, attended), l.post_attention_norm);
     }
 
     // Both inputs come from the raw residual x: the router has a norm of its own, without a weight.
@@ -160,31 +204,30 @@ class PassBuilder {
             ggml_soft_max(ctx_, ggml_mul_mat(ctx_, l.router, norm(x, l.router_scale))); // [n_expert, n]
         ggml_tensor *selected =
             ggml_cont(ctx_, ggml_argsort_top_k(ctx_, probabilities, static_cast<int>(n_used))); // [n_used, n]
-        ggml_tensor *weights = ggml_get_rows(ctx_, ggml_reshape_3d(ctx_, probabilities, 1, c_.n_expert, pass_.n),
+        ggml_tensor *weights = ggml_get_rows(ctx_, ggml_reshape_3d(ctx_, probabilities, 1, c_.n_expert, n_),
                                              selected); // [1, n_used, n]
-        weights = ggml_reshape_2d(ctx_, weights, n_used, pass_.n);
+        weights = ggml_reshape_2d(ctx_, weights, n_used, n_);
         weights = ggml_div(ctx_, weights, ggml_sum_rows(ctx_, weights));
-        ggml_tensor *scales = ggml_get_rows(ctx_, l.down_exps_scale, ggml_reshape_1d(ctx_, selected, n_used * pass_.n));
-        weights = ggml_mul(ctx_, weights, ggml_reshape_2d(ctx_, scales, n_used, pass_.n));
+        ggml_tensor *scales = ggml_get_rows(ctx_, l.down_exps_scale, ggml_reshape_1d(ctx_, selected, n_used * n_));
+        weights = ggml_mul(ctx_, weights, ggml_reshape_2d(ctx_, scales, n_used, n_));
 
-        ggml_tensor *h = ggml_reshape_3d(ctx_, norm(x, l.pre_ffw_norm_2), c_.n_embd, 1, pass_.n);
+        ggml_tensor *h = ggml_reshape_3d(ctx_, norm(x, l.pre_ffw_norm_2), c_.n_embd, 1, n_);
         ggml_tensor *gate = nullptr;
         ggml_tensor *up = nullptr; // both [n_ff_exp, n_used, n]
         if (l.gate_up_exps) {
             ggml_tensor *both = ggml_mul_mat_id(ctx_, l.gate_up_exps, h, selected);
-            gate = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, pass_.n, both->nb[1], both->nb[2], 0);
-            up = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, pass_.n, both->nb[1], both->nb[2],
+            gate = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2], 0);
+            up = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2],
                               static_cast<size_t>(c_.n_ff_exp) * both->nb[0]);
         } else {
             gate = ggml_mul_mat_id(ctx_, l.gate_exps, h, selected);
             up = ggml_mul_mat_id(ctx_, l.up_exps, h, selected);
         }
         ggml_tensor *out = ggml_mul_mat_id(ctx_, l.down_exps, gelu_mul(gate, up), selected); // [n_embd, n_used, n]
-        out = ggml_mul(ctx_, out, ggml_reshape_3d(ctx_, weights, 1, n_used, pass_.n));
+        out = ggml_mul(ctx_, out, ggml_reshape_3d(ctx_, weights, 1, n_used, n_));
         ggml_tensor *sum = nullptr;
         for (int64_t i = 0; i < n_used; ++i) {
-            ggml_tensor *one =
-                ggml_view_2d(ctx_, out, c_.n_embd, pass_.n, out->nb[2], static_cast<size_t>(i) * out->nb[1]);
+            ggml_tensor *one = ggml_view_2d(ctx_, out, c_.n_embd, n_, out->nb[2], static_cast<size_t>(i) * out->nb[1]);
             sum = sum ? ggml_add(ctx_, sum, one) : one;
         }
         return n_used == 1 ? ggml_cont(ctx_, sum) : sum;
@@ -199,7 +242,7 @@ class PassBuilder {
         ggml_tensor *dense = gated_mlp(norm(x, l.ffn_norm), l.ffn_gate, l.ffn_up, l.ffn_down);
         ggml_tensor *both = ggml_add(ctx_, norm(dense, l.post_ffw_norm_1), norm(experts(l, x), l.post_ffw_norm_2));
         x = ggml_add(ctx_, x, norm(both, l.post_ffw_norm));
-        return ggml_scale(ctx_, x, pass_.mode == Mode::ENCODE ? l.encoder_output_scale : l.output_scale);
+        return ggml_scale(ctx_, x, pass_.causal() ? l.encoder_output_scale : l.output_scale);
     }
 
     // The product is placed in io.logits and softcapped there: a canvas of logits exists once (268 MB at the released
@@ -219,18 +262,22 @@ class PassBuilder {
 
 } // namespace
 
+int32_t Pass::rows() const { return std::accumulate(segments.begin(), segments.end(), 0); }
+
+int32_t Pass::end() const { return end(*std::max_element(segments.begin(), segments.end())); }
+
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass) {
     return PassBuilder(model, cache, io, pass).build();
 }
 
-Graph build_soft_embedding(const Model &model, const GraphIo &io) {
+Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t n_rows) {
     const dg_config &c = model.config();
     ggml_tensor *embedding = model.weights().token_embd;
     const int64_t slice = std::clamp<int64_t>(SOFT_SLICE_FLOATS / c.n_embd, 32, c.n_vocab);
     const int64_t n_slices = (c.n_vocab + slice - 1) / slice;
     Graph graph = make_graph(static_cast<size_t>(n_slices) * 7 + 16);
     ggml_context *ctx = graph.context.get();
-    ggml_tensor *p = ggml_soft_max(ctx, io.logits); // [n_vocab, C]
+    ggml_tensor *p = ggml_soft_max(ctx, ggml_view_2d(ctx, io.logits, c.n_vocab, n_rows, io.logits->nb[1], 0));
     ggml_tensor *sum = nullptr;
     for (int64_t first = 0; first < c.n_vocab; first += slice) {
         const int64_t n = std::min<int64_t>(slice, c.n_vocab - first);
@@ -245,7 +292,8 @@ Graph build_soft_embedding(const Model &model, const GraphIo &io) {
         sum = sum ? ggml_add(ctx, sum, product) : product;
     }
     sum = ggml_scale(ctx, sum, std::sqrt(static_cast<float>(c.n_embd)));
-    ggml_build_forward_expand(graph.nodes, ggml_cpy(ctx, sum, io.soft));
+    ggml_build_forward_expand(graph.nodes,
+                              ggml_cpy(ctx, sum, ggml_view_2d(ctx, io.soft, c.n_embd, n_rows, io.soft->nb[1], 0)));
     return graph;
 }
 

@@ -1,5 +1,6 @@
-// The forward pass, which exists once: one layer builder serves both modes. Encode runs causally over prompt tokens and
-// finished canvases and writes the cache; denoise runs over the canvas, sees all of it, and reads the cache.
+// The forward pass, which exists once: one layer builder serves all modes. Encode runs causally over prompt tokens and
+// finished canvases and writes the cache. Score does the same over texts that are judged, not kept, and ends in logits.
+// Denoise runs over canvases, each of which sees itself whole and the cache, and ends in logits.
 #pragma once
 
 #include "cache.h"
@@ -8,10 +9,11 @@
 #include "ggml-cpp.h"
 
 #include <cstdint>
+#include <vector>
 
 namespace dg {
 
-enum class Mode { ENCODE, DENOISE };
+enum class Mode { ENCODE, SCORE, DENOISE };
 
 // Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
 struct GraphIo {
@@ -21,22 +23,39 @@ struct GraphIo {
     ggml_tensor *slots_sliding = nullptr; // I32 [pass]
     ggml_tensor *mask_full = nullptr;     // F16, rows of visible_rows values; 0 where visible, -inf elsewhere
     ggml_tensor *mask_sliding = nullptr;  // F16
-    ggml_tensor *soft = nullptr;          // F32 [n_embd, C]: (p @ embed) * sqrt(n_embd), zero for no signal
-    ggml_tensor *logits = nullptr;        // F32 [n_vocab, C]
+    ggml_tensor *attended = nullptr;      // F32 [head_dim * n_head of the widest layer, R]: a pass of several segments
+    ggml_tensor *soft = nullptr;          // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+    ggml_tensor *logits = nullptr;        // F32 [n_vocab, R]; R: the session's n_rows
 };
 
 // What a graph is built for; the shapes of all its tensors follow from it.
+//
+// A pass is one or more segments: canvases that are denoised, or texts that are scored, side by side. All of them start
+// at the same position behind the same prefix and do not see each other. Matrices and experts meet all rows at once.
+// Attention goes through the segments one after the other: each writes its K and V into the same cache rows, behind the
+// prefix, and reads them before the next one overwrites them, so a segment's numbers are those it has alone.
 struct Pass {
-    Mode mode;
-    int32_t n;      // rows
-    int32_t n_past; // positions in the cache before it
-    int32_t end() const { return n_past + n; }
+    Mode mode = Mode::ENCODE;
+    int32_t n_past = 0;            // positions in the cache before it
+    std::vector<int32_t> segments; // rows of each
+
+    bool causal() const { return mode != Mode::DENOISE; }
+    bool has_logits() const { return mode != Mode::ENCODE; }
+    // A text is scored from the prefix's last token on, whose prediction is its first token: that row is computed
+    // again, and what it would write goes where nothing looks.
+    int32_t first_position() const { return mode == Mode::SCORE ? n_past - 1 : n_past; }
+    int32_t rows() const;                                               // of all segments
+    int32_t end(int32_t rows) const { return first_position() + rows; } // of a segment
+    int32_t end() const;                                                // of the longest segment
+    bool operator==(const Pass &other) const {
+        return mode == other.mode && n_past == other.n_past && segments == other.segments;
+    }
 };
 
-// On full layers the canvas sees everything there is, so only encoding needs a mask; on sliding layers the canvas needs
-// one only when the cache holds more than the window.
+// On full layers the canvas sees everything there is, so only causal passes need a mask; on sliding layers the canvas
+// needs one only when the cache holds more than the window.
 inline bool needs_mask(const Model &model, const Pass &pass, bool sliding) {
-    return pass.mode == Mode::ENCODE || (sliding && pass.n_past > model.config().sliding_window - 1);
+    return pass.causal() || (sliding && pass.n_past > model.config().sliding_window - 1);
 }
 
 struct Graph {
@@ -44,11 +63,12 @@ struct Graph {
     ggml_cgraph *nodes = nullptr; // in context's memory
 };
 
-// One pass. Encode ends with the last layer's K and V: nobody reads what would follow. Denoise ends in io.logits.
+// One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
+// whose rows are those of the segments, one after the other.
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass);
 
-// io.logits (processed) -> io.soft: the softmax of each row times the embedding, over the whole vocabulary, in slices
-// that bound the memory for the transposed embedding.
-Graph build_soft_embedding(const Model &model, const GraphIo &io);
+// The first n_rows of io.logits (processed) -> io.soft: the softmax of each row times the embedding, over the whole
+// vocabulary, in slices that bound the memory for the transposed embedding.
+Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t n_rows);
 
 } // namespace dg

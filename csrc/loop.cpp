@@ -4,105 +4,212 @@
 #include "random.h"
 
 namespace dg {
+namespace {
 
-CanvasLoop::CanvasLoop(Session &session) : session_(session) {
-    const auto n = static_cast<size_t>(session.model().config().canvas_length);
-    canvas_.resize(n);
-    argmax_.resize(n);
-    accepted_.resize(n);
-    entropy_.resize(n);
-    uniform_.resize(n);
-    renoise_.resize(n);
+template <typename T> const T *data_or_null(const std::vector<T> &values) {
+    return values.empty() ? nullptr : values.data();
 }
 
-void CanvasLoop::begin(const dg_canvas_options &options) {
+} // namespace
+
+RowRules CanvasLoop::Live::rules() const {
+    return {data_or_null(pinned), data_or_null(watched), data_or_null(allowed_ends), data_or_null(allowed_ids)};
+}
+
+dg_noise CanvasLoop::Live::philox_noise(int32_t n_vocab) {
+    for (int32_t i = 0; i < n_rows; ++i) {
+        const auto row = static_cast<uint32_t>(i);
+        const auto step = static_cast<uint32_t>(last.step);
+        uniform[row] = draw_uniform(seed, canvas_index, step, row);
+        renoise[row] = draw_id(seed, canvas_index, step, row, Stream::RENOISE, n_vocab);
+    }
+    return {uniform.data(), renoise.data()};
+}
+
+void CanvasLoop::start(Live &live, const dg_canvas_options &options) const {
     const dg_config &c = session_.model().config();
-    active_ = false;
     check_sampling(options.sampling);
+    if (options.n_rows < 0 || options.n_rows > c.canvas_length) {
+        throw Error(DG_ERROR_ARGUMENT, format("n_rows is %d: it must be from 1 to the canvas length, %d, or 0 for that",
+                                              options.n_rows, c.canvas_length));
+    }
+    const int32_t n = options.n_rows > 0 ? options.n_rows : c.canvas_length;
+    const auto size = static_cast<size_t>(n);
+    const RowRules rules = {options.pinned, options.watched, options.allowed_ends, options.allowed_ids};
+    check_rules(rules, n, c.n_vocab);
+    if (options.canvas) {
+        session_.check_ids("canvas", options.canvas, n);
+    }
+    live.sampling = options.sampling;
+    live.seed = options.seed;
+    live.canvas_index = options.canvas_index;
+    live.n_rows = n;
+    const auto keep = [size](std::vector<int32_t> &out, const int32_t *in) {
+        if (in) {
+            out.assign(in, in + size);
+        }
+    };
+    keep(live.pinned, options.pinned);
+    keep(live.watched, options.watched);
+    keep(live.allowed_ends, options.allowed_ends);
+    if (options.allowed_ends) {
+        live.allowed_ids.assign(options.allowed_ids, options.allowed_ids + options.allowed_ends[n - 1]);
+    }
+    live.canvas.resize(size);
+    for (int32_t i = 0; i < n; ++i) {
+        const auto row = static_cast<uint32_t>(i);
+        if (options.canvas) {
+            live.canvas[row] = rules.is_pinned(i) ? rules.pinned[i] : options.canvas[i];
+        } else {
+            live.canvas[row] = rules.admit(
+                i, draw_id(options.seed, options.canvas_index, 0, row, Stream::FIRST_CANVAS, c.n_vocab), c.n_vocab);
+        }
+    }
+    live.argmax = live.canvas;
+    live.accepted.resize(size);
+    live.entropy.resize(size);
+    live.logprob.resize(options.watched ? size : 0);
+    live.uniform.resize(size);
+    live.renoise.resize(size);
+    live.history.start(live.sampling.stability_threshold);
+    live.last.steps = step_count(live.sampling);
+    live.last.n_rows = n;
+    // A canvas that is dropped before its first step has something to show as well.
+    live.last.argmax = live.argmax.data();
+    live.last.canvas = live.canvas.data();
+    live.last.accepted = live.accepted.data();
+    live.last.entropy = live.entropy.data();
+    live.last.logprob = data_or_null(live.logprob);
+}
+
+void CanvasLoop::begin(const dg_canvas_options *options, int32_t n_canvases) {
+    active_ = false;
+    if (n_canvases < 1 || n_canvases > session_.n_rows()) {
+        throw Error(DG_ERROR_ARGUMENT, format("n_canvases is %d: it must be from 1 to the rows of the session, %d",
+                                              n_canvases, session_.n_rows()));
+    }
     if (session_.n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a canvas needs a prefix of at least one token");
     }
-    pinned_.clear();
-    if (options.pinned) {
-        for (int32_t i = 0; i < c.canvas_length; ++i) {
-            if (options.pinned[i] < -1 || options.pinned[i] >= c.n_vocab) {
-                throw Error(DG_ERROR_ARGUMENT, format("pinned[%d] is %d: it must be -1 (free) or a token id up to %d",
-                                                      i, options.pinned[i], c.n_vocab - 1));
-            }
-        }
-        pinned_.assign(options.pinned, options.pinned + c.canvas_length);
+    canvases_.clear();
+    canvases_.resize(static_cast<size_t>(n_canvases));
+    placed_.clear();
+    for (int32_t i = 0; i < n_canvases; ++i) {
+        start(canvases_[static_cast<size_t>(i)], options[i]);
+        placed_.push_back(i);
     }
-    if (options.canvas) {
-        session_.check_ids("canvas", options.canvas, c.canvas_length);
-        canvas_.assign(options.canvas, options.canvas + c.canvas_length);
-    } else {
-        for (int32_t i = 0; i < c.canvas_length; ++i) {
-            canvas_[static_cast<size_t>(i)] = draw_id(options.seed, options.canvas_index, 0, static_cast<uint32_t>(i),
-                                                      Stream::FIRST_CANVAS, c.n_vocab);
-        }
+    if (rows(placed_) > session_.n_rows()) {
+        throw Error(DG_ERROR_ARGUMENT, format("the canvases have %d rows together: this session was made for n_rows %d",
+                                              rows(placed_), session_.n_rows()));
     }
-    for (size_t i = 0; i < pinned_.size(); ++i) {
-        if (pinned_[i] >= 0) {
-            canvas_[i] = pinned_[i];
-        }
-    }
-    sampling_ = options.sampling;
-    seed_ = options.seed;
-    canvas_index_ = options.canvas_index;
-    history_.start(sampling_.stability_threshold);
     step_ = 0;
     session_.condition_on_nothing();
     conditioned_ = true;
     active_ = true;
 }
 
-dg_noise CanvasLoop::philox_noise() {
-    const int32_t n_vocab = session_.model().config().n_vocab;
-    const auto step = static_cast<uint32_t>(step_);
-    for (size_t i = 0; i < canvas_.size(); ++i) {
-        const auto row = static_cast<uint32_t>(i);
-        uniform_[i] = draw_uniform(seed_, canvas_index_, step, row);
-        renoise_[i] = draw_id(seed_, canvas_index_, step, row, Stream::RENOISE, n_vocab);
+int32_t CanvasLoop::rows(const std::vector<int32_t> &which) const {
+    int32_t n = 0;
+    for (const int32_t i : which) {
+        n += canvases_[static_cast<size_t>(i)].n_rows;
     }
-    return {uniform_.data(), renoise_.data()};
+    return n;
 }
 
-dg_step CanvasLoop::step(const dg_noise *handed_in) {
-    if (!active_) {
-        throw Error(DG_ERROR_ARGUMENT, "no canvas is under way: it was not begun, has finished, or another call on the "
-                                       "session ended it");
+// Closes up the rows of the self-conditioning signal where a canvas between others goes on no more. `which` is a
+// subset of placed_, in its order.
+void CanvasLoop::place(const std::vector<int32_t> &which) {
+    int32_t from = 0;
+    int32_t to = 0;
+    auto next = which.begin();
+    for (const int32_t i : placed_) {
+        const int32_t n = canvases_[static_cast<size_t>(i)].n_rows;
+        if (next != which.end() && *next == i) {
+            if (from != to) {
+                session_.move_condition(from, to, n);
+            }
+            to += n;
+            ++next;
+        }
+        from += n;
     }
-    const dg_config &c = session_.model().config();
-    if (handed_in) {
-        check_noise(*handed_in, c.canvas_length, c.n_vocab);
+    placed_ = which;
+}
+
+void CanvasLoop::leave(int32_t index) {
+    if (!active_ || index < 0 || static_cast<size_t>(index) >= canvases_.size()) {
+        throw Error(DG_ERROR_ARGUMENT, format("canvas %d is not under way", index));
+    }
+    canvases_[static_cast<size_t>(index)].goes_on = false;
+}
+
+void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
+    std::vector<int32_t> going;
+    for (size_t i = 0; active_ && i < canvases_.size(); ++i) {
+        if (canvases_[i].goes_on) {
+            going.push_back(static_cast<int32_t>(i));
+        }
+    }
+    if (going.empty()) {
+        active_ = false;
+        throw Error(DG_ERROR_ARGUMENT, "no canvas is under way: none was begun, all have finished, or another call on "
+                                       "the session ended them");
+    }
+    const int32_t n_vocab = session_.model().config().n_vocab;
+    std::vector<int32_t> segments;
+    ids_.clear();
+    for (const int32_t i : going) {
+        const Live &live = canvases_[static_cast<size_t>(i)];
+        if (handed_in) {
+            check_noise(handed_in[i], live.n_rows, n_vocab);
+        }
+        segments.push_back(live.n_rows);
+        ids_.insert(ids_.end(), live.canvas.begin(), live.canvas.end());
     }
     if (!conditioned_) {
-        session_.condition_on_logits();
+        session_.condition_on_logits(rows(placed_));
         conditioned_ = true;
     }
-    session_.denoise(canvas_.data());
+    place(going);
+    session_.denoise(ids_.data(), segments);
     conditioned_ = false;
 
-    active_ = false; // until the sampler is through: it fails only on broken logits, and those end the canvas
-    const dg_noise noise = handed_in ? *handed_in : philox_noise();
-    const int32_t *pinned = pinned_.empty() ? nullptr : pinned_.data();
-    sample_step(session_.logits(), c.canvas_length, c.n_vocab, sampling_, step_, noise, pinned, session_.n_threads(),
-                scratch_, {argmax_.data(), canvas_.data(), accepted_.data(), entropy_.data()});
-
-    dg_step out = {};
-    out.step = step_;
-    out.steps = step_count(sampling_);
-    out.mean_entropy = mean_entropy(entropy_.data(), pinned, c.canvas_length);
-    const bool stable = history_.observe(argmax_.data(), c.canvas_length);
-    out.converged = stable && out.mean_entropy < sampling_.confidence_threshold;
-    out.finished = out.converged || step_ + 1 == out.steps;
-    out.argmax = argmax_.data();
-    out.canvas = canvas_.data();
-    out.accepted = accepted_.data();
-    out.entropy = entropy_.data();
+    active_ = false; // until the sampler is through: it fails only on broken logits, and those end the canvases
+    float *logits = session_.logits();
+    bool any = false;
+    for (const int32_t i : going) {
+        Live &live = canvases_[static_cast<size_t>(i)];
+        live.last.step = step_;
+        sample(live, logits, handed_in ? handed_in + i : nullptr);
+        logits += static_cast<int64_t>(live.n_rows) * n_vocab;
+        any = any || live.goes_on;
+    }
+    for (size_t i = 0; i < canvases_.size(); ++i) {
+        out[i] = canvases_[i].last;
+    }
     ++step_;
-    active_ = !out.finished;
-    return out;
+    active_ = any;
+}
+
+void CanvasLoop::sample(Live &live, float *logits, const dg_noise *handed_in) {
+    const int32_t n_vocab = session_.model().config().n_vocab;
+    const dg_noise noise = handed_in ? *handed_in : live.philox_noise(n_vocab);
+    const RowRules rules = live.rules();
+    sample_step(logits, live.n_rows, n_vocab, live.sampling, step_, noise, rules, session_.n_threads(), scratch_,
+                {live.argmax.data(), live.canvas.data(), live.accepted.data(), live.entropy.data(),
+                 live.logprob.empty() ? nullptr : live.logprob.data()});
+    for (int32_t row = 0; row < live.n_rows; ++row) {
+        const auto at = static_cast<size_t>(row);
+        if (rules.is_pinned(row) && (live.canvas[at] != rules.pinned[row] || live.argmax[at] != rules.pinned[row])) {
+            throw Error(DG_ERROR_INTERNAL, format("the pinned row %d was changed", row));
+        }
+    }
+    dg_step &out = live.last;
+    out.mean_entropy = mean_entropy(live.entropy.data(), rules.pinned, live.n_rows);
+    const bool stable = live.history.observe(live.argmax.data(), live.n_rows);
+    out.converged = stable && out.mean_entropy < live.sampling.confidence_threshold;
+    out.finished = out.converged || step_ + 1 == out.steps;
+    live.goes_on = !out.finished;
 }
 
 } // namespace dg

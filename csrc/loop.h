@@ -1,4 +1,4 @@
-// The canvas loop: what is carried from one denoise step to the next.
+// The canvas loop: what is carried from one denoise step to the next, for one canvas or several side by side.
 #pragma once
 
 #include "sampler.h"
@@ -10,34 +10,56 @@ namespace dg {
 
 class CanvasLoop {
   public:
-    explicit CanvasLoop(Session &session);
+    explicit CanvasLoop(Session &session) : session_(session) {}
 
-    void begin(const dg_canvas_options &options);
-    // One step; a cancelled one may be repeated. Throws ARGUMENT when no canvas is under way.
-    dg_step step(const dg_noise *handed_in);
-    // Whatever else uses the session's logits ends the canvas.
+    void begin(const dg_canvas_options *options, int32_t n_canvases);
+    // One step of every canvas that goes on; a cancelled one may be repeated. `handed_in` (or null) and `out` have an
+    // entry for each canvas. Throws ARGUMENT when no canvas is under way.
+    void step(const dg_noise *handed_in, dg_step *out);
+    // The canvas makes no further step.
+    void leave(int32_t index);
+    // Whatever else uses the session's logits ends the canvases.
     void drop() { active_ = false; }
 
   private:
+    struct Live {
+        dg_sampling sampling = {};
+        uint64_t seed = 0;
+        uint32_t canvas_index = 0;
+        int32_t n_rows = 0;
+        bool goes_on = true;
+        StabilityHistory history;
+        // [n_rows] each; the first four may be empty
+        std::vector<int32_t> pinned;
+        std::vector<int32_t> watched;
+        std::vector<int32_t> allowed_ends;
+        std::vector<int32_t> allowed_ids; // as many as the last end
+        std::vector<int32_t> canvas;
+        std::vector<int32_t> argmax;
+        std::vector<uint8_t> accepted;
+        std::vector<double> entropy;
+        std::vector<double> logprob; // empty unless watched
+        std::vector<double> uniform;
+        std::vector<int32_t> renoise;
+        dg_step last = {};
+
+        RowRules rules() const;
+        dg_noise philox_noise(int32_t n_vocab);
+    };
+
     Session &session_;
     bool active_ = false;
     bool conditioned_ = false; // the self-conditioning signal of the next step stands ready
     int32_t step_ = 0;
-    dg_sampling sampling_ = {};
-    uint64_t seed_ = 0;
-    uint32_t canvas_index_ = 0;
-    StabilityHistory history_;
-    // [C] each
-    std::vector<int32_t> pinned_; // empty: all free
-    std::vector<int32_t> canvas_;
-    std::vector<int32_t> argmax_;
-    std::vector<uint8_t> accepted_;
-    std::vector<double> entropy_;
-    std::vector<double> uniform_;
-    std::vector<int32_t> renoise_;
+    std::vector<Live> canvases_;
+    std::vector<int32_t> placed_; // canvases whose rows stand in the session's logits and signal, in this order
+    std::vector<int32_t> ids_;
     SamplerScratch scratch_;
 
-    dg_noise philox_noise();
+    void start(Live &live, const dg_canvas_options &options) const;
+    int32_t rows(const std::vector<int32_t> &which) const;
+    void place(const std::vector<int32_t> &which);
+    void sample(Live &live, float *logits, const dg_noise *handed_in);
 };
 
 } // namespace dg

@@ -96,7 +96,41 @@ float scale_and_max(float *z, int32_t n, float t) {
     return *std::max_element(greatest, greatest + LANES);
 }
 
+// Sums over a row whose greatest logit is known, and, where asked for, the weight of each block. Throws
+// DG_ERROR_INTERNAL when a logit is NaN or the greatest one is not finite.
+BlockSums sum_row(const float *z, int32_t n_vocab, float greatest, std::vector<double> *weights) {
+    BlockSums row;
+    bool has_nan = false;
+    if (weights) {
+        weights->clear();
+    }
+    for (int32_t first = 0; first < n_vocab; first += BLOCK) {
+        const float *block = z + first;
+        const int32_t n = std::min(BLOCK, n_vocab - first);
+        const BlockSums sums = sum_block(block, n, greatest);
+        int32_t nans = 0;
+        for (int32_t i = 0; i < n; ++i) {
+            nans += block[i] != block[i];
+        }
+        has_nan = has_nan || nans > 0;
+        if (weights) {
+            weights->push_back(sums.weight);
+        }
+        row.weight += sums.weight;
+        row.moment += sums.moment;
+    }
+    if (has_nan || !std::isfinite(greatest) || !std::isfinite(row.weight)) {
+        throw Error(DG_ERROR_INTERNAL, "a row of logits holds NaN or has no finite maximum");
+    }
+    return row;
+}
+
 } // namespace
+
+double log_probability(const float *z, int32_t n_vocab, int32_t id) {
+    const float greatest = *std::max_element(z, z + n_vocab);
+    return static_cast<double>(z[id] - greatest) - std::log(sum_row(z, n_vocab, greatest, nullptr).weight);
+}
 
 double temperature(const dg_sampling &s, int32_t step) {
     return s.t_min + (s.t_max - s.t_min) * (static_cast<double>(s.steps - step) / static_cast<double>(s.steps));
@@ -108,26 +142,7 @@ RowDraw draw_row(float *z, int32_t n_vocab, float t, double u) {
     const float greatest = scale_and_max(z, n_vocab, t);
     const int32_t n_blocks = (n_vocab + BLOCK - 1) / BLOCK;
     thread_local std::vector<double> weights;
-    weights.resize(static_cast<size_t>(n_blocks));
-    double weight = 0.0;
-    double moment = 0.0;
-    bool has_nan = false;
-    for (int32_t b = 0; b < n_blocks; ++b) {
-        const float *block = z + b * BLOCK;
-        const int32_t n = std::min(BLOCK, n_vocab - b * BLOCK);
-        const BlockSums sums = sum_block(block, n, greatest);
-        int32_t nans = 0;
-        for (int32_t i = 0; i < n; ++i) {
-            nans += block[i] != block[i];
-        }
-        has_nan = has_nan || nans > 0;
-        weights[static_cast<size_t>(b)] = sums.weight;
-        weight += sums.weight;
-        moment += sums.moment;
-    }
-    if (has_nan || !std::isfinite(greatest) || !std::isfinite(weight)) {
-        throw Error(DG_ERROR_INTERNAL, "a row of logits holds NaN or has no finite maximum");
-    }
+    const auto [weight, moment] = sum_row(z, n_vocab, greatest, &weights);
 
     RowDraw row = {};
     row.argmax = static_cast<int32_t>(std::find(z, z + n_vocab, greatest) - z);
@@ -215,36 +230,85 @@ void check_noise(const dg_noise &noise, int32_t n_rows, int32_t n_vocab) {
     }
 }
 
+int32_t RowRules::admit(int32_t row, int32_t id, int32_t n_vocab) const {
+    if (is_pinned(row)) {
+        return pinned[row];
+    }
+    const int64_t n = n_allowed(row);
+    return n > 0 ? allowed(row)[int64_t{id} * n / n_vocab] : id;
+}
+
+void check_rules(const RowRules &rules, int32_t n_rows, int32_t n_vocab) {
+    for (int32_t i = 0; i < n_rows; ++i) {
+        if (rules.pinned && (rules.pinned[i] < -1 || rules.pinned[i] >= n_vocab)) {
+            throw Error(DG_ERROR_ARGUMENT, format("pinned[%d] is %d: it must be -1 (free) or a token id up to %d", i,
+                                                  rules.pinned[i], n_vocab - 1));
+        }
+        if (rules.watched && (rules.watched[i] < -1 || rules.watched[i] >= n_vocab)) {
+            throw Error(DG_ERROR_ARGUMENT,
+                        format("watched[%d] is %d: it must be -1 (the argmax) or a token id up to %d", i,
+                               rules.watched[i], n_vocab - 1));
+        }
+        if (rules.allowed_ends && (rules.n_allowed(i) < 0 || !rules.allowed_ids)) {
+            throw Error(DG_ERROR_ARGUMENT, format("allowed_ends[%d] is %d: the ends must not decrease, and allowed_ids "
+                                                  "must be there",
+                                                  i, rules.allowed_ends[i]));
+        }
+        for (int32_t k = 0; k < rules.n_allowed(i); ++k) {
+            if (rules.allowed(i)[k] < 0 || rules.allowed(i)[k] >= n_vocab) {
+                throw Error(DG_ERROR_ARGUMENT, format("row %d is allowed %d: a token id must be from 0 to %d", i,
+                                                      rules.allowed(i)[k], n_vocab - 1));
+            }
+        }
+    }
+}
+
 void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, int32_t step,
-                 const dg_noise &noise, const int32_t *pinned, int32_t n_threads, SamplerScratch &scratch,
+                 const dg_noise &noise, const RowRules &rules, int32_t n_threads, SamplerScratch &scratch,
                  const StepOutput &out) {
+    constexpr float NEVER = -std::numeric_limits<float>::infinity();
     const auto t = static_cast<float>(temperature(sampling, step));
     std::vector<int32_t> &draws = scratch.draws;
     draws.resize(static_cast<size_t>(n_rows));
     parallel_rows(n_rows, n_vocab, n_threads, [&](int32_t row) {
         float *logits = z + static_cast<int64_t>(row) * n_vocab;
-        if (pinned && pinned[row] >= 0) {
-            std::fill(logits, logits + n_vocab, -std::numeric_limits<float>::infinity());
-            logits[pinned[row]] = 0.0f;
-            out.argmax[row] = pinned[row];
+        if (rules.is_pinned(row)) {
+            std::fill(logits, logits + n_vocab, NEVER);
+            logits[rules.pinned[row]] = 0.0f;
+            out.argmax[row] = rules.pinned[row];
             out.entropy[row] = 0.0;
+            if (out.logprob) {
+                out.logprob[row] = 0.0;
+            }
             return;
+        }
+        if (out.logprob) {
+            const int32_t watched = rules.watched[row];
+            const auto id =
+                watched >= 0 ? watched : static_cast<int32_t>(std::max_element(logits, logits + n_vocab) - logits);
+            out.logprob[row] = log_probability(logits, n_vocab, id);
+        }
+        if (const int32_t n = rules.n_allowed(row); n > 0) {
+            thread_local std::vector<float> kept;
+            kept.clear();
+            for (int32_t k = 0; k < n; ++k) {
+                kept.push_back(logits[rules.allowed(row)[k]]);
+            }
+            std::fill(logits, logits + n_vocab, NEVER);
+            for (int32_t k = 0; k < n; ++k) {
+                logits[rules.allowed(row)[k]] = kept[static_cast<size_t>(k)];
+            }
         }
         const RowDraw drawn = draw_row(logits, n_vocab, t, noise.uniform[row]);
         out.argmax[row] = drawn.argmax;
         out.entropy[row] = drawn.entropy;
         draws[static_cast<size_t>(row)] = drawn.draw;
     });
-    accept_rows(out.entropy, pinned, n_rows, sampling.entropy_bound, out.accepted, scratch.order);
+    accept_rows(out.entropy, rules.pinned, n_rows, sampling.entropy_bound, out.accepted, scratch.order);
     for (int32_t row = 0; row < n_rows; ++row) {
-        out.canvas[row] = out.accepted[row] ? draws[static_cast<size_t>(row)] : noise.renoise[row];
-    }
-    if (pinned) { // the last writer of every step
-        for (int32_t row = 0; row < n_rows; ++row) {
-            if (pinned[row] >= 0) {
-                out.canvas[row] = pinned[row];
-            }
-        }
+        const bool keeps_draw = out.accepted[row] != 0 && !rules.is_pinned(row);
+        // A pinned row gets its own id here, as the last thing of every step.
+        out.canvas[row] = keeps_draw ? draws[static_cast<size_t>(row)] : rules.admit(row, noise.renoise[row], n_vocab);
     }
 }
 

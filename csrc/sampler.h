@@ -26,6 +26,10 @@ struct RowDraw {
 // its softmax. Throws DG_ERROR_INTERNAL when a logit is NaN or the greatest one is not finite.
 RowDraw draw_row(float *z, int32_t n_vocab, float t, double u);
 
+// The natural log of the probability of `id` in the softmax of the row as it is, in double precision from float32
+// terms; -inf for what lies 87 nats or more below the greatest. Throws as draw_row does.
+double log_probability(const float *z, int32_t n_vocab, int32_t id);
+
 // Rows are accepted in order of entropy while the entropies before them sum to at most `bound`; so at least one free
 // row always is. Pinned rows take no part and get 0. accepted: [C].
 // `order` is scratch.
@@ -44,15 +48,38 @@ struct SamplerScratch {
     std::vector<int32_t> order;
 };
 
-// One whole step on `z` [C, V], which becomes the processed logits, pinned rows one-hot. Outputs [C].
+// What is known of the rows before they are sampled; a null pointer for what is not.
+struct RowRules {
+    const int32_t *pinned = nullptr;       // [C]: the id where a row is fixed, -1 where it is free
+    const int32_t *watched = nullptr;      // [C]: see StepOutput::logprob
+    const int32_t *allowed_ends = nullptr; // [C]: row i may take allowed_ids[allowed_ends[i - 1] .. allowed_ends[i]);
+    const int32_t *allowed_ids = nullptr;  // an empty range: any id
+
+    bool is_pinned(int32_t row) const { return pinned && pinned[row] >= 0; }
+    int32_t n_allowed(int32_t row) const {
+        return allowed_ends ? allowed_ends[row] - (row > 0 ? allowed_ends[row - 1] : 0) : 0;
+    }
+    // The only ids that the row may take; n_allowed(row) of them, and any when that is 0.
+    const int32_t *allowed(int32_t row) const { return allowed_ids + (row > 0 ? allowed_ends[row - 1] : 0); }
+    // A uniform id over the vocabulary becomes one over what the row may take; a pinned row has its own.
+    int32_t admit(int32_t row, int32_t id, int32_t n_vocab) const;
+};
+
+// Throws DG_ERROR_ARGUMENT for ids outside [0, n_vocab) and ranges that go backwards.
+void check_rules(const RowRules &rules, int32_t n_rows, int32_t n_vocab);
+
+// One whole step on `z` [C, V], which becomes the processed logits: pinned rows one-hot, -inf for what a row may not
+// take. Outputs [C].
 struct StepOutput {
     int32_t *argmax;
     int32_t *canvas;
     uint8_t *accepted;
     double *entropy;
+    double *logprob; // null unless rules.watched: log_probability of the watched id (-1: of the argmax) at temperature
+                     // 1, before the rules; 0 on pinned rows
 };
 void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, int32_t step,
-                 const dg_noise &noise, const int32_t *pinned, int32_t n_threads, SamplerScratch &scratch,
+                 const dg_noise &noise, const RowRules &rules, int32_t n_threads, SamplerScratch &scratch,
                  const StepOutput &out);
 
 // Stable when the argmax canvas equals each of the last `threshold` ones.

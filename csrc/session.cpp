@@ -1,6 +1,8 @@
 #include "session.h"
 
 #include "error.h"
+#include "parallel.h"
+#include "sampler.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -8,12 +10,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <thread>
 
 namespace dg {
 namespace {
 
 constexpr int32_t DEFAULT_CONTEXT = 8192;
+constexpr int32_t MOST_ROWS = 1 << 16;
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
 
 ggml_type cache_type(dg_kv_type type) {
@@ -84,10 +88,12 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     : model_(std::move(model)), n_ctx_(context_size(*model_, options.n_ctx)),
       n_batch_(std::min(checked("n_batch", options.n_batch, 1, 1 << 20), n_ctx_)),
       n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
-      type_kv_(cache_type(options.type_kv)) {
+      n_rows_(checked("n_rows", options.n_rows, 0, MOST_ROWS)), type_kv_(cache_type(options.type_kv)) {
     if (n_threads_ == 0) {
         n_threads_ = default_threads(*model_);
     }
+    const int32_t canvas = model_->config().canvas_length;
+    n_rows_ = n_rows_ == 0 ? canvas : checked("n_rows", n_rows_, canvas, MOST_ROWS);
 }
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
@@ -123,36 +129,41 @@ dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_s
     return session.memory_;
 }
 
-int32_t Session::largest_pass() const { return std::max(n_batch_, model_->config().canvas_length); }
+int32_t Session::largest_segment() const { return std::max(n_batch_, model_->config().canvas_length); }
 
-// Cache, inputs and the memory of the two largest graphs: what a session holds for its whole life.
+int32_t Session::largest_pass() const { return std::max(n_batch_, n_rows_); }
+
+// Cache, inputs and the memory of the largest graphs: what a session holds for its whole life.
 void Session::plan(bool allocate) {
     const int32_t canvas = model_->config().canvas_length;
-    cache_ = std::make_unique<KvCache>(*model_, n_ctx_, largest_pass(), type_kv_, allocate);
+    // A scored text writes one row behind itself.
+    cache_ = std::make_unique<KvCache>(*model_, n_ctx_, largest_segment() + 1, type_kv_, allocate);
     make_io(allocate);
 
     ggml_backend_buffer_type_t host = ggml_backend_cpu_buffer_type();
     pass_allocator_.reset(ggml_gallocr_new(host));
     soft_allocator_.reset(ggml_gallocr_new(host));
     const int32_t longest_chunk = std::min(n_batch_, n_ctx_ - canvas);
-    const Pass largest[] = {{Mode::ENCODE, longest_chunk, n_ctx_ - canvas - longest_chunk},
-                            {Mode::DENOISE, canvas, n_ctx_ - canvas}};
+    std::vector<int32_t> canvases(static_cast<size_t>(n_rows_ / canvas), canvas);
+    if (n_rows_ % canvas > 0) {
+        canvases.push_back(n_rows_ % canvas);
+    }
+    const Pass largest[] = {{Mode::ENCODE, n_ctx_ - canvas - longest_chunk, {longest_chunk}},
+                            {Mode::SCORE, n_ctx_ - canvas, canvases},
+                            {Mode::DENOISE, n_ctx_ - canvas, canvases}};
     memory_.compute = 0;
     for (const Pass &pass : largest) {
         const Graph graph = build_pass(*model_, *cache_, io_, pass);
         memory_.compute = std::max(memory_.compute, reserve(pass_allocator_.get(), graph, allocate));
     }
     if (model_->config().has_self_conditioning) {
-        soft_graph_ = build_soft_embedding(*model_, io_);
-        memory_.compute += reserve(soft_allocator_.get(), soft_graph_, allocate);
-        if (allocate) {
-            place(soft_allocator_.get(), soft_graph_);
-        }
+        const Graph graph = build_soft_embedding(*model_, io_, n_rows_);
+        memory_.compute += reserve(soft_allocator_.get(), graph, allocate);
     }
     memory_.weights = model_->weight_bytes();
     memory_.weights_mapped = model_->mapped() ? model_->weight_bytes() : 0;
     memory_.kv_cache = cache_->bytes();
-    memory_.logits = logits_size();
+    memory_.logits = logits_size(n_rows_);
 }
 
 void Session::make_io(bool allocate) {
@@ -170,10 +181,15 @@ void Session::make_io(bool allocate) {
     io_.positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
     io_.slots_full = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
     io_.slots_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-    io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * n_batch_);
+    int64_t widest = 0;
+    for (const LayerWeights &layer : model_->weights().layers) {
+        widest = std::max(widest, layer.head_dim * c.n_head);
+    }
+    io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
     io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
-    io_.soft = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_embd, c.canvas_length);
-    io_.logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_vocab, c.canvas_length);
+    io_.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, n_rows_);
+    io_.soft = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_embd, n_rows_);
+    io_.logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_vocab, n_rows_);
     if (allocate) {
         io_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type()));
         if (!io_buffer_) {
@@ -213,40 +229,58 @@ void Session::set_pass_inputs(const Pass &pass) {
     auto *positions = static_cast<int32_t *>(io_.positions->data);
     auto *slots_full = static_cast<int32_t *>(io_.slots_full->data);
     auto *slots_sliding = static_cast<int32_t *>(io_.slots_sliding->data);
-    for (int32_t i = 0; i < pass.n; ++i) {
-        const int32_t position = pass.n_past + i;
-        positions[i] = position;
-        slots_full[i] = cache_->slot(false, position);
-        slots_sliding[i] = cache_->slot(true, position);
+    int32_t first = 0;
+    for (const int32_t rows : pass.segments) {
+        for (int32_t i = 0; i < rows; ++i) {
+            const int32_t position = pass.first_position() + i;
+            const bool repeated = pass.mode == Mode::SCORE && i == 0;
+            const int32_t written = repeated ? pass.end(rows) : position;
+            positions[first + i] = position;
+            slots_full[first + i] = cache_->slot(false, written);
+            slots_sliding[first + i] = cache_->slot(true, written);
+        }
+        for (const bool sliding : {false, true}) {
+            if (needs_mask(*model_, pass, sliding)) {
+                set_mask(pass, first, rows, sliding);
+            }
+        }
+        first += rows;
     }
-    for (const bool sliding : {false, true}) {
-        if (needs_mask(*model_, pass, sliding)) {
-            set_mask(pass, sliding);
+}
+
+// The mask of one segment, which begins at row `first` of the pass.
+void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding) {
+    const ggml_fp16_t visible = ggml_fp32_to_fp16(0.0f);
+    const ggml_fp16_t hidden = ggml_fp32_to_fp16(-INFINITY);
+    const int32_t end = pass.end(rows);
+    const int32_t n_slots = cache_->visible_rows(sliding, end);
+    const int32_t window = model_->config().sliding_window;
+    std::vector<int32_t> held(static_cast<size_t>(n_slots));
+    for (int32_t slot = 0; slot < n_slots; ++slot) {
+        held[static_cast<size_t>(slot)] = cache_->position(sliding, slot, end);
+    }
+    auto *mask = static_cast<ggml_fp16_t *>((sliding ? io_.mask_sliding : io_.mask_full)->data) +
+                 int64_t{first} * cache_->slots(sliding);
+    for (int32_t i = 0; i < rows; ++i) {
+        // The canvas has no window inside: all its rows look back from its first one.
+        const int32_t last = pass.causal() ? pass.first_position() + i : end - 1;
+        const int32_t anchor = pass.causal() ? last : pass.n_past;
+        const int32_t oldest = sliding ? std::max(0, anchor - (window - 1)) : 0;
+        ggml_fp16_t *row = mask + int64_t{i} * n_slots;
+        for (int32_t slot = 0; slot < n_slots; ++slot) {
+            const int32_t position = held[static_cast<size_t>(slot)];
+            row[slot] = position >= oldest && position <= last ? visible : hidden;
         }
     }
 }
 
-void Session::set_mask(const Pass &pass, bool sliding) {
-    const ggml_fp16_t visible = ggml_fp32_to_fp16(0.0f);
-    const ggml_fp16_t hidden = ggml_fp32_to_fp16(-INFINITY);
-    const int32_t rows = cache_->visible_rows(sliding, pass.end());
-    const int32_t window = model_->config().sliding_window;
-    std::vector<int32_t> held(static_cast<size_t>(rows));
-    for (int32_t slot = 0; slot < rows; ++slot) {
-        held[static_cast<size_t>(slot)] = cache_->position(sliding, slot, pass.end());
-    }
-    auto *mask = static_cast<ggml_fp16_t *>((sliding ? io_.mask_sliding : io_.mask_full)->data);
-    for (int32_t i = 0; i < pass.n; ++i) {
-        // The canvas has no window inside: all its rows look back from its first one.
-        const int32_t last = pass.mode == Mode::ENCODE ? pass.n_past + i : pass.end() - 1;
-        const int32_t anchor = pass.mode == Mode::ENCODE ? last : pass.n_past;
-        const int32_t first = sliding ? std::max(0, anchor - (window - 1)) : 0;
-        ggml_fp16_t *row = mask + static_cast<int64_t>(i) * rows;
-        for (int32_t slot = 0; slot < rows; ++slot) {
-            const int32_t position = held[static_cast<size_t>(slot)];
-            row[slot] = position >= first && position <= last ? visible : hidden;
-        }
-    }
+// Graph and inputs of a pass, but for its ids.
+void Session::prepare(const Pass &pass) {
+    ready_ = {};
+    pass_graph_ = build_pass(*model_, *cache_, io_, pass);
+    place(pass_allocator_.get(), pass_graph_);
+    set_pass_inputs(pass);
+    cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
 }
 
 bool Session::should_stop() {
@@ -296,53 +330,108 @@ void Session::encode(const int32_t *ids, int32_t n) {
 }
 
 void Session::encode_chunk(const int32_t *ids, int32_t n) {
-    const Pass pass = {Mode::ENCODE, n, n_past()};
-    denoise_graph_past_ = -1;
-    pass_graph_ = build_pass(*model_, *cache_, io_, pass);
-    place(pass_allocator_.get(), pass_graph_);
+    const Pass pass = {Mode::ENCODE, n_past(), {n}};
+    prepare(pass);
     std::memcpy(io_.ids->data, ids, static_cast<size_t>(n) * sizeof *ids);
-    set_pass_inputs(pass);
-    cache_->wrote(pass.end());
     compute(pass_graph_);
     tokens_.insert(tokens_.end(), ids, ids + n);
     set_past(pass.end());
 }
 
-void Session::denoise(const int32_t *canvas) {
-    const int32_t n = model_->config().canvas_length;
+void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
+    if (n_past() == 0) {
+        throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a text is scored after a prefix of at least one token");
+    }
+    const int32_t most = std::min(n_rows_, n_ctx_ - n_past());
+    for (int32_t i = 0; i < n_texts; ++i) {
+        if (lengths[i] < 1 || lengths[i] > model_->config().canvas_length) {
+            throw Error(DG_ERROR_ARGUMENT, format("text %d has %d tokens: it must have from 1 to the canvas length, %d",
+                                                  i, lengths[i], model_->config().canvas_length));
+        }
+        if (lengths[i] > most) {
+            throw Error(DG_ERROR_CONTEXT,
+                        format("text %d has %d tokens: after a prefix of %d, n_ctx %d has room for %d", i, lengths[i],
+                               n_past(), n_ctx_, most));
+        }
+    }
+    check_ids("ids", ids, std::accumulate(lengths, lengths + n_texts, 0));
+    for (int32_t done = 0; done < n_texts;) {
+        int32_t n = 0;
+        int32_t rows = 0;
+        while (done + n < n_texts && rows + lengths[done + n] <= n_rows_) {
+            rows += lengths[done + n++];
+        }
+        score_batch(ids, lengths + done, n, logprob);
+        ids += rows;
+        logprob += rows;
+        done += n;
+    }
+}
+
+void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
+    const Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}};
+    prepare(pass);
+    // Row i predicts id i: it reads the one before.
+    auto *inputs = static_cast<int32_t *>(io_.ids->data);
+    std::memcpy(inputs + 1, ids, static_cast<size_t>(pass.rows() - 1) * sizeof *ids);
+    for (int32_t i = 0, first = 0; i < n_texts; first += lengths[i++]) {
+        inputs[first] = tokens_.back();
+    }
+    compute(pass_graph_);
+    const int32_t n_vocab = model_->config().n_vocab;
+    parallel_rows(pass.rows(), n_vocab, n_threads_, [&](int32_t row) {
+        logprob[row] = log_probability(logits() + int64_t{row} * n_vocab, n_vocab, ids[row]);
+    });
+}
+
+void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
+    const Pass pass = {Mode::DENOISE, n_past(), segments};
     if (n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a canvas needs a prefix of at least one token");
     }
-    if (n > n_ctx_ - n_past()) {
-        throw Error(DG_ERROR_CONTEXT,
-                    format("a canvas of %d after a prefix of %d does not fit n_ctx %d", n, n_past(), n_ctx_));
+    if (pass.rows() > n_rows_) {
+        throw Error(DG_ERROR_ARGUMENT, format("the canvases have %d rows together: this session was made for n_rows %d",
+                                              pass.rows(), n_rows_));
     }
-    if (denoise_graph_past_ != n_past()) {
-        const Pass pass = {Mode::DENOISE, n, n_past()};
-        denoise_graph_past_ = -1;
-        pass_graph_ = build_pass(*model_, *cache_, io_, pass);
-        place(pass_allocator_.get(), pass_graph_);
-        set_pass_inputs(pass);
-        cache_->wrote(pass.end());
-        denoise_graph_past_ = pass.n_past;
+    if (pass.end() > n_ctx_) {
+        throw Error(DG_ERROR_CONTEXT, format("a canvas of %d after a prefix of %d does not fit n_ctx %d",
+                                             pass.end() - n_past(), n_past(), n_ctx_));
     }
-    std::memcpy(io_.ids->data, canvas, static_cast<size_t>(n) * sizeof *canvas);
+    if (!(ready_ == pass)) {
+        prepare(pass);
+        ready_ = pass;
+    }
+    std::memcpy(io_.ids->data, ids, static_cast<size_t>(pass.rows()) * sizeof *ids);
     compute(pass_graph_);
 }
 
-void Session::condition_on_logits() {
-    if (model_->config().has_self_conditioning) {
-        compute(soft_graph_);
+void Session::condition_on_logits(int32_t n_rows) {
+    if (!model_->config().has_self_conditioning) {
+        return;
     }
+    if (soft_graph_rows_ != n_rows) {
+        soft_graph_rows_ = 0;
+        soft_graph_ = build_soft_embedding(*model_, io_, n_rows);
+        place(soft_allocator_.get(), soft_graph_);
+        soft_graph_rows_ = n_rows;
+    }
+    compute(soft_graph_);
 }
 
 void Session::condition_on_nothing() { std::memset(io_.soft->data, 0, ggml_nbytes(io_.soft)); }
+
+void Session::move_condition(int32_t from, int32_t to, int32_t n) {
+    const size_t row = io_.soft->nb[1];
+    auto *rows = static_cast<char *>(io_.soft->data);
+    std::memmove(rows + static_cast<size_t>(to) * row, rows + static_cast<size_t>(from) * row,
+                 static_cast<size_t>(n) * row);
+}
 
 void Session::truncate(int32_t n) {
     if (n < 0 || n > n_past()) {
         throw Error(DG_ERROR_ARGUMENT, format("n is %d: the prefix has %d tokens", n, n_past()));
     }
-    denoise_graph_past_ = -1;
+    ready_ = {};
     if (n > 0 && !cache_->holds_window_before(n)) {
         const std::vector<int32_t> kept(tokens_.begin(), tokens_.begin() + n);
         truncate(0);

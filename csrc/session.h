@@ -31,6 +31,7 @@ class Session {
     const Model &model() const { return *model_; }
     int32_t n_ctx() const { return n_ctx_; }
     int32_t n_threads() const { return n_threads_; }
+    int32_t n_rows() const { return n_rows_; }
     int32_t n_past() const { return n_past_.load(std::memory_order_relaxed); }
     const std::vector<int32_t> &tokens() const { return tokens_; }
     dg_memory memory() const { return memory_; }
@@ -40,14 +41,21 @@ class Session {
     void save(const std::string &path);
     void load(const std::string &path);
 
-    // The processed logits in logits() -> the self-conditioning signal of the next pass.
-    void condition_on_logits();
+    // Encoder mode over texts side by side, each behind the prefix; keeps nothing. logprob[i]: the natural log of the
+    // probability of ids[i] after the prefix and the ids before it in its text.
+    void score(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
+
+    // Canvases side by side: `segments` holds the rows of each, ids and logits the rows of all, one after the other.
+    // One decoder pass; the result stands in logits().
+    void denoise(const int32_t *ids, const std::vector<int32_t> &segments);
+    // The processed logits of the first n_rows in logits() -> the self-conditioning signal of the next pass.
+    void condition_on_logits(int32_t n_rows);
     void condition_on_nothing();
-    // One decoder pass over the canvas [C]; the result stands in logits().
-    void denoise(const int32_t *canvas);
-    // [C, V] float32, in place: raw after denoise; the sampler turns them into the processed ones.
+    // Moves the signal of `n` rows to rows `to` and after; `to` <= `from`.
+    void move_condition(int32_t from, int32_t to, int32_t n);
+    // [R, V] float32, in place: raw after denoise; the sampler turns them into the processed ones.
     float *logits() { return static_cast<float *>(io_.logits->data); }
-    size_t logits_size() const { return ggml_nbytes(io_.logits); }
+    size_t logits_size(int32_t n_rows) const { return static_cast<size_t>(n_rows) * io_.logits->nb[1]; }
     void check_ids(const char *what, const int32_t *ids, int32_t n) const;
 
     void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
@@ -65,6 +73,7 @@ class Session {
     int32_t n_ctx_;
     int32_t n_batch_;
     int32_t n_threads_;
+    int32_t n_rows_; // R: the most rows that canvases denoised together have
     ggml_type type_kv_;
     std::unique_ptr<KvCache> cache_;
     ggml_context_ptr io_context_;
@@ -74,9 +83,10 @@ class Session {
     ggml_threadpool *threadpool_ = nullptr;
     ggml_gallocr_ptr pass_allocator_;
     ggml_gallocr_ptr soft_allocator_;
-    Graph pass_graph_;                // the denoise graph of the current n_past, or the last chunk's
-    int32_t denoise_graph_past_ = -1; // n_past that pass_graph_ is a denoise graph for, else -1
+    Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
+    Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
     Graph soft_graph_;
+    int32_t soft_graph_rows_ = 0;
     std::vector<int32_t> tokens_;
     std::atomic<int32_t> n_past_{0};
     dg_memory memory_ = {};
@@ -85,12 +95,15 @@ class Session {
     void *poll_user_ = nullptr;
     std::chrono::steady_clock::time_point last_poll_{};
 
+    int32_t largest_segment() const;
     int32_t largest_pass() const;
     void plan(bool allocate);
     void make_io(bool allocate);
     void set_past(int32_t n);
     void set_pass_inputs(const Pass &pass);
-    void set_mask(const Pass &pass, bool sliding);
+    void set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding);
+    void prepare(const Pass &pass);
+    void score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
     void encode_chunk(const int32_t *ids, int32_t n);
     void compute(const Graph &graph);
     bool should_stop();

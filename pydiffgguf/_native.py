@@ -2,7 +2,7 @@
 
 One class per noun of the header, one helper that turns a ``dg_status`` into an exception, and nothing else: no text,
 no sampling policy, no defaults that the header or the file does not give. ids are int32 arrays, logits float32 arrays
-``[C, V]`` with C the canvas length and V the vocabulary size.
+``[n_rows, V]`` with V the vocabulary size and at most C rows, the canvas length.
 
 Threads. cffi's wrappers release the GIL around every call, so a method may meet another thread inside the same object.
 Each method therefore takes the C pointer into a local variable first: ``close()`` only drops the object's own
@@ -20,7 +20,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict
 
@@ -357,10 +357,11 @@ class NativeModel:
             result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes))
         return result
 
-    def memory(self, *, n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, type_kv: str = "f16") -> Memory:
-        """What a session with these options would take, without making one. Raises what NativeSession raises."""
+    def memory(self, **options: Any) -> Memory:
+        """What a session with these options (NativeSession's) would take, without making one. Raises what NativeSession
+        raises."""
         out = ffi.new("dg_memory *")
-        _call(lib.dg_model_memory, self._open_pointer(), _session_options(n_ctx, n_batch, n_threads, type_kv), out)
+        _call(lib.dg_model_memory, self._open_pointer(), _session_options(**options), out)
         return Memory(**_fields(out, _MEMORY_FIELDS))
 
 
@@ -369,7 +370,7 @@ class NativeModel:
 
 @dataclass(frozen=True)
 class RawSample:
-    """What the sampler made of one step's logits; arrays of C entries.
+    """What the sampler made of one step's logits; arrays with an entry for each row.
 
     `argmax` int32: the canvas that counts. `canvas` int32: the canvas for the next step. `accepted` bool: the draw was
     accepted (never on pinned rows). `entropy` float64, nats, at this step's temperature (0 on pinned rows).
@@ -385,7 +386,9 @@ class RawSample:
 class RawStep(RawSample):
     """One denoise step: `step` counts from 0, `steps` is the most there can be, `mean_entropy` is over the free rows.
 
-    `finished`: no further step will be made. `converged`: because the canvas was stable and confident.
+    `finished`: no further step will be made. `converged`: because the canvas was stable and confident. `logprob`
+    float64, where ids are watched: natural log of their probability at temperature 1, before `allowed`; 0 on pinned
+    rows.
     """
 
     step: int
@@ -393,9 +396,80 @@ class RawStep(RawSample):
     finished: bool
     converged: bool
     mean_entropy: float
+    logprob: Float64Array | None
 
 
-def _session_options(n_ctx: int, n_batch: int, n_threads: int, type_kv: str) -> Any:
+def _read_step(step: Any) -> RawStep:
+    n: int = step.n_rows
+    return RawStep(
+        argmax=_copy(step.argmax, n, np.int32),
+        canvas=_copy(step.canvas, n, np.int32),
+        accepted=_copy(step.accepted, n, np.bool_),
+        entropy=_copy(step.entropy, n, np.float64),
+        step=step.step,
+        steps=step.steps,
+        finished=step.finished,
+        converged=step.converged,
+        mean_entropy=step.mean_entropy,
+        logprob=None if step.logprob == ffi.NULL else _copy(step.logprob, n, np.float64),
+    )
+
+
+@dataclass(frozen=True)
+class CanvasSpec:
+    """One canvas of those that are denoised side by side; its arrays have `n_rows` entries.
+
+    `n_rows`: 1 to C; None: C. `pinned`: the id where a row is
+    fixed, -1 where it is free. `canvas`: the ids to start from; None for uniform random ones. `watched`: ids whose
+    log-probability every step reports, -1 for the argmax's; None: none are, which saves a pass over each row's logits.
+    `allowed`: row -> the only ids that it may take, at least one; random ids are mapped into the set. `seed` (64 bits)
+    and `canvas_index` (32 bits) key the draws.
+    """
+
+    n_rows: int | None = None
+    pinned: npt.ArrayLike | None = None
+    canvas: npt.ArrayLike | None = None
+    watched: npt.ArrayLike | None = None
+    allowed: Mapping[int, npt.ArrayLike] | None = None
+    seed: int = 0
+    canvas_index: int = 0
+
+    def rows(self, canvas_length: int) -> int:
+        """The number of rows. Raises ValueError unless it is from 1 to C."""
+        return canvas_length if self.n_rows is None else integer("n_rows", self.n_rows, 1, canvas_length)
+
+    def _fill(self, out: Any, sampling: Sampling, canvas_length: int) -> list[object]:
+        """Writes this into a dg_canvas_options; returns what must stay alive until C has copied it."""
+        n = self.rows(canvas_length)
+        sampling._fill(out.sampling)
+        out.seed = integer("seed", self.seed, 0, MAX_SEED)
+        out.canvas_index = integer("canvas_index", self.canvas_index, 0, 2**32 - 1)
+        out.n_rows = n
+        kept: list[object] = []
+
+        def array(name: str, value: npt.ArrayLike | None, length: int | None) -> Any:
+            pointer = _pointer_to("int32_t[]", None if value is None else id_array(name, value, length))
+            kept.append(pointer)
+            return pointer
+
+        out.pinned = array("pinned", self.pinned, n)
+        out.canvas = array("canvas", self.canvas, n)
+        out.watched = array("watched", self.watched, n)
+        if self.allowed:
+            sets = {integer("a row of allowed", row, 0, n - 1): ids for row, ids in self.allowed.items()}
+            arrays = [id_array(f"allowed[{row}]", sets[row]) if row in sets else None for row in range(n)]
+            for row, ids in enumerate(arrays):
+                if ids is not None and not ids.size:
+                    raise ValueError(f"allowed[{row}] is empty: a row must be able to take some id")
+            sizes = [0 if ids is None else ids.size for ids in arrays]
+            out.allowed_ends = array("allowed", np.cumsum(sizes), n)
+            out.allowed_ids = array("allowed", np.concatenate([ids for ids in arrays if ids is not None]), None)
+        return kept
+
+
+def _session_options(
+    n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, type_kv: str = "f16", n_rows: int = 0
+) -> Any:
     if type_kv not in KV_TYPES:
         raise ValueError(f"type_kv is {type_kv!r}: it must be one of {', '.join(map(repr, KV_TYPES))}")
     options = ffi.new("dg_session_options *", lib.dg_session_options_default())
@@ -403,26 +477,25 @@ def _session_options(n_ctx: int, n_batch: int, n_threads: int, type_kv: str) -> 
     options.n_batch = int32("n_batch", n_batch, low=1)
     options.n_threads = int32("n_threads", n_threads)
     options.type_kv = KV_TYPES[type_kv]
+    options.n_rows = int32("n_rows", n_rows)
     return options
 
 
 class NativeSession:
-    """One timeline on a model: a prefix in the KV cache, and at most one canvas that is being denoised.
+    """One timeline on a model: a prefix in the KV cache, and the canvases that are being denoised behind it.
 
-    `n_ctx` 0: the smaller of 8192 and the file's context length. `n_batch`: tokens per chunk of a prompt. `n_threads`
-    0: as many as this process may use at once. `type_kv`: a key of KV_TYPES.
+    Options: `n_ctx` 0: the smaller of 8192 and the file's context length. `n_batch`: tokens per chunk of a prompt.
+    `n_threads` 0: as many as this process may use at once. `type_kv`: a key of KV_TYPES. `n_rows`: the most rows that
+    canvases side by side may have together, 0 for C, which is the least.
 
     The computing methods raise SessionBusyError when another thread is inside, CancelledError after cancel(), and what
     a signal handler raised (KeyboardInterrupt) when one ran meanwhile; what then holds stands at each call in
     csrc/diffgguf.h. After close(), all but close() and cancel() raise ModelClosedError.
     """
 
-    def __init__(
-        self, model: NativeModel, *, n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, type_kv: str = "f16"
-    ) -> None:
-        options = _session_options(n_ctx, n_batch, n_threads, type_kv)
+    def __init__(self, model: NativeModel, **options: Any) -> None:
         out = ffi.new("dg_session **")
-        _call(lib.dg_session_create, out, model._open_pointer(), options)
+        _call(lib.dg_session_create, out, model._open_pointer(), _session_options(**options))
         pointer = ffi.gc(out[0], lib.dg_session_free)
         _call(lib.dg_session_set_poll, pointer, lib.dg_python_poll, ffi.NULL)
         self._pointer: Any = pointer
@@ -430,6 +503,8 @@ class NativeSession:
         self._n_vocab = model.config.n_vocab
         self.n_ctx: int = lib.dg_session_n_ctx(pointer)
         self.n_threads: int = lib.dg_session_n_threads(pointer)
+        self.n_rows: int = lib.dg_session_n_rows(pointer)
+        self._rows: list[int] = []  # of each canvas under way
         self.memory = Memory(**_fields(lib.dg_session_memory(pointer), _MEMORY_FIELDS))
 
     @property
@@ -480,14 +555,35 @@ class NativeSession:
         _check_readable(path)
         _call(lib.dg_session_load, pointer, encoded)
 
-    def denoise(self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None) -> Float32Array:
-        """One decoder pass: canvas [C] ids -> logits float32 [C, V], softcapped, before temperature.
+    def score(self, texts: Sequence[npt.ArrayLike]) -> list[Float64Array]:
+        """Natural log of the probability of each token after the prefix and the tokens before it, for each text."""
+        arrays = [id_array(f"texts[{i}]", text) for i, text in enumerate(texts)]
+        if not arrays:
+            return []
+        lengths = np.array([array.size for array in arrays], dtype=np.int32)
+        ids = np.concatenate(arrays)
+        out = np.empty(ids.size, dtype=np.float64)
+        _call(
+            lib.dg_session_score,
+            self._open_pointer(),
+            _pointer_to("int32_t[]", ids),
+            _pointer_to("int32_t[]", lengths),
+            lengths.size,
+            _pointer_to("double[]", out),
+        )
+        return np.split(out, np.cumsum(lengths)[:-1])
 
-        `self_conditioning` float32 [C, V]: the processed logits of the step before, None for a zero signal. The prefix
-        is read, not changed.
+    def denoise(
+        self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None, n_rows: int | None = None
+    ) -> Float32Array:
+        """One decoder pass: canvas [n_rows] ids -> logits float32 [n_rows, V], softcapped, before temperature.
+
+        `n_rows`: 1 to C, None for C. `self_conditioning` float32 [n_rows, V]: the processed logits of the step before,
+        None for a zero signal. The prefix is read, not changed.
         """
-        ids = id_array("canvas", canvas, self._canvas_length)
-        shape = (self._canvas_length, self._n_vocab)
+        rows = self._canvas_length if n_rows is None else integer("n_rows", n_rows, 1, self._canvas_length)
+        ids = id_array("canvas", canvas, rows)
+        shape = (rows, self._n_vocab)
         signal = None
         if self_conditioning is not None:
             signal = float_array("self_conditioning", self_conditioning, np.float32, shape)
@@ -496,57 +592,40 @@ class NativeSession:
             lib.dg_session_denoise,
             self._open_pointer(),
             _pointer_to("int32_t[]", ids),
+            ids.size,
             _pointer_to("float[]", signal),
             _pointer_to("float[]", logits),
         )
         return logits
 
-    def canvas_begin(
-        self,
-        sampling: Sampling,
-        *,
-        seed: int = 0,
-        canvas_index: int = 0,
-        pinned: npt.ArrayLike | None = None,
-        canvas: npt.ArrayLike | None = None,
-    ) -> None:
-        """Starts a canvas after the prefix, which must hold at least one token.
+    def canvas_begin(self, specs: Sequence[CanvasSpec], sampling: Sampling) -> None:
+        """Starts canvases side by side after the prefix, which must hold at least one token."""
+        options = ffi.new("dg_canvas_options[]", len(specs))
+        kept = [spec._fill(options[i], sampling, self._canvas_length) for i, spec in enumerate(specs)]
+        _call(lib.dg_session_canvas_begin, self._open_pointer(), options, len(specs))
+        del kept  # C has copied the arrays
+        self._rows = [options[i].n_rows for i in range(len(specs))]
 
-        `seed` (64 bits) and `canvas_index` (32 bits) key the draws. `pinned` [C]: the id where a row is fixed, -1 where
-        it is free. `canvas` [C]: the canvas to start from, None for uniform random ids.
+    def canvas_step(self, noise: Sequence[tuple[npt.ArrayLike, npt.ArrayLike] | None] | None = None) -> list[RawStep]:
+        """One denoise step of every canvas that is not finished; after CancelledError it may be repeated.
+
+        `noise`: for each canvas (uniform float64 [n_rows] in [0, 1), renoise [n_rows] ids) in place of the step's own
+        draws; None for a canvas that is finished, or for all: the built-in draws.
         """
-        pinned_ids = None if pinned is None else id_array("pinned", pinned, self._canvas_length)
-        canvas_ids = None if canvas is None else id_array("canvas", canvas, self._canvas_length)
-        options = ffi.new("dg_canvas_options *")
-        sampling._fill(options.sampling)
-        options.seed = integer("seed", seed, 0, MAX_SEED)
-        options.canvas_index = integer("canvas_index", canvas_index, 0, 2**32 - 1)
-        # The arrays stay alive as the locals above; C copies them.
-        options.pinned = _pointer_to("int32_t[]", pinned_ids)
-        options.canvas = _pointer_to("int32_t[]", canvas_ids)
-        _call(lib.dg_session_canvas_begin, self._open_pointer(), options)
+        pointer, rows = self._open_pointer(), self._rows
+        given, kept = ffi.NULL, []
+        if noise is not None:
+            given = ffi.new("dg_noise[]", len(rows))
+            for i, (draws, n) in enumerate(zip(noise, rows, strict=True)):
+                if draws is not None:
+                    kept.append(_fill_noise(given[i], *draws, n))
+        out = ffi.new("dg_step[]", max(1, len(rows)))
+        _call(lib.dg_session_canvas_step, pointer, given, out)
+        return [_read_step(out[i]) for i in range(len(rows))]
 
-    def canvas_step(self, uniform: npt.ArrayLike | None = None, renoise: npt.ArrayLike | None = None) -> RawStep:
-        """One denoise step of the canvas under way; after CancelledError it may be repeated.
-
-        `uniform` float64 [C] in [0, 1) and `renoise` [C] ids replace the step's own draws; both or none.
-        """
-        noise, _keep_alive = _noise(uniform, renoise, self._canvas_length)
-        out = ffi.new("dg_step *")
-        pointer = self._open_pointer()
-        _call(lib.dg_session_canvas_step, pointer, noise, out)
-        n = self._canvas_length
-        return RawStep(
-            argmax=_copy(out.argmax, n, np.int32),
-            canvas=_copy(out.canvas, n, np.int32),
-            accepted=_copy(out.accepted, n, np.bool_),
-            entropy=_copy(out.entropy, n, np.float64),
-            step=out.step,
-            steps=out.steps,
-            finished=out.finished,
-            converged=out.converged,
-            mean_entropy=out.mean_entropy,
-        )
+    def canvas_drop(self, index: int) -> None:
+        """The canvas makes no further step."""
+        _call(lib.dg_session_canvas_drop, self._open_pointer(), int32("index", index))
 
     def cancel(self) -> None:
         """From any thread: the call that is running, or else the next one that computes, raises CancelledError."""
@@ -562,18 +641,13 @@ class NativeSession:
 # ------------------------------------------------------------------------------------------------- sampler and draws
 
 
-def _noise(uniform: npt.ArrayLike | None, renoise: npt.ArrayLike | None, n_rows: int) -> tuple[Any, object]:
-    """A dg_noise * (NULL when both are None), and what must outlive its use."""
-    if uniform is None and renoise is None:
-        return ffi.NULL, None
-    if uniform is None or renoise is None:
-        raise ValueError("uniform and renoise must be given together")
+def _fill_noise(out: Any, uniform: npt.ArrayLike, renoise: npt.ArrayLike, n_rows: int) -> object:
+    """Writes draws into a dg_noise; returns what must outlive its use."""
     u = float_array("uniform", uniform, np.float64, (n_rows,))
     ids = id_array("renoise", renoise, n_rows)
-    noise = ffi.new("dg_noise *")
-    noise.uniform = _pointer_to("double[]", u)
-    noise.renoise = _pointer_to("int32_t[]", ids)
-    return noise, (u, ids)
+    out.uniform = _pointer_to("double[]", u)
+    out.renoise = _pointer_to("int32_t[]", ids)
+    return out.uniform, out.renoise
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -598,7 +672,8 @@ def sample(
     """
     z = float_array("z", z, np.float32, (None, None))
     n_rows, n_vocab = z.shape
-    noise, _keep_alive = _noise(uniform, renoise, n_rows)
+    noise = ffi.new("dg_noise *")
+    _keep_alive = _fill_noise(noise, uniform, renoise, n_rows)
     pinned_ids = None if pinned is None else id_array("pinned", pinned, n_rows)
     options = ffi.new("dg_sampling *")
     sampling._fill(options)

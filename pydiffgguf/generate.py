@@ -17,7 +17,7 @@ import numpy as np
 from pydiffgguf._native import BoolArray, Float64Array, Int32Array, RawStep, Sampling
 from pydiffgguf.chat import CLOSE, OPEN, StopStrings, split_reasoning
 from pydiffgguf.errors import CancelledError, ContextOverflowError
-from pydiffgguf.session import CanvasLoop, Noise, Session
+from pydiffgguf.session import CanvasBatch, CanvasSpec, Noise, Session
 from pydiffgguf.tokenizer import Tokenizer
 
 __all__ = [
@@ -248,13 +248,12 @@ def _denoise(
     stats: Stats,
     view: TextView,
 ) -> Generator[DenoiseStep, None, RawStep]:
-    loop = CanvasLoop(
-        session._native, request.sampling, noise=request.noise, seed=request.seed, canvas_index=canvas_index
-    )
+    spec = CanvasSpec(seed=request.seed, canvas_index=canvas_index)
+    batch = CanvasBatch(session, [spec], request.sampling, noise=request.noise)
     stats.steps.append(0)
     while True:
         step_began = time.monotonic()
-        step = loop.step()
+        [step] = batch.step()
         now = time.monotonic()
         stats.denoise_s += now - step_began
         stats.steps[-1] += 1

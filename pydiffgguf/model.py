@@ -138,7 +138,7 @@ class DiffusionModel:
         """Bytes by kind: those of the session that was made last, or what a session would take before there is one.
 
         Args:
-            options: n_ctx, n_batch, type_kv of the session to predict; without any, the model's own.
+            options: n_ctx, n_batch, type_kv, n_rows of the session to predict; without any, the model's own.
         """
         self._check_open()
         if options:
@@ -329,13 +329,18 @@ class DiffusionModel:
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
-    def session(self) -> Session:
+    def session(self, *, n_rows: int | None = None) -> Session:
         """A session of its own, for tests, research and embedders; with the options that the model was opened with.
+
+        Args:
+            n_rows: the most rows that canvases side by side may have together; None for the canvas length C, which is
+                the least. The buffers grow with it: a row takes V logits and its part of the largest layer.
 
         Raises OutOfMemoryError when its cache or buffers are refused.
         """
         self._check_open()
-        return Session(self._native, **self._session_options)
+        rows = 0 if n_rows is None else integer("n_rows", n_rows, self.config.canvas_length, 2**16)
+        return Session(self._native, **self._session_options, n_rows=rows)
 
     @contextmanager
     def _session_for(self, prompt: Sequence[int]) -> Iterator[Session]:

@@ -1,12 +1,13 @@
-"""The low level: numpy in, numpy out. A session owns a KV cache and buffers, and denoises one canvas at a time.
+"""The low level: numpy in, numpy out. A session owns a KV cache and buffers, and denoises canvases behind its prefix.
 
-C is the canvas length, V the vocabulary size (`model.config.canvas_length`, `model.config.n_vocab`).
+C is the canvas length, V the vocabulary size (`model.config.canvas_length`, `model.config.n_vocab`). A canvas has C
+rows unless it is asked to be shorter.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from pydiffgguf import _native
 from pydiffgguf._native import (
     BoolArray,
+    CanvasSpec,
     Float32Array,
     Float64Array,
     Int32Array,
@@ -29,12 +31,21 @@ from pydiffgguf._native import (
     StrPath,
 )
 
-__all__ = ["SAMPLING_OPTIONS", "Canvas", "Noise", "Session", "Step", "resolve_sampling"]
+__all__ = [
+    "SAMPLING_OPTIONS",
+    "Canvas",
+    "CanvasBatch",
+    "CanvasSpec",
+    "Noise",
+    "Session",
+    "Step",
+    "resolve_sampling",
+]
 
 
 class Noise(Protocol):
     """Draws handed in by the caller in place of the built-in Philox ones. `c` counts canvases, `step` counts from 0 in
-    order of execution; all arrays have C entries."""
+    order of execution; all arrays have an entry for each row, C of them unless the canvas is shorter."""
 
     def canvas(self, c: int) -> npt.ArrayLike:
         """Ids of the first canvas: int32."""
@@ -48,7 +59,7 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What the sampler made of one step; arrays of C entries.
+    """What the sampler made of one step; arrays with an entry for each row.
 
     `argmax` int32: the canvas that counts. `accepted` bool: whose draw was accepted; False on pinned rows, which take
     no part. `entropy` float64: nats, at the step's temperature; 0 on pinned rows. `canvas` int32: what the next step
@@ -63,8 +74,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Canvas:
-    """A denoised canvas. `tokens` int32 [C]: the last argmax canvas. `steps`: how many were made. `converged`: it was
-    stable and confident before the steps (or the time) ran out. `trace`: one Step each, when asked for."""
+    """A denoised canvas. `tokens` int32 [n_rows]: the last argmax canvas. `steps`: how many were made. `converged`: it
+    was stable and confident before the steps (or the time) ran out. `trace`: one Step each, when asked for."""
 
     tokens: Int32Array
     steps: int
@@ -138,6 +149,11 @@ class Session:
     def n_threads(self) -> int:
         return self._native.n_threads
 
+    @property
+    def n_rows(self) -> int:
+        """The most rows that canvases side by side may have together."""
+        return self._native.n_rows
+
     def tokens(self) -> Int32Array:
         """The prefix: int32 [n_past]."""
         return self._native.tokens()
@@ -168,18 +184,31 @@ class Session:
         """Bytes by kind that this session holds."""
         return self._native.memory
 
+    def score(self, texts: Sequence[npt.ArrayLike]) -> list[Float64Array]:
+        """Encoder mode as a causal language model: for each text (int32 [n], 1 to C ids) float64 [n], the natural log
+        of the probability of each id after the prefix and the ids before it. The texts are computed side by side,
+        n_rows ids at a time, and nothing is appended.
+
+        Raises ValueError when nothing is encoded yet, for an empty text, one longer than C, an id out of range;
+        ContextOverflowError where prefix and text pass n_ctx.
+        """
+        return self._native.score(texts)
+
     # ------------------------------------------------------------------------------------------------- the canvas
 
-    def denoise(self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None) -> Float32Array:
-        """One decoder pass: canvas int32 [C] -> logits float32 [C, V], softcapped, before temperature.
+    def denoise(
+        self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None, *, n_rows: int | None = None
+    ) -> Float32Array:
+        """One decoder pass: canvas int32 [n_rows] -> logits float32 [n_rows, V], softcapped, before temperature.
 
         Args:
-            self_conditioning: float32 [C, V], the *processed* logits (divided by the temperature) of the step before;
-                None for a zero signal, as on the first step.
+            n_rows: 1 to C; None for C.
+            self_conditioning: float32 [n_rows, V], the *processed* logits (divided by the temperature) of the step
+                before; None for a zero signal, as on the first step.
 
         Raises ValueError when nothing is encoded yet, or for arrays of another shape.
         """
-        return self._native.denoise(canvas, self_conditioning)
+        return self._native.denoise(canvas, self_conditioning, n_rows)
 
     def sample(
         self,
@@ -218,6 +247,11 @@ class Session:
         pinned: npt.ArrayLike | None = None,
         on_step: Callable[[RawStep], object] | None = None,
         trace: bool = False,
+        *,
+        n_rows: int | None = None,
+        canvas: npt.ArrayLike | None = None,
+        watched: npt.ArrayLike | None = None,
+        allowed: Mapping[int, npt.ArrayLike] | None = None,
         **sampling: Any,
     ) -> Canvas:
         """Denoises one canvas behind the prefix, and appends nothing to it.
@@ -225,22 +259,24 @@ class Session:
         Args:
             noise: draws of the caller; None for Philox keyed by `seed` and `canvas_index`.
             canvas_index: the `c` of noise and Philox.
-            pinned: int32 [C]: the id where a row is fixed, -1 where it is free. Pinned rows are written back last in
-                every step, take no part in entropy budget, mean entropy or stability, and give self-conditioning
+            pinned: int32 [n_rows]: the id where a row is fixed, -1 where it is free. Pinned rows are written back last
+                in every step, take no part in entropy budget, mean entropy or stability, and give self-conditioning
                 their own embedding.
             on_step: called after each step; a true result ends the canvas there.
             trace: keep every step's Step.
+            n_rows, canvas, watched, allowed: as in CanvasSpec.
             sampling: options as in `SAMPLING_OPTIONS`.
 
         Raises ValueError when nothing is encoded yet, an option or a pin is out of range; TypeError for an unknown
         option.
         """
         options, time_limit = resolve_sampling(self._defaults, sampling)
-        loop = CanvasLoop(self._native, options, noise=noise, seed=seed, canvas_index=canvas_index, pinned=pinned)
+        spec = CanvasSpec(n_rows, pinned, canvas, watched, allowed, seed, canvas_index)
+        batch = CanvasBatch(self, [spec], options, noise=noise)
         deadline = None if time_limit is None else time.monotonic() + time_limit
         steps: list[Step] = []
         while True:
-            step = loop.step()
+            [step] = batch.step()
             if trace:
                 steps.append(Step(step.argmax, step.accepted, step.entropy, step.canvas))
             stop = on_step is not None and bool(on_step(step))
@@ -270,32 +306,55 @@ class Session:
         self.close()
 
 
-class CanvasLoop:
-    """One canvas under way: what `Session.run_canvas` and whole generations step through."""
+class CanvasBatch:
+    """Canvases under way, side by side after one prefix: what `Session.run_canvas`, whole generations and infill step
+    through. Each has the numbers that it would have alone; together they share every pass over the weights.
+
+    Args:
+        session: holds a prefix of at least one token. Any other call that computes on it ends the canvases.
+        specs: one for each canvas; together they have at most `session.n_rows` rows.
+        noise: draws of the caller, `c` being the spec's `canvas_index`; None for Philox.
+
+    Raises ValueError when nothing is encoded yet, or for specs that are out of range.
+    """
 
     def __init__(
-        self,
-        session: NativeSession,
-        sampling: Sampling,
-        *,
-        noise: Noise | None,
-        seed: int,
-        canvas_index: int,
-        pinned: npt.ArrayLike | None = None,
+        self, session: Session, specs: Sequence[CanvasSpec], sampling: Sampling, *, noise: Noise | None = None
     ) -> None:
-        self._session = session
+        self._session = session._native
         self._noise = noise
-        self._canvas_index = canvas_index
         self._step = 0
-        canvas = None if noise is None else noise.canvas(canvas_index)
-        session.canvas_begin(sampling, seed=seed, canvas_index=canvas_index, pinned=pinned, canvas=canvas)
+        if noise is not None:
+            specs = [
+                spec if spec.canvas is not None else replace(spec, canvas=noise.canvas(spec.canvas_index))
+                for spec in specs
+            ]
+        self._specs = specs
+        self._live = [True] * len(specs)
+        self._session.canvas_begin(specs, sampling)
 
-    def step(self) -> RawStep:
-        """The next denoise step; after CancelledError it may be repeated."""
-        if self._noise is None:
-            raw = self._session.canvas_step()
-        else:
-            c, n = self._canvas_index, self._step
-            raw = self._session.canvas_step(self._noise.uniform(c, n), self._noise.renoise(c, n))
+    @property
+    def finished(self) -> bool:
+        """No canvas makes another step."""
+        return not any(self._live)
+
+    def step(self) -> list[RawStep]:
+        """The next denoise step of every canvas that is not finished; the others keep their last RawStep. After
+        CancelledError it may be repeated. Raises ValueError when all are finished."""
+        draws = None
+        if self._noise is not None:
+            n = self._step
+            draws = [
+                (self._noise.uniform(spec.canvas_index, n), self._noise.renoise(spec.canvas_index, n)) if live else None
+                for spec, live in zip(self._specs, self._live, strict=True)
+            ]
+        steps = self._session.canvas_step(draws)
         self._step += 1
-        return raw
+        self._live = [live and not step.finished for live, step in zip(self._live, steps, strict=True)]
+        return steps
+
+    def drop(self, index: int) -> None:
+        """Canvas `index` makes no further step: it lost, say."""
+        if self._live[index]:
+            self._session.canvas_drop(index)
+            self._live[index] = False

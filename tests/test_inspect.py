@@ -89,15 +89,15 @@ def test_a_converted_file_lacks_nothing(model: Path) -> None:
     ("options", "expected"),
     [
         # 5 sliding layers of 2 x 32, 1 full layer of 1 x 64, window 16: K and V, 64 wide on every layer.
-        ({}, 2 * 64 * 2 * (5 * (15 + 512) + 4096)),
+        ({}, 2 * 64 * 2 * (5 * (15 + 513) + 4096)),
         ({"n_ctx": 100}, 2 * 64 * 2 * (5 * 100 + 100)),
-        ({"n_ctx": 3000, "type_kv": "f32"}, 2 * 64 * 4 * (5 * 527 + 3000)),
-        ({"n_ctx": 3000, "type_kv": "bf16"}, 2 * 64 * 2 * (5 * 527 + 3000)),
-        ({"n_ctx": 3000, "type_kv": "q8_0"}, 2 * (5 * 35840 + 204000)),
+        ({"n_ctx": 3000, "type_kv": "f32"}, 2 * 64 * 4 * (5 * 528 + 3000)),
+        ({"n_ctx": 3000, "type_kv": "bf16"}, 2 * 64 * 2 * (5 * 528 + 3000)),
+        ({"n_ctx": 3000, "type_kv": "q8_0"}, 2 * (5 * 35904 + 204000)),
     ],
 )
 def test_the_kv_cache_is_counted_by_layer(model: Path, options: dict[str, Any], expected: int) -> None:
-    """Full layers keep all positions, sliding ones window - 1 and the largest pass; Q8_0 takes 34 bytes per 32."""
+    """Full layers keep all positions, sliding ones window - 1, the largest pass and one row; Q8_0: 34 bytes per 32."""
     assert inspect_file(model, **options).memory.kv_bytes == expected
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from pydiffgguf import _native, errors
-from pydiffgguf._native import NativeModel, NativeSession, Sampling
+from pydiffgguf._native import CanvasSpec, NativeModel, NativeSession, Sampling
 
 PROMPT = [2, 20, 21, 22, 23]
 
@@ -143,8 +143,8 @@ def test_a_bad_sampling_option_names_itself(
     """Out of range is a ValueError, of another type a TypeError; the session stays usable."""
     session.encode(PROMPT)
     with pytest.raises(error, match=next(iter(change))):
-        session.canvas_begin(replace(model.sampling, **change))
-    session.canvas_begin(model.sampling)
+        session.canvas_begin([CanvasSpec()], replace(model.sampling, **change))
+    session.canvas_begin([CanvasSpec()], model.sampling)
 
 
 # ----------------------------------------------------------------------------------------------------------- arrays
@@ -204,8 +204,8 @@ def test_the_layout_of_an_array_does_not_matter(session: NativeSession) -> None:
 def test_results_are_copies(session: NativeSession, model: NativeModel) -> None:
     """A step's arrays live on, unchanged, through the next step and the end of the session."""
     session.encode(PROMPT)
-    session.canvas_begin(model.sampling, seed=1)
-    first = session.canvas_step()
+    session.canvas_begin([CanvasSpec(seed=1)], model.sampling)
+    [first] = session.canvas_step()
     kept = [array.copy() for array in (first.argmax, first.canvas, first.accepted, first.entropy)]
     session.canvas_step()
     session.close()
@@ -218,12 +218,12 @@ def test_the_loop_uses_the_draws_it_says_it_uses(session: NativeSession, model: 
     """A canvas under a seed and the same canvas with that seed's draws handed in are the same, step for step."""
     session.encode(PROMPT)
     seed, index, c, v = 2**63 + 5, 3, model.config.canvas_length, model.config.n_vocab
-    session.canvas_begin(model.sampling, seed=seed, canvas_index=index)
-    alone = [session.canvas_step() for _ in range(4)]
-    session.canvas_begin(model.sampling, canvas=_native.noise_canvas(seed, index, c, v))
+    session.canvas_begin([CanvasSpec(seed=seed, canvas_index=index)], model.sampling)
+    alone = [session.canvas_step()[0] for _ in range(4)]
+    session.canvas_begin([CanvasSpec(canvas=_native.noise_canvas(seed, index, c, v))], model.sampling)
     for step, expected in enumerate(alone):
         uniform = _native.noise_uniform(seed, index, step, c)
-        handed = session.canvas_step(uniform, _native.noise_renoise(seed, index, step, c, v))
+        [handed] = session.canvas_step([(uniform, _native.noise_renoise(seed, index, step, c, v))])
         assert np.array_equal(handed.canvas, expected.canvas)
         assert np.array_equal(handed.accepted, expected.accepted)
         assert handed.mean_entropy == expected.mean_entropy
@@ -236,8 +236,8 @@ def test_the_sampler_alone_is_the_sampler_of_the_loop(session: NativeSession, mo
     uniform, renoise = _native.noise_uniform(9, 0, 0, c), _native.noise_renoise(9, 0, 0, c, v)
     logits = session.denoise(_native.noise_canvas(9, 0, c, v))
     sampled = _native.sample(logits, model.sampling, step=0, uniform=uniform, renoise=renoise)
-    session.canvas_begin(model.sampling, seed=9)
-    step = session.canvas_step()
+    session.canvas_begin([CanvasSpec(seed=9)], model.sampling)
+    [step] = session.canvas_step()
     assert np.array_equal(sampled.argmax, step.argmax)
     assert np.array_equal(sampled.canvas, step.canvas)
     assert np.array_equal(sampled.accepted, step.accepted)
@@ -327,7 +327,7 @@ def test_close_is_idempotent_and_ends_all_use(tiny_gguf: Path) -> None:
         lambda: session.save(tiny_gguf.parent / "never"),
         lambda: session.load(tiny_gguf),
         lambda: session.denoise([0] * 32),
-        lambda: session.canvas_begin(model.sampling),
+        lambda: session.canvas_begin([CanvasSpec()], model.sampling),
         session.canvas_step,
         session.clear_cancel,
     ]
@@ -359,7 +359,7 @@ def test_objects_left_open_at_exit_do_no_harm(tiny_gguf: Path) -> None:
         model = native.NativeModel({os.fspath(tiny_gguf)!r})
         session = native.NativeSession(model, n_ctx=64)
         session.encode({PROMPT})
-        session.canvas_begin(model.sampling)
+        session.canvas_begin([native.CanvasSpec()], model.sampling)
         session.canvas_step()
         session.itself = session
         model.session = session
@@ -376,7 +376,7 @@ def test_objects_left_open_at_exit_do_no_harm(tiny_gguf: Path) -> None:
 def run_until_stopped(session: NativeSession, sampling: Sampling) -> Exception:
     """Steps through a canvas until something stops it; returns that."""
     try:
-        session.canvas_begin(sampling)
+        session.canvas_begin([CanvasSpec()], sampling)
         while True:
             session.canvas_step()
     except (errors.DiffGGUFError, ValueError) as error:
@@ -400,8 +400,8 @@ def test_cancel_from_another_thread(session: NativeSession, endless: Sampling) -
     thread.join(timeout=20)
     assert [type(result) for result in results] == [errors.CancelledError]
     assert session.tokens().tolist() == PROMPT
-    session.canvas_begin(endless)
-    assert session.canvas_step().step == 0
+    session.canvas_begin([CanvasSpec()], endless)
+    assert session.canvas_step()[0].step == 0
 
 
 def test_a_cancel_that_meets_no_call_waits_for_the_next(session: NativeSession) -> None:
