@@ -4,7 +4,8 @@
     python benchmarks/batched_canvases.py --file 724m.q8_0.gguf --json out.json
 
 Everything is a ratio of two times of one run: together and apart are timed in turns, the order changing from repetition
-to repetition, after one untimed round of each; what is printed are medians. The output is Markdown.
+to repetition, after one untimed round of each, whose numbers are compared; what is printed are medians. The output is
+Markdown. With the defaults it takes about ten minutes on two cores, most of them for canvases of 256 rows.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import shapes
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf._native import RawStep, Sampling
+from pydiffgguf.search import PROBE_STEPS, SUFFIX_ROWS
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
 SHAPE = "724m"
@@ -134,28 +136,31 @@ def time_pair(
         pair.apart.append(sum(sum(times[1:]) for times in runs))
         pair.apart_whole.append(sum(sum(times) for times in runs))
 
-    for i in range(repeat + 1):
+    pair.errors = compare(session, rows, n_vocab, steps)
+    for i in range(1, repeat + 1):
         for measured in (together, apart) if i % 2 else (apart, together):
             measured()
-        if i == 0:  # warmed up
-            for times in (pair.together, pair.apart, pair.together_whole, pair.apart_whole):
-                times.clear()
-        else:
-            say(f"{rows} rows, {i} of {repeat}: together {pair.together[-1]:.2f} s, apart {pair.apart[-1]:.2f} s")
+        say(f"{rows} rows, {i} of {repeat}: together {pair.together[-1]:.2f} s, apart {pair.apart[-1]:.2f} s")
     return pair
 
 
-def time_probe(session: Session, lengths: Sequence[int], suffix: int, *, steps: int, repeat: int) -> list[float]:
-    """Seconds of trying gaps of those lengths together, each with `suffix` rows after it, `steps` steps."""
+def time_probe(session: Session, lengths: Sequence[int], repeat: int) -> dict[str, Any]:
+    """Trying gaps of those lengths as `pydiffgguf.search` does: PROBE_STEPS steps together, each gap followed by
+    SUFFIX_ROWS rows of suffix, then the causal pass over what was written. Seconds of each repetition."""
     rng = np.random.default_rng(0)
     n_vocab, most = session.config.n_vocab, session.config.canvas_length
     group = []
     for length in lengths:
-        rows = min(most, length + suffix)
+        rows = min(most, length + SUFFIX_ROWS)
         pinned = np.where(np.arange(rows) < length, -1, rng.integers(n_vocab, size=rows)).astype(np.int32)
-        group.append(CanvasSpec(n_rows=rows, pinned=pinned, watched=np.where(pinned < 0, -1, pinned), seed=length))
-    times = [sum(run(session, group, steps)[1]) for _ in range(repeat + 1)]
-    return times[1:]
+        group.append(CanvasSpec(n_rows=rows, pinned=pinned, watched=np.full(rows, -1), seed=length))
+    seconds = []
+    for _ in range(repeat + 1):
+        began = time.perf_counter()
+        taken, _ = run(session, group, PROBE_STEPS)
+        session.score([step.argmax for step in taken[-1]])
+        seconds.append(time.perf_counter() - began)
+    return {"lengths": list(lengths), "suffix": SUFFIX_ROWS, "steps": PROBE_STEPS, "seconds": seconds[1:]}
 
 
 def machine() -> str:
@@ -176,27 +181,23 @@ def measure(
     n_vocab, most = model.config.n_vocab, model.config.canvas_length
     ids = np.random.default_rng(1).integers(n_vocab, size=prompt, dtype=np.int32)
     result: dict[str, Any] = {"prompt": prompt, "steps": steps, "repeat": repeat, "canvases": CANVASES, "pairs": []}
-    with model.session(n_rows=max(most, CANVASES * max(rows))) as session:
+    result["canvas_length"] = most
+    with model.session(n_rows=CANVASES * most) as session:
         session.encode(ids)
         result["threads"] = session.n_threads
         for n in rows:
             pair = time_pair(session, n, n_vocab, steps=steps, repeat=repeat, say=say)
-            pair.errors = compare(session, n, n_vocab, min(steps, 2))
             result["pairs"].append(
                 {"ratio": pair.ratio(), "whole_ratio": pair.whole_ratio(), "target": TARGETS.get(n), **vars(pair)}
             )
-        full = [sum(run(session, specs(most, n_vocab, False)[:1], 3)[1][1:]) / 2 for _ in range(repeat + 1)][1:]
+        full = [run(session, specs(most, n_vocab, False)[:1], 2)[1][-1] for _ in range(repeat + 1)][1:]
         result["full_step_s"] = statistics.median(full)
-        result["probe"] = probe(session, repeat)
-        result["probe"]["full_steps"] = statistics.median(result["probe"]["seconds"]) / result["full_step_s"]
+        longest = most - SUFFIX_ROWS
+        for lengths in ([2**i for i in range(CANVASES)], range(longest - CANVASES + 1, longest + 1)):
+            tried = time_probe(session, [min(n, longest) for n in lengths], repeat)
+            tried["full_steps"] = statistics.median(tried["seconds"]) / result["full_step_s"]
+            result.setdefault("probes", []).append(tried)
     return result
-
-
-def probe(session: Session, repeat: int) -> dict[str, Any]:
-    """Trying eight lengths, from 1 to 128 tokens by powers of two, with 16 rows of suffix, 4 steps each."""
-    lengths, suffix, steps = [2**i for i in range(8)], 16, 4
-    seconds = time_probe(session, lengths, suffix, steps=steps, repeat=repeat)
-    return {"lengths": lengths, "suffix": suffix, "steps": steps, "seconds": seconds}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -216,12 +217,20 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {pair['rows']} rows | {together:.3f} | {apart:.3f} | **{pair['ratio']:.2f}** | "
             f"{pair['whole_ratio']:.2f} | {bound} |"
         )
-    p = result["probe"]
     lines += [
         "",
-        f"Seconds are per step of all canvases. Gaps of {', '.join(map(str, p['lengths']))} tokens together, with "
-        f"{p['suffix']} rows of suffix, {p['steps']} steps: {statistics.median(p['seconds']):.2f} s, as much as "
-        f"**{p['full_steps']:.1f}** full steps of {result['full_step_s']:.3f} s (bound {PROBE_TARGET:.0f}).",
+        "Seconds are per step of all canvases. Lengths tried together as the search does it, "
+        f"{result['probes'][0]['steps']} steps with {result['probes'][0]['suffix']} rows of suffix and the causal pass "
+        f"at the end, in full steps of one canvas of {result['canvas_length']} rows ({result['full_step_s']:.3f} s):",
+        "",
+        "| lengths | s | full steps | bound |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for tried in result["probes"]:
+        lengths = ", ".join(map(str, tried["lengths"]))
+        seconds = statistics.median(tried["seconds"])
+        lines.append(f"| {lengths} | {seconds:.2f} | **{tried['full_steps']:.1f}** | {PROBE_TARGET:.0f} |")
+    lines += [
         "",
         "A canvas among others against the same canvas alone, worst of the canvases, relative error over all rows:",
         "",

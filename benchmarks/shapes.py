@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -122,6 +121,11 @@ def shape(name: str) -> ModelConfig:
     return parse_config({"model_type": "diffusion_gemma_text", **SHAPES[name]}, name)
 
 
+def tensors(config: ModelConfig) -> list[SourceTensor]:
+    """The tensors of a file, in its order."""
+    return [SourceTensor(name, rule, dims, rule.source) for name, rule, dims, _ in wanted_tensors(config)]
+
+
 def file_type(kind: GGMLQuantizationType) -> LlamaFileType:
     """`general.file_type` of a file whose big tensors have that type."""
     names = {T.F32: "ALL_F32", T.Q4_K: "MOSTLY_Q4_K_M", T.Q5_K: "MOSTLY_Q5_K_M", T.Q3_K: "MOSTLY_Q3_K_M"}
@@ -138,13 +142,12 @@ class RandomCheckpoint:
     eos_ids: list[int]
 
 
-def plan(tensors: Sequence[SourceTensor], recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> list[PlannedTensor]:
+def plan(sources: Sequence[SourceTensor], recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> list[PlannedTensor]:
     """The type and size of every tensor: the converter's rule for the recipe, then the first override that matches."""
     planned = []
-    for tensor in tensors:
-        wanted = next(
-            (parse_type(kind) for pattern, kind in overrides if fnmatch.fnmatchcase(tensor.name, pattern)), None
-        )
+    for tensor in sources:
+        matching = (kind for pattern, kind in overrides if fnmatch.fnmatchcase(tensor.name, pattern))
+        wanted = next(map(parse_type, matching), None) if len(tensor.shape) > 1 else None
         row = tensor.shape[-1]
         kind = choose_type(tensor.rule, tensor.shape, recipe)[0] if wanted is None else wanted
         if row % GGML_QUANT_SIZES[kind][0] or (wanted is None and kind == T.F16 != recipe.big):
@@ -247,7 +250,7 @@ def write(
     Args:
         type: of the big tensors, one of TYPES; norms, scalars and the router stay F32, and rows that do not divide into
             its blocks get what llama.cpp's quantizer would give them.
-        tensor_types: (pattern, type): tensors whose name matches get that type; the first pattern that matches.
+        tensor_types: (pattern, type): matrices whose name matches get that type; the first pattern that matches.
         seed: of all weights; a tensor's depend on it and on the tensor's place in the file.
         progress: called with (bytes done, bytes in all).
 
@@ -256,9 +259,8 @@ def write(
     """
     config = shape(name)
     recipe = Recipe(parse_type(type), file_type(parse_type(type)))
-    tensors = [SourceTensor(n, rule, dims, rule.source) for n, rule, dims, _ in wanted_tensors(config)]
-    checkpoint: Any = RandomCheckpoint(config, tensors, {}, [])
-    planned = plan(tensors, recipe, tensor_types)
+    checkpoint: Any = RandomCheckpoint(config, tensors(config), {}, [])
+    planned = plan(checkpoint.tensors, recipe, tensor_types)
     writer = header_writer(planned, metadata(checkpoint, None, recipe, f"random {name}"))
     total = sum(padded(p.n_bytes) for p in planned)
     with whole_or_nothing(path, total + 1_000_000) as file:
@@ -276,7 +278,7 @@ def write(
 
 def count_parameters(config: ModelConfig) -> int:
     """All weights of the shape."""
-    return sum(math.prod(dims) for _, rule, dims, _ in wanted_tensors(config) if rule.source)
+    return sum(tensor.n_elements for tensor in tensors(config) if tensor.source)
 
 
 def parse_override(text: str) -> tuple[str, str]:
