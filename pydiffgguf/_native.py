@@ -21,14 +21,28 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pydiffgguf import errors
 from pydiffgguf._arguments import MAX_SEED, float_array, id_array, int32, integer, real
+from pydiffgguf._records import (
+    BuildInfo,
+    CanvasSpec,
+    Float32Array,
+    Float64Array,
+    Int32Array,
+    LayerConfig,
+    Memory,
+    MetadataValue,
+    ModelConfig,
+    RawSample,
+    RawStep,
+    Sampling,
+    TensorInfo,
+)
 
 try:
     from pydiffgguf._diffgguf import ffi, lib
@@ -39,12 +53,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
-MetadataValue: TypeAlias = "bool | int | float | str | list[bool] | list[int] | list[float] | list[str]"
-Int32Array: TypeAlias = npt.NDArray[np.int32]
-Float32Array: TypeAlias = npt.NDArray[np.float32]
-Float64Array: TypeAlias = npt.NDArray[np.float64]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
-
 KV_TYPES: dict[str, int] = {
     "f16": lib.DG_KV_F16,
     "f32": lib.DG_KV_F32,
@@ -159,81 +167,12 @@ def _check_readable(path: StrPath) -> None:
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-@dataclass(frozen=True)
-class LayerConfig:
-    """One layer: `sliding` or full attention, `n_head_kv` heads of `head_dim` in the cache."""
-
-    sliding: bool
-    n_head_kv: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The figures of a model, all read from the file; the meaning of each stands at dg_config in csrc/diffgguf.h."""
-
-    n_layer: int
-    n_embd: int
-    n_vocab: int
-    n_head: int
-    n_ff: int
-    n_ff_exp: int
-    n_expert: int
-    n_expert_used: int
-    sliding_window: int
-    canvas_length: int
-    n_ctx_train: int
-    norm_eps: float
-    logit_softcap: float
-    rope_base_full: float
-    rope_base_sliding: float
-    has_self_conditioning: bool
-    has_encoder_scalars: bool
-    layers: tuple[LayerConfig, ...]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The entropy-bound sampler's options; units and ranges stand at dg_sampling in csrc/diffgguf.h.
-
-    Ranges are checked by the call that uses them. `max_steps` 0 means no cap besides `steps`.
-    """
-
-    steps: int
-    max_steps: int
-    stability_threshold: int
-    t_min: float
-    t_max: float
-    entropy_bound: float
-    confidence_threshold: float
-
-    def _fill(self, out: Any) -> None:
-        """Writes these values into a dg_sampling."""
-        for name in ("steps", "max_steps", "stability_threshold"):
-            setattr(out, name, int32(name, getattr(self, name)))
-        for name in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
-            setattr(out, name, real(name, getattr(self, name)))
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor of the file: `shape` in ggml's order (the first number is contiguous), `type` by ggml's name."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    n_bytes: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes by kind; see dg_memory in csrc/diffgguf.h."""
-
-    weights: int
-    weights_mapped: int
-    kv_cache: int
-    compute: int
-    logits: int
+def _fill_sampling(sampling: Sampling, out: Any) -> None:
+    """Writes a Sampling into a dg_sampling."""
+    for name in ("steps", "max_steps", "stability_threshold"):
+        setattr(out, name, int32(name, getattr(sampling, name)))
+    for name in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
+        setattr(out, name, real(name, getattr(sampling, name)))
 
 
 def _fields(struct: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -368,37 +307,6 @@ class NativeModel:
 # --------------------------------------------------------------------------------------------------------- session
 
 
-@dataclass(frozen=True)
-class RawSample:
-    """What the sampler made of one step's logits; arrays with an entry for each row.
-
-    `argmax` int32: the canvas that counts. `canvas` int32: the canvas for the next step. `accepted` bool: the draw was
-    accepted (never on pinned rows). `entropy` float64, nats, at this step's temperature (0 on pinned rows).
-    """
-
-    argmax: Int32Array
-    canvas: Int32Array
-    accepted: BoolArray
-    entropy: Float64Array
-
-
-@dataclass(frozen=True)
-class RawStep(RawSample):
-    """One denoise step: `step` counts from 0, `steps` is the most there can be, `mean_entropy` is over the free rows.
-
-    `finished`: no further step will be made. `converged`: because the canvas was stable and confident. `logprob`
-    float64, where ids are watched: natural log of their probability at temperature 1, before `allowed`; 0 on pinned
-    rows.
-    """
-
-    step: int
-    steps: int
-    finished: bool
-    converged: bool
-    mean_entropy: float
-    logprob: Float64Array | None
-
-
 def _read_step(step: Any) -> RawStep:
     n: int = step.n_rows
     return RawStep(
@@ -415,56 +323,33 @@ def _read_step(step: Any) -> RawStep:
     )
 
 
-@dataclass(frozen=True)
-class CanvasSpec:
-    """One canvas of those that are denoised side by side; its arrays have `n_rows` entries.
+def _fill_spec(spec: CanvasSpec, sampling: Sampling, canvas_length: int, out: Any) -> list[object]:
+    """Writes a CanvasSpec into a dg_canvas_options; returns what must stay alive until C has copied it."""
+    n = spec.rows(canvas_length)
+    _fill_sampling(sampling, out.sampling)
+    out.seed = integer("seed", spec.seed, 0, MAX_SEED)
+    out.canvas_index = integer("canvas_index", spec.canvas_index, 0, 2**32 - 1)
+    out.n_rows = n
+    kept: list[object] = []
 
-    `n_rows`: 1 to C; None: C. `pinned`: the id where a row is
-    fixed, -1 where it is free. `canvas`: the ids to start from; None for uniform random ones. `watched`: ids whose
-    log-probability every step reports, -1 for the argmax's; None: none are, which saves a pass over each row's logits.
-    `allowed`: row -> the only ids that it may take, at least one; random ids are mapped into the set. `seed` (64 bits)
-    and `canvas_index` (32 bits) key the draws.
-    """
+    def array(name: str, value: npt.ArrayLike | None, length: int | None) -> Any:
+        pointer = _pointer_to("int32_t[]", None if value is None else id_array(name, value, length))
+        kept.append(pointer)
+        return pointer
 
-    n_rows: int | None = None
-    pinned: npt.ArrayLike | None = None
-    canvas: npt.ArrayLike | None = None
-    watched: npt.ArrayLike | None = None
-    allowed: Mapping[int, npt.ArrayLike] | None = None
-    seed: int = 0
-    canvas_index: int = 0
-
-    def rows(self, canvas_length: int) -> int:
-        """The number of rows. Raises ValueError unless it is from 1 to C."""
-        return canvas_length if self.n_rows is None else integer("n_rows", self.n_rows, 1, canvas_length)
-
-    def _fill(self, out: Any, sampling: Sampling, canvas_length: int) -> list[object]:
-        """Writes this into a dg_canvas_options; returns what must stay alive until C has copied it."""
-        n = self.rows(canvas_length)
-        sampling._fill(out.sampling)
-        out.seed = integer("seed", self.seed, 0, MAX_SEED)
-        out.canvas_index = integer("canvas_index", self.canvas_index, 0, 2**32 - 1)
-        out.n_rows = n
-        kept: list[object] = []
-
-        def array(name: str, value: npt.ArrayLike | None, length: int | None) -> Any:
-            pointer = _pointer_to("int32_t[]", None if value is None else id_array(name, value, length))
-            kept.append(pointer)
-            return pointer
-
-        out.pinned = array("pinned", self.pinned, n)
-        out.canvas = array("canvas", self.canvas, n)
-        out.watched = array("watched", self.watched, n)
-        if self.allowed:
-            sets = {integer("a row of allowed", row, 0, n - 1): ids for row, ids in self.allowed.items()}
-            arrays = [id_array(f"allowed[{row}]", sets[row]) if row in sets else None for row in range(n)]
-            for row, ids in enumerate(arrays):
-                if ids is not None and not ids.size:
-                    raise ValueError(f"allowed[{row}] is empty: a row must be able to take some id")
-            sizes = [0 if ids is None else ids.size for ids in arrays]
-            out.allowed_ends = array("allowed", np.cumsum(sizes), n)
-            out.allowed_ids = array("allowed", np.concatenate([ids for ids in arrays if ids is not None]), None)
-        return kept
+    out.pinned = array("pinned", spec.pinned, n)
+    out.canvas = array("canvas", spec.canvas, n)
+    out.watched = array("watched", spec.watched, n)
+    if spec.allowed:
+        sets = {integer("a row of allowed", row, 0, n - 1): ids for row, ids in spec.allowed.items()}
+        arrays = [id_array(f"allowed[{row}]", sets[row]) if row in sets else None for row in range(n)]
+        for row, ids in enumerate(arrays):
+            if ids is not None and not ids.size:
+                raise ValueError(f"allowed[{row}] is empty: a row must be able to take some id")
+        sizes = [0 if ids is None else ids.size for ids in arrays]
+        out.allowed_ends = array("allowed", np.cumsum(sizes), n)
+        out.allowed_ids = array("allowed", np.concatenate([ids for ids in arrays if ids is not None]), None)
+    return kept
 
 
 def _session_options(
@@ -601,7 +486,7 @@ class NativeSession:
     def canvas_begin(self, specs: Sequence[CanvasSpec], sampling: Sampling) -> None:
         """Starts canvases side by side after the prefix, which must hold at least one token."""
         options = ffi.new("dg_canvas_options[]", len(specs))
-        kept = [spec._fill(options[i], sampling, self._canvas_length) for i, spec in enumerate(specs)]
+        kept = [_fill_spec(spec, sampling, self._canvas_length, options[i]) for i, spec in enumerate(specs)]
         _call(lib.dg_session_canvas_begin, self._open_pointer(), options, len(specs))
         del kept  # C has copied the arrays
         self._rows = [options[i].n_rows for i in range(len(specs))]
@@ -653,7 +538,7 @@ def _fill_noise(out: Any, uniform: npt.ArrayLike, renoise: npt.ArrayLike, n_rows
 def check_sampling(sampling: Sampling) -> None:
     """Raises ValueError naming the option, its value and the range; TypeError for a value of the wrong type."""
     options = ffi.new("dg_sampling *")
-    sampling._fill(options)
+    _fill_sampling(sampling, options)
     _call(lib.dg_sampling_check, options)
 
 
@@ -676,7 +561,7 @@ def sample(
     _keep_alive = _fill_noise(noise, uniform, renoise, n_rows)
     pinned_ids = None if pinned is None else id_array("pinned", pinned, n_rows)
     options = ffi.new("dg_sampling *")
-    sampling._fill(options)
+    _fill_sampling(sampling, options)
     argmax, canvas = np.empty(n_rows, dtype=np.int32), np.empty(n_rows, dtype=np.int32)
     accepted, entropy = np.empty(n_rows, dtype=np.uint8), np.empty(n_rows, dtype=np.float64)
     _call(
@@ -725,18 +610,6 @@ def _draw_key(seed: int, canvas_index: int) -> tuple[int, int]:
 
 
 # ----------------------------------------------------------------------------------------------------------- build
-
-
-class BuildInfo(TypedDict):
-    """The C library's version and ABI number, the ggml and the compiler inside, the backends that were built in, and
-    the CPU features that its code was built with."""
-
-    version: str
-    abi: int
-    ggml_version: str
-    compiler: str
-    backends: list[str]
-    cpu_features: list[str]
 
 
 def build_info() -> BuildInfo:

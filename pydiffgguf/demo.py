@@ -16,7 +16,7 @@ from pydiffgguf.talk import follow
 from pydiffgguf.terminal import LiveCanvas, Output, PlainOutput, SilentOutput, escape, is_live_terminal, summary
 
 if TYPE_CHECKING:
-    from pydiffgguf._native import RawStep
+    from pydiffgguf._records import RawStep
 
 __all__ = ["run_demo"]
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from pydiffgguf._native import BoolArray, Float64Array, Int32Array, RawStep, Sampling
+from pydiffgguf._records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
 from pydiffgguf.chat import CLOSE, OPEN, StopStrings, split_reasoning
 from pydiffgguf.errors import CancelledError, ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Noise, Session

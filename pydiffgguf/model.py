@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from pydiffgguf._arguments import MAX_SEED, integer
-from pydiffgguf._native import Memory, Metadata, ModelConfig, NativeModel, StrPath, TensorInfo
+from pydiffgguf._native import Metadata, NativeModel, StrPath
+from pydiffgguf._records import Memory, ModelConfig, TensorInfo
 from pydiffgguf.chat import StopStrings, render
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
 from pydiffgguf.generate import Event, Generation, Request, TextView, common_head, run

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pydiffgguf import _native
-from pydiffgguf._native import (
+from pydiffgguf._native import NativeModel, NativeSession, StrPath
+from pydiffgguf._records import (
     BoolArray,
     CanvasSpec,
     Float32Array,
@@ -24,11 +25,8 @@ from pydiffgguf._native import (
     Int32Array,
     Memory,
     ModelConfig,
-    NativeModel,
-    NativeSession,
     RawStep,
     Sampling,
-    StrPath,
 )
 
 __all__ = [

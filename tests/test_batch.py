@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pydiffgguf import ContextOverflowError, DiffusionModel, Session
-from pydiffgguf._native import RawStep, Sampling
+from pydiffgguf._records import RawStep, Sampling
 from pydiffgguf.session import CanvasBatch, CanvasSpec
 
 PROMPT = [2, 40, 41, 42, 43, 60, 61]

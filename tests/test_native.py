@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from pydiffgguf import _native, errors
-from pydiffgguf._native import CanvasSpec, NativeModel, NativeSession, Sampling
+from pydiffgguf._native import NativeModel, NativeSession
+from pydiffgguf._records import CanvasSpec, Sampling
 
 PROMPT = [2, 20, 21, 22, 23]
 

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydiffgguf import DiffGGUFError, DiffusionModel
-from pydiffgguf._native import RawSample, Sampling, sample
+from pydiffgguf._native import sample
+from pydiffgguf._records import RawSample, Sampling
 from pydiffgguf.session import Canvas, Session
 
 Logits = npt.NDArray[np.float32]

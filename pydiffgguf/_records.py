@@ -1,0 +1,158 @@
+"""What the C library's structs are in Python: plain records, their meanings and units.
+
+`_native.py` fills and reads them; nothing here touches C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from pydiffgguf._arguments import integer
+
+MetadataValue: TypeAlias = "bool | int | float | str | list[bool] | list[int] | list[float] | list[str]"
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+Float64Array: TypeAlias = npt.NDArray[np.float64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer: `sliding` or full attention, `n_head_kv` heads of `head_dim` in the cache."""
+
+    sliding: bool
+    n_head_kv: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The figures of a model, all read from the file; the meaning of each stands at dg_config in csrc/diffgguf.h."""
+
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+    n_head: int
+    n_ff: int
+    n_ff_exp: int
+    n_expert: int
+    n_expert_used: int
+    sliding_window: int
+    canvas_length: int
+    n_ctx_train: int
+    norm_eps: float
+    logit_softcap: float
+    rope_base_full: float
+    rope_base_sliding: float
+    has_self_conditioning: bool
+    has_encoder_scalars: bool
+    layers: tuple[LayerConfig, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The entropy-bound sampler's options; units and ranges stand at dg_sampling in csrc/diffgguf.h.
+
+    Ranges are checked by the call that uses them. `max_steps` 0 means no cap besides `steps`.
+    """
+
+    steps: int
+    max_steps: int
+    stability_threshold: int
+    t_min: float
+    t_max: float
+    entropy_bound: float
+    confidence_threshold: float
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of the file: `shape` in ggml's order (the first number is contiguous), `type` by ggml's name."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by kind; see dg_memory in csrc/diffgguf.h."""
+
+    weights: int
+    weights_mapped: int
+    kv_cache: int
+    compute: int
+    logits: int
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """What the sampler made of one step's logits; arrays with an entry for each row.
+
+    `argmax` int32: the canvas that counts. `canvas` int32: the canvas for the next step. `accepted` bool: the draw was
+    accepted (never on pinned rows). `entropy` float64, nats, at this step's temperature (0 on pinned rows).
+    """
+
+    argmax: Int32Array
+    canvas: Int32Array
+    accepted: BoolArray
+    entropy: Float64Array
+
+
+@dataclass(frozen=True)
+class RawStep(RawSample):
+    """One denoise step: `step` counts from 0, `steps` is the most there can be, `mean_entropy` is over the free rows.
+
+    `finished`: no further step will be made. `converged`: because the canvas was stable and confident. `logprob`
+    float64, where ids are watched: natural log of their probability at temperature 1, before `allowed`; 0 on pinned
+    rows.
+    """
+
+    step: int
+    steps: int
+    finished: bool
+    converged: bool
+    mean_entropy: float
+    logprob: Float64Array | None
+
+
+@dataclass(frozen=True)
+class CanvasSpec:
+    """One canvas of those that are denoised side by side; its arrays have `n_rows` entries.
+
+    `n_rows`: 1 to C; None: C. `pinned`: the id where a row is
+    fixed, -1 where it is free. `canvas`: the ids to start from; None for uniform random ones. `watched`: ids whose
+    log-probability every step reports, -1 for the argmax's; None: none are, which saves a pass over each row's logits.
+    `allowed`: row -> the only ids that it may take, at least one; random ids are mapped into the set. `seed` (64 bits)
+    and `canvas_index` (32 bits) key the draws.
+    """
+
+    n_rows: int | None = None
+    pinned: npt.ArrayLike | None = None
+    canvas: npt.ArrayLike | None = None
+    watched: npt.ArrayLike | None = None
+    allowed: Mapping[int, npt.ArrayLike] | None = None
+    seed: int = 0
+    canvas_index: int = 0
+
+    def rows(self, canvas_length: int) -> int:
+        """The number of rows. Raises ValueError unless it is from 1 to C."""
+        return canvas_length if self.n_rows is None else integer("n_rows", self.n_rows, 1, canvas_length)
+
+
+class BuildInfo(TypedDict):
+    """The C library's version and ABI number, the ggml and the compiler inside, the backends that were built in, and
+    the CPU features that its code was built with."""
+
+    version: str
+    abi: int
+    ggml_version: str
+    compiler: str
+    backends: list[str]
+    cpu_features: list[str]

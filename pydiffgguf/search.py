@@ -1,0 +1,427 @@
+"""One hole: the tokens between an encoded prefix and a suffix, of known or unknown length.
+
+A candidate is a length, laid out on a canvas of its own: the gap's rows are free, the suffix's first tokens are pinned
+behind them. Candidates share every pass over the weights (`CanvasBatch`). All get a few denoise steps; the most
+promising ones go on until they are finished; the causal pass over what they wrote decides (docs/INFILL.md says what
+else was tried, and what it was worth).
+
+Nothing here knows text. The session's prefix is what stands before the hole, and is as it was afterwards, unless the
+gap is longer than one canvas (`fill_hole`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from pydiffgguf._records import BoolArray, Float64Array, RawStep, Sampling
+from pydiffgguf.errors import ContextOverflowError
+from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
+
+__all__ = ["Draft", "Filled", "Gap", "Hole", "SearchStats", "fill_hole"]
+
+#: Tokens of the gap, or "auto": to be found.
+Gap = int | Literal["auto"]
+
+#: Rows of pinned suffix behind a gap whose length is being looked for. More cost more and tell no more: the suffix's
+#: first words say whether the gap joins.
+SUFFIX_ROWS = 16
+#: Denoise steps that every candidate gets.
+PROBE_STEPS = 2
+#: Candidates that go on to the end, at the most.
+FINALISTS = 8
+#: Up to here every length is tried: the right one shows at that length alone. From here on lengths grow by GROWTH, and
+#: the surroundings of the best are looked at afterwards.
+DENSE_LENGTHS = 32
+GROWTH = 1.25
+
+
+@dataclass(frozen=True)
+class Hole:
+    """What is known of a gap.
+
+    `head`: ids between the session's prefix and the gap, pinned. `healed`: ids that may stand in place of all of
+    `head`, as the gap's first token; empty: none. `suffix`: the ids that follow, as many as there are or may be of use.
+    `end_ids`: ids that end a text, which therefore never stand in a gap."""
+
+    suffix: Sequence[int]
+    head: Sequence[int] = ()
+    healed: Sequence[int] = ()
+    end_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One filling. `tokens`: what stands between the session's prefix and the suffix: the hole's head, or the token
+    that healed it, and the gap. `gap_tokens`: those of them that were free. `score`: natural log of the probability
+    that the causal pass gives to `tokens` and the suffix's first tokens; greater is better. `confidence`: mean natural
+    log of the probability that the last denoise step gave to the free tokens; 0 without any. `converged`: the canvas
+    was stable and confident before its steps (or the time) ran out. `steps`: denoise steps of its last canvas."""
+
+    tokens: list[int]
+    gap_tokens: int
+    healed: bool
+    score: float
+    confidence: float
+    converged: bool
+    steps: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One denoise step of the candidate that looks best so far. `canvas` counts the canvases that a gap takes, from 0.
+    `pinned` bool [n_rows]. `start`, `end`: the rows of the filling (the head, or what heals it, and the gap)."""
+
+    canvas: int
+    step: RawStep
+    pinned: BoolArray
+    start: int
+    end: int
+
+
+@dataclass
+class SearchStats:
+    """What a hole cost. `candidates`: lengths (and forms of the joint) that were tried. `forwards`: denoise passes,
+    each over all candidates at a time. `rows`: rows in all of them. `denoise_s`, `score_s`: seconds. `out_of_time`: the
+    deadline came before the end."""
+
+    candidates: int = 0
+    forwards: int = 0
+    rows: int = 0
+    denoise_s: float = 0.0
+    score_s: float = 0.0
+    out_of_time: bool = False
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A layout: `head` pinned rows (unless healed), `length` free ones, the suffix behind them."""
+
+    hole: Hole
+    length: int
+    healed: bool
+    draw: int  # tells apart candidates of the same layout
+
+    @property
+    def start(self) -> int:
+        """First free row."""
+        return 0 if self.healed else len(self.hole.head)
+
+    @property
+    def end(self) -> int:
+        """One past the last free row."""
+        return self.start + self.length
+
+    def rows(self, most: int) -> int:
+        return min(self.end + len(self.hole.suffix), most)
+
+    def spec(self, most: int, seed: int, canvas: int) -> CanvasSpec:
+        """On a canvas of at most `most` rows. Its draws depend on the layout alone, not on who else is tried."""
+        n = self.rows(most)
+        pinned = np.full(n, -1, dtype=np.int32)
+        pinned[: self.start] = self.hole.head[: self.start]
+        pinned[self.end :] = self.hole.suffix[: n - self.end]
+        return CanvasSpec(
+            n_rows=n,
+            pinned=pinned,
+            watched=np.full(n, -1, dtype=np.int32),
+            allowed={0: self.hole.healed} if self.healed else None,
+            seed=seed,
+            canvas_index=(canvas << 24) + (self.draw << 12) + (self.length << 1) + self.healed,
+        )
+
+
+@dataclass
+class _State:
+    """How far a candidate has come."""
+
+    candidate: _Candidate
+    step: RawStep
+    rows: int
+
+    @property
+    def free(self) -> slice:
+        return slice(self.candidate.start, self.candidate.end)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [int(id_) for id_ in self.step.argmax[: self.candidate.end]]
+
+    @property
+    def confidence(self) -> float:
+        """Mean log-probability of the free rows' argmax."""
+        assert self.step.logprob is not None
+        free = self.step.logprob[self.free]
+        return float(free.mean()) if free.size else 0.0
+
+    def draft(self, canvas: int) -> Draft:
+        pinned: BoolArray = np.ones(self.rows, dtype=np.bool_)
+        pinned[self.free] = False
+        return Draft(canvas, self.step, pinned, 0, self.candidate.end)
+
+
+class _Search:
+    """What the steps of one search share."""
+
+    def __init__(
+        self,
+        session: Session,
+        hole: Hole,
+        sampling: Sampling,
+        seed: int,
+        deadline: float | None,
+        stats: SearchStats,
+        canvas: int = 0,
+    ) -> None:
+        self.session = session
+        self.hole = hole
+        self.sampling = sampling
+        self.seed = seed
+        self.deadline = deadline
+        self.stats = stats
+        self.canvas = canvas
+
+    def following(self, hole: Hole) -> _Search:
+        """The search on the gap's next canvas."""
+        return _Search(self.session, hole, self.sampling, self.seed, self.deadline, self.stats, self.canvas + 1)
+
+    def late(self) -> bool:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.stats.out_of_time = True
+        return self.stats.out_of_time
+
+    def forms(self, length: int, draws: int = 1) -> list[_Candidate]:
+        """The hole at one length: as typed, and healed where that is possible."""
+        plain = [_Candidate(self.hole, length, False, draw) for draw in range(draws)]
+        return plain + [replace(c, healed=True) for c in plain if self.hole.healed and length > 0]
+
+    def run(
+        self, candidates: Sequence[_Candidate], suffix_rows: int, max_steps: int | None
+    ) -> Generator[Draft, None, list[_State]]:
+        """Denoises candidates, as many at a time as the session has rows for; those that time ran out on are missing,
+        but for the first."""
+        most = self.session.config.canvas_length
+        sampling = self.sampling
+        if max_steps is not None and not 0 < sampling.max_steps < max_steps:
+            sampling = replace(sampling, max_steps=max_steps)
+        states: list[_State] = []
+        self.stats.candidates += len(candidates)
+        for group in _groups(candidates, lambda c: c.rows(min(most, c.end + suffix_rows)), self.session.n_rows):
+            if states and self.late():
+                break
+            states += yield from self._run_group(group, suffix_rows, sampling)
+        return states
+
+    def _run_group(
+        self, group: Sequence[_Candidate], suffix_rows: int, sampling: Sampling
+    ) -> Generator[Draft, None, list[_State]]:
+        most = self.session.config.canvas_length
+        specs = [c.spec(min(most, c.end + suffix_rows), self.seed, self.canvas) for c in group]
+        batch = CanvasBatch(self.session, specs, sampling)
+        rows = [spec.rows(most) for spec in specs]
+        while True:
+            began = time.monotonic()
+            steps = batch.step()
+            self.stats.denoise_s += time.monotonic() - began
+            self.stats.forwards += 1
+            self.stats.rows += sum(rows)
+            states = [_State(*each) for each in zip(group, steps, rows, strict=True)]
+            yield max(states, key=lambda state: state.confidence).draft(self.canvas)
+            if batch.finished or self.late():
+                return states
+
+    def promising(self, states: Sequence[_State]) -> list[_State]:
+        """The most promising first."""
+        return sorted(states, key=lambda state: -state.confidence)
+
+    def judge(self, states: Sequence[_State]) -> list[Filled]:
+        """Scores fillings by the causal pass over them and the suffix's first tokens. Greatest first; of equal texts
+        the better one stays; what holds an end token goes last."""
+        began = time.monotonic()
+        most = self.session.config.canvas_length
+        texts = [[*s.tokens, *self.hole.suffix[:SUFFIX_ROWS]][:most] for s in states]
+        scores = self.session.score([text for text in texts if text])
+        self.stats.score_s += time.monotonic() - began
+        by_text = iter(scores)
+        best: dict[tuple[int, ...], Filled] = {}
+        for state, text in zip(states, texts, strict=True):
+            filled = self.filled(state, next(by_text) if text else np.zeros(0))
+            known = best.get(tuple(filled.tokens))
+            if known is None or filled.score > known.score:
+                best[tuple(filled.tokens)] = filled
+        return sorted(best.values(), key=lambda f: (not self.hole.end_ids.isdisjoint(f.tokens), -f.score))
+
+    def filled(self, state: _State, logprobs: Float64Array) -> Filled:
+        c = state.candidate
+        return Filled(
+            state.tokens,
+            c.length,
+            c.healed,
+            float(logprobs.sum()),
+            state.confidence,
+            state.step.converged,
+            state.step.step + 1,
+        )
+
+
+def _groups(
+    candidates: Sequence[_Candidate], rows: Callable[[_Candidate], int], most: int
+) -> Iterator[list[_Candidate]]:
+    """Candidates in their order, cut where the next one would not fit into a pass."""
+    group: list[_Candidate] = []
+    filled = 0
+    for candidate in candidates:
+        n = rows(candidate)
+        if group and filled + n > most:
+            yield group
+            group, filled = [], 0
+        group.append(candidate)
+        filled += n
+    if group:
+        yield group
+
+
+def trial_lengths(least: int, most: int) -> list[int]:
+    """The lengths that are tried first: all up to DENSE_LENGTHS, then ever fewer."""
+    lengths = list(range(least, min(most, max(DENSE_LENGTHS, least)) + 1))
+    while lengths and lengths[-1] < most:
+        lengths.append(min(most, max(lengths[-1] + 1, round(lengths[-1] * GROWTH))))
+    return lengths
+
+
+def _surroundings(length: int, tried: Sequence[int]) -> list[int]:
+    """The lengths around a tried one up to its tried neighbours."""
+    at = tried.index(length)
+    low = tried[at - 1] if at else length
+    high = tried[at + 1] if at + 1 < len(tried) else length
+    return [n for n in range(low + 1, high) if n != length]
+
+
+def fill_hole(
+    session: Session,
+    hole: Hole,
+    *,
+    gap: Gap,
+    sampling: Sampling,
+    stats: SearchStats,
+    min_gap: int = 0,
+    max_gap: int = 128,
+    n: int = 1,
+    seed: int = 0,
+    deadline: float | None = None,
+) -> Generator[Draft, None, list[Filled]]:
+    """Fills a hole behind the session's prefix, which is as it was afterwards; yields a Draft after every denoise pass.
+
+    Args:
+        gap: tokens of the gap, or "auto": from `min_gap` to `max_gap` of them are tried. A healed token is one of them.
+        n: how many different fillings are wanted; the list may hold fewer. Of a known length they differ in their
+        draws. seed: keys all draws. deadline: `time.monotonic()` after which the best so far is returned; one denoise
+        pass is always made.
+
+    Returns fillings, best first, at least one.
+
+    Raises:
+        ContextOverflowError: a gap longer than one canvas does not fit n_ctx.
+        CancelledError: the prefix is as it was, unless the gap is longer than one canvas; see `session.n_past`.
+    """
+    search = _Search(session, hole, sampling, seed, deadline, stats)
+    room = longest_gap(session, hole)
+    if gap == "auto":
+        found = yield from _unknown(search, min_gap, min(max_gap, room), n)
+        if max_gap > room and not found[0].converged and not search.late():
+            found += yield from _beyond_one_canvas(search, max(min_gap, 1), max_gap, n)
+            found.sort(key=lambda f: (not f.converged, -f.score / max(1, len(f.tokens))))
+        return found[:n]
+    if gap > room:
+        return (yield from _over_several(search, gap))
+    candidates = search.forms(gap, draws=n)
+    states = yield from search.run(candidates, session.config.canvas_length, None)
+    return search.judge(states)[:n]
+
+
+def longest_gap(session: Session, hole: Hole) -> int:
+    """Tokens of a gap that one canvas holds together with the suffix's first ones."""
+    return session.config.canvas_length - len(hole.head) - min(len(hole.suffix), SUFFIX_ROWS)
+
+
+def _unknown(search: _Search, least: int, most: int, n: int) -> Generator[Draft, None, list[Filled]]:
+    """The fillings of one canvas at most, of all lengths from `least` to `most`."""
+    tried = trial_lengths(least, most)
+    states = yield from search.run([c for length in tried for c in search.forms(length)], SUFFIX_ROWS, PROBE_STEPS)
+    ranked = search.promising(states)
+    around = _surroundings(ranked[0].candidate.length, tried)
+    if around and not search.late():
+        states += yield from search.run([c for n in around for c in search.forms(n)], SUFFIX_ROWS, PROBE_STEPS)
+        ranked = search.promising(states)
+    if not search.late():
+        finalists = [state.candidate for state in ranked[: max(FINALISTS, n)]]
+        ranked = yield from search.run(finalists, search.session.config.canvas_length, None)
+    return search.judge(ranked)[:n]
+
+
+def _over_several(search: _Search, gap: int) -> Generator[Draft, None, list[Filled]]:
+    """A gap longer than one canvas: whole canvases of it are denoised and encoded, then the rest before the suffix."""
+    session, hole, canvas = search.session, search.hole, search.session.config.canvas_length
+    kept = session.n_past
+    if kept + len(hole.head) + gap + canvas > session.n_ctx:
+        raise ContextOverflowError(
+            f"a gap of {gap} tokens after {kept} does not fit: n_ctx {session.n_ctx} leaves room for "
+            f"{max(0, session.n_ctx - kept - len(hole.head) - canvas)}"
+        )
+    done: list[Filled] = []
+    try:
+        left = gap
+        while left > (room := longest_gap(session, search.hole)):
+            # The last canvas keeps some gap: rows that see the suffix.
+            take = min(canvas - len(search.hole.head), left - max(1, room // 2))
+            whole = search.following(replace(search.hole, suffix=()))
+            states = yield from whole.run(whole.forms(take), 0, None)
+            done.append(whole.judge(states)[0])
+            session.encode(done[-1].tokens)
+            left -= take
+            search = search.following(Hole(hole.suffix, end_ids=hole.end_ids))
+        states = yield from search.run(search.forms(left), canvas, None)
+        done.append(search.judge(states)[0])
+    finally:
+        session.truncate(kept)
+    return [_joined(done)]
+
+
+def _beyond_one_canvas(search: _Search, least: int, most: int, n: int) -> Generator[Draft, None, list[Filled]]:
+    """Fillings that begin with a whole canvas of gap, and go on for up to `most` tokens in all."""
+    session, canvas = search.session, search.session.config.canvas_length
+    kept = session.n_past
+    if kept + 2 * canvas > session.n_ctx:
+        return []
+    whole = search.following(replace(search.hole, suffix=()))
+    states = yield from whole.run(whole.forms(min(canvas - len(search.hole.head), most - 1)), 0, None)
+    first = whole.judge(states)[0]
+    try:
+        session.encode(first.tokens)
+        rest = search.following(Hole(search.hole.suffix, end_ids=search.hole.end_ids))
+        left = most - first.gap_tokens
+        room = longest_gap(session, rest.hole)
+        found = yield from _unknown(rest, max(1, least - first.gap_tokens), min(left, room), n)
+        if left > room and not found[0].converged and not search.late():
+            found += yield from _beyond_one_canvas(rest, max(1, least - first.gap_tokens), left, n)
+    finally:
+        session.truncate(kept)
+    return [_joined([first, filled]) for filled in found]
+
+
+def _joined(parts: Sequence[Filled]) -> Filled:
+    """Fillings of consecutive canvases as one."""
+    gap_tokens = sum(part.gap_tokens for part in parts)
+    confidence = sum(part.confidence * part.gap_tokens for part in parts) / max(1, gap_tokens)
+    return Filled(
+        [token for part in parts for token in part.tokens],
+        gap_tokens,
+        parts[0].healed,
+        sum(part.score for part in parts),
+        confidence,
+        all(part.converged for part in parts),
+        parts[-1].steps,
+    )
