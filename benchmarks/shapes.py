@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -167,14 +168,14 @@ def parse_type(name: str) -> GGMLQuantizationType:
 
 def deviation(tensor: SourceTensor) -> float:
     """The standard deviation of a matrix."""
-    fan_in = tensor.shape[-1]
+    by_inputs = 1.0 / math.sqrt(tensor.shape[-1])
     if tensor.rule.kind == "embedding":
-        return 2.5 * fan_in**-0.5
+        return 2.5 * by_inputs
     if tensor.rule.kind == "router":
         return 2.0  # its input carries a factor hidden^-0.5
     if tensor.name == "self_cond_down.weight":
-        return 0.3 * fan_in**-0.5  # undamped, a random net doubles its rounding errors at every step
-    return float(fan_in**-0.5)
+        return 0.3 * by_inputs  # undamped, a random net doubles its rounding errors at every step
+    return by_inputs
 
 
 def bounds(tensor: SourceTensor) -> tuple[float, float]:

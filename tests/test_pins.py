@@ -16,7 +16,7 @@ import pytest
 from tiny_checkpoint import make_checkpoint
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf._native import Sampling
+from pydiffgguf._records import Sampling
 from pydiffgguf.convert import convert
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 

@@ -30,7 +30,7 @@ from reference import (
 from test_trajectory import PATH_ENTROPY
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf._native import RawStep
+from pydiffgguf._records import RawStep
 from pydiffgguf.session import Canvas, CanvasBatch, CanvasSpec, Session, Step, resolve_sampling
 
 pytestmark = pytest.mark.parity
