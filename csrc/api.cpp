@@ -227,6 +227,16 @@ dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
 
 dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0}; }
 
+dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *options, int32_t *out, char *err,
+                         size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(model, "model");
+        require(options, "options");
+        require(out, "out");
+        *out = dg::Session::context_size(*model->model, options->n_ctx);
+    });
+}
+
 dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg_memory *out, char *err,
                           size_t err_size) {
     return guarded(err, err_size, [&] {

@@ -186,6 +186,10 @@ typedef struct dg_memory {
     size_t logits;  /* the logits of a step, V * R floats */
 } dg_memory;
 
+/* The n_ctx of a session with these options: what 0 comes to. DG_ERROR_CONTEXT as at dg_session_create. */
+DG_API dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *options, int32_t *out, char *err,
+                                size_t err_size);
+
 /* What a session with these options would take, without making one. */
 DG_API dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg_memory *out, char *err,
                                  size_t err_size);

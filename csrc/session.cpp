@@ -68,7 +68,9 @@ int32_t default_threads(const Model &model) {
     return static_cast<int32_t>(std::clamp(worth, 1.0, available));
 }
 
-int32_t context_size(const Model &model, int32_t asked) {
+} // namespace
+
+int32_t Session::context_size(const Model &model, int32_t asked) {
     const dg_config &c = model.config();
     checked("n_ctx", asked, 0, INT32_MAX);
     const int32_t n_ctx = asked > 0 ? asked : std::min(DEFAULT_CONTEXT, c.n_ctx_train);
@@ -81,8 +83,6 @@ int32_t context_size(const Model &model, int32_t asked) {
     }
     return n_ctx;
 }
-
-} // namespace
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun)
     : model_(std::move(model)), n_ctx_(context_size(*model_, options.n_ctx)),

@@ -25,6 +25,8 @@ class Session {
     Session(const Session &) = delete;
     Session &operator=(const Session &) = delete;
 
+    // What n_ctx comes to when `asked` is 0; throws CONTEXT for one that is too small or too large.
+    static int32_t context_size(const Model &model, int32_t asked);
     // What a session would take, by the arithmetic that makes one.
     static dg_memory predict(const std::shared_ptr<const Model> &model, const dg_session_options &options);
 

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pydiffgguf.edit import Edit
     from pydiffgguf.errors import (
         CancelledError,
         ContextOverflowError,
@@ -25,18 +26,26 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from pydiffgguf.generate import Block, DenoiseStep, Generation, Stats
+    from pydiffgguf.infill import Candidate, Fill, Infill, InfillStats
     from pydiffgguf.model import DiffusionModel, ModelWarning, demo_model_path
-    from pydiffgguf.session import Canvas, Noise, Session, Step
+    from pydiffgguf.session import Canvas, CanvasBatch, CanvasSpec, Noise, Session, Step
 
 __all__ = [
     "Block",
     "CancelledError",
+    "Candidate",
     "Canvas",
+    "CanvasBatch",
+    "CanvasSpec",
     "ContextOverflowError",
     "DenoiseStep",
     "DiffGGUFError",
     "DiffusionModel",
+    "Edit",
+    "Fill",
     "Generation",
+    "Infill",
+    "InfillStats",
     "ModelClosedError",
     "ModelFormatError",
     "ModelWarning",
@@ -62,9 +71,11 @@ _HOME = {
         "SessionBusyError",
         "UnsupportedError",
     ),
+    "edit": ("Edit",),
     "generate": ("Block", "DenoiseStep", "Generation", "Stats"),
+    "infill": ("Candidate", "Fill", "Infill", "InfillStats"),
     "model": ("DiffusionModel", "ModelWarning", "demo_model_path"),
-    "session": ("Canvas", "Noise", "Session", "Step"),
+    "session": ("Canvas", "CanvasBatch", "CanvasSpec", "Noise", "Session", "Step"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -296,6 +296,12 @@ class NativeModel:
             result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes))
         return result
 
+    def n_ctx(self, **options: Any) -> int:
+        """The n_ctx of a session with these options: what 0 comes to."""
+        out = ffi.new("int32_t *")
+        _call(lib.dg_model_n_ctx, self._open_pointer(), _session_options(**options), out)
+        return int(out[0])
+
     def memory(self, **options: Any) -> Memory:
         """What a session with these options (NativeSession's) would take, without making one. Raises what NativeSession
         raises."""

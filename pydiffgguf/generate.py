@@ -30,6 +30,7 @@ __all__ = [
     "Stats",
     "TextView",
     "common_head",
+    "encode_prompt",
     "run",
 ]
 
@@ -171,7 +172,7 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
     text = ""
     reason: FinishReason = "length"
     try:
-        _encode_prompt(session, request.prompt, stats)
+        encode_prompt(session, request.prompt, stats)
         canvas_index = 0
         while True:
             step = yield from _denoise(session, request, canvas_index, began, deadline, stats, view)
@@ -221,7 +222,7 @@ def _timed_encode(session: Session, ids: Sequence[int] | Int32Array, stats: Stat
         stats.prefill_s += time.monotonic() - began
 
 
-def _encode_prompt(session: Session, prompt: Sequence[int], stats: Stats) -> None:
+def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats) -> None:
     """Brings the prefix to the prompt, keeping what they have in common."""
     room = session.n_ctx - session.config.canvas_length
     if len(prompt) > room:

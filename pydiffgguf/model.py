@@ -10,16 +10,19 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from pydiffgguf._arguments import MAX_SEED, integer
 from pydiffgguf._native import Metadata, NativeModel, StrPath
-from pydiffgguf._records import Memory, ModelConfig, TensorInfo
+from pydiffgguf._records import Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf.chat import StopStrings, render
+from pydiffgguf.edit import Edit, choose, edit
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
-from pydiffgguf.generate import Event, Generation, Request, TextView, common_head, run
+from pydiffgguf.generate import DenoiseStep, Event, Generation, Request, TextView, common_head, run
+from pydiffgguf.infill import Fill, Infill, stream_fill, stream_infill
+from pydiffgguf.search import Gap
 from pydiffgguf.session import Noise, Session, resolve_sampling
 from pydiffgguf.tokenizer import Tokenizer
 
@@ -29,6 +32,8 @@ __all__ = ["DiffusionModel", "ModelWarning", "Prompt", "demo_model_path"]
 Prompt = str | Sequence[int]
 
 DEFAULT_MAX_TOKENS = 256
+
+_Result = TypeVar("_Result")
 
 
 class ModelWarning(UserWarning):
@@ -176,11 +181,21 @@ class DiffusionModel:
         """Text of ids, special tokens included; a character that is cut at the end is left out."""
         return self.tokenizer.decode(ids)
 
+    @property
+    def sampling(self) -> Sampling:
+        """The file's sampler values, with the released defaults where it holds none."""
+        return self._native.sampling
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of a session: prefix, finished canvases and the live canvas together."""
+        return self._native.n_ctx(**self._session_options)
+
     def _prompt_ids(self, prompt: Prompt, raw: bool) -> list[int]:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError("the prompt is empty")
-            if raw or not self._chat_template():
+            if raw or not self.chat_template:
                 return self.tokenize(prompt, add_bos=self.tokenizer.add_bos)
             return self._chat_ids([{"role": "user", "content": prompt}], thinking=False)
         ids = [integer(f"prompt[{i}]", token, 0, self.config.n_vocab - 1) for i, token in enumerate(prompt)]
@@ -188,29 +203,46 @@ class DiffusionModel:
             raise ValueError("the prompt is empty")
         return ids
 
-    def _chat_template(self) -> str | None:
+    @property
+    def chat_template(self) -> str | None:
+        """The file's chat template, Jinja source; None where it has none. Raises ModelFormatError when it is no
+        text."""
         template = self.metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise ModelFormatError("key tokenizer.chat_template is not a string")
         return template
 
-    def _chat_ids(self, messages: Sequence[Mapping[str, str]], thinking: bool) -> list[int]:
-        template = self._chat_template()
-        if not template:
+    def _chat_text(self, messages: Sequence[Mapping[str, str]], thinking: bool) -> str:
+        if not self.chat_template:
             raise UnsupportedError(f"{self.path.name} holds no chat template: use generate() with raw text")
         tokenizer = self.tokenizer
-        text = render(
-            template,
+        return render(
+            self.chat_template,
             messages,
             enable_thinking=thinking,
             bos_token="" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
             eos_token="" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id),
         )
-        ids = tokenizer.encode(text)
-        # Most templates write the bos token themselves; the model has never seen a prompt without one.
-        if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-            ids.insert(0, tokenizer.bos_id)
-        return ids
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Most templates write the bos token themselves; the model has never seen a prompt without one."""
+        bos = self.tokenizer.bos_id
+        return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+
+    def _chat_ids(self, messages: Sequence[Mapping[str, str]], thinking: bool) -> list[int]:
+        return self._with_bos(self.tokenizer.encode(self._chat_text(messages, thinking)))
+
+    def chat_ids_of(self, content: str) -> list[int]:
+        """Ids of one user turn and the opening of the model's, in which special tokens that stand in `content` are
+        ordinary text: somebody's document cannot end the turn."""
+        place = "\ue000"  # private use: no template knows it
+        before, found, behind = self._chat_text([{"role": "user", "content": place}], False).partition(place)
+        if not found or place in behind:
+            raise UnsupportedError(
+                f"the chat template of {self.path.name} does not hold a user's turn once, as it stands"
+            )
+        encode = self.tokenizer.encode
+        return self._with_bos([*encode(before), *encode(content, special=False), *encode(behind)])
 
     # ---------------------------------------------------------------------------------------------------- generating
 
@@ -322,11 +354,165 @@ class DiffusionModel:
         return self._run(request)
 
     def _run(self, request: Request) -> Generator[Event, None, Generation]:
-        with self._session_for(request.prompt) as session:
+        with self.session_for(request.prompt) as session:
             return (yield from run(session, request, self._view))
 
     def _end_ids(self) -> frozenset[int]:
         return frozenset() if self._tokenizer is None else self._tokenizer.end_ids
+
+    # -------------------------------------------------------------------------------------------------------- infill
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        gap: Gap = "auto",
+        min_gap: int = 0,
+        max_gap: int = 128,
+        n: int = 1,
+        extra: Sequence[tuple[str, str]] = (),
+        seed: int = 0,
+        mode: str = "auto",
+        heal: bool = True,
+        **sampling: Any,
+    ) -> Infill:
+        """The text between a prefix and a suffix: prefix + result.text + suffix is the document.
+
+        The prefix is encoded into the cache and kept, so that the next call with a longer one encodes only what is new;
+        gap and suffix stand on the canvas. docs/INFILL.md tells what happens.
+
+        Args:
+            prefix, suffix: the text around the gap. Never changed; markup in it stays text. gap: tokens of the gap, or
+            "auto": lengths from `min_gap` to `max_gap` are tried, and the causal pass over the
+                fillings chooses.
+            n: how many ranked candidates are wanted. extra: (name, text) of other files, put before the prefix. seed:
+            keys all draws. mode: "raw": the prefix as a document; "chat": the file with a marked hole in the user's
+            turn, the answer opened
+                with the prefix's tail; "auto": what the file's key diffusion.infill_mode names, else chat where the
+                file has a chat template.
+            heal: let the gap's first token go on with the prefix's last word where the vocabulary has such tokens.
+            sampling: as in `generate`; `time_limit_s` returns the best so far.
+
+        Raises:
+            ValueError, TypeError: a gap of 0, an empty suffix with gap="auto", an option out of range or unknown.
+            ContextOverflowError: what cannot fit n_ctx, however much context is left out.
+            UnsupportedError: the file holds no tokenizer.
+        """
+        return _drain(
+            self.stream_infill(
+                prefix,
+                suffix,
+                gap=gap,
+                min_gap=min_gap,
+                max_gap=max_gap,
+                n=n,
+                extra=extra,
+                seed=seed,
+                mode=mode,
+                heal=heal,
+                **sampling,
+            )
+        )
+
+    def stream_infill(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        gap: Gap = "auto",
+        min_gap: int = 0,
+        max_gap: int = 128,
+        n: int = 1,
+        extra: Sequence[tuple[str, str]] = (),
+        seed: int = 0,
+        mode: str = "auto",
+        heal: bool = True,
+        **sampling: Any,
+    ) -> Generator[DenoiseStep, None, Infill]:
+        """The same as `infill`, as events: a DenoiseStep after every denoise pass, of the candidate that looks best;
+        its `pinned` tells free rows from fixed ones, its `text` is the gap's draft. Closing the iterator cancels; its
+        return value is the Infill. Bad arguments raise here, not at the first event."""
+        self._check_open()
+        return stream_infill(
+            self,
+            prefix,
+            suffix,
+            gap=gap,
+            min_gap=min_gap,
+            max_gap=max_gap,
+            n=n,
+            extra=extra,
+            seed=seed,
+            mode=mode,
+            heal=heal,
+            sampling=sampling,
+        )
+
+    def fill(
+        self,
+        template: str,
+        *,
+        min_gap: int = 0,
+        max_gap: int = 128,
+        extra: Sequence[tuple[str, str]] = (),
+        seed: int = 0,
+        mode: str = "auto",
+        heal: bool = True,
+        **sampling: Any,
+    ) -> Fill:
+        """Many gaps in one text, from left to right, each marked ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``
+        or ``<gap len=3/>``; lengths in tokens. Where an earlier gap is filled, later ones are free rows on the canvas.
+
+        The arguments are those of `infill`; `min_gap` and `max_gap` hold where a marker says nothing.
+
+        Raises ValueError for a template without a gap, one that ends with a gap of unknown length, two gaps that touch,
+        an unknown attribute; and what `infill` raises.
+        """
+        self._check_open()
+        return _drain(
+            stream_fill(
+                self,
+                template,
+                min_gap=min_gap,
+                max_gap=max_gap,
+                extra=extra,
+                seed=seed,
+                mode=mode,
+                heal=heal,
+                sampling=sampling,
+            )
+        )
+
+    def edit(
+        self, text: str, spans: Sequence[tuple[int, int]], *, strength: float = 1.0, seed: int = 0, **sampling: Any
+    ) -> Edit:
+        """Spans of a text written anew, all else pinned. A span keeps its number of tokens.
+
+        Args:
+            spans: (start, end) in characters; they must not overlap. strength: in (0, 1]: the share of a span's tokens
+            that starts as random ids; the rest starts as it stands, and
+                may change as well.
+
+        Raises ValueError for spans that are empty, overlap or leave the text; ContextOverflowError for one that is
+        longer than a canvas; TypeError for an unknown option.
+        """
+        self._check_open()
+        return edit(self, text, spans, strength=strength, seed=seed, **sampling)
+
+    def choose(
+        self, template: str, slots: Mapping[str, Sequence[str]], *, draws: int = 4, seed: int = 0
+    ) -> dict[str, dict[str, float]]:
+        """Probabilities of given options: for each slot, option -> probability; they sum to 1 over the slot's options.
+
+        Each slot stands in the template once, as ``<name/>``. One denoise step is made for each option and draw, side
+        by side: the option's log-probability under the first step's logits, its tokens taken as independent, the other
+        slots being noise; the mean of the probabilities over the draws, normalised.
+
+        Raises ValueError for an unknown slot, one without options, a marker that is missing or stands twice.
+        """
+        self._check_open()
+        return choose(self, template, slots, draws=draws, seed=seed)
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
@@ -344,7 +530,7 @@ class DiffusionModel:
         return Session(self._native, **self._session_options, n_rows=rows)
 
     @contextmanager
-    def _session_for(self, prompt: Sequence[int]) -> Iterator[Session]:
+    def session_for(self, prompt: Sequence[int]) -> Iterator[Session]:
         """An idle session, the one that shares the longest head with the prompt, or a new one."""
         ids = np.asarray(prompt, dtype=np.int32)
         with self._lock:
@@ -410,12 +596,12 @@ class DiffusionModel:
         return f"<DiffusionModel {self.path.name}{' (closed)' if self.closed else ''}>"
 
 
-def _drain(stream: Generator[Event, None, Generation]) -> Generation:
+def _drain(stream: Generator[Event, None, _Result]) -> _Result:
     while True:
         try:
             next(stream)
         except StopIteration as end:
-            result: Generation = end.value
+            result: _Result = end.value
             return result
 
 

@@ -10,6 +10,7 @@ gap is longer than one canvas (`fill_hole`)."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,8 +45,8 @@ class Hole:
     """What is known of a gap.
 
     `head`: ids between the session's prefix and the gap, pinned. `healed`: ids that may stand in place of all of
-    `head`, as the gap's first token; empty: none. `suffix`: the ids that follow, as many as there are or may be of use.
-    `end_ids`: ids that end a text, which therefore never stand in a gap."""
+    `head`, as the gap's first token; empty: none. `suffix`: the ids that follow, as many as there are or may be of use,
+    -1 for a row that a later gap leaves free. `end_ids`: ids that end a text, which therefore never stand in a gap."""
 
     suffix: Sequence[int]
     head: Sequence[int] = ()
@@ -242,15 +243,16 @@ class _Search:
         the better one stays; what holds an end token goes last."""
         began = time.monotonic()
         most = self.session.config.canvas_length
-        texts = [[*s.tokens, *self.hole.suffix[:SUFFIX_ROWS]][:most] for s in states]
+        known = list(itertools.takewhile(lambda id_: id_ >= 0, self.hole.suffix[:SUFFIX_ROWS]))
+        texts = [[*s.tokens, *known][:most] for s in states]
         scores = self.session.score([text for text in texts if text])
         self.stats.score_s += time.monotonic() - began
         by_text = iter(scores)
         best: dict[tuple[int, ...], Filled] = {}
         for state, text in zip(states, texts, strict=True):
             filled = self.filled(state, next(by_text) if text else np.zeros(0))
-            known = best.get(tuple(filled.tokens))
-            if known is None or filled.score > known.score:
+            twin = best.get(tuple(filled.tokens))
+            if twin is None or filled.score > twin.score:
                 best[tuple(filled.tokens)] = filled
         return sorted(best.values(), key=lambda f: (not self.hole.end_ids.isdisjoint(f.tokens), -f.score))
 

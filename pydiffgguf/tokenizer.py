@@ -8,7 +8,9 @@ a pre-tokenizer that splits at spaces, but its normalizer has replaced every spa
 
 from __future__ import annotations
 
+import bisect
 import codecs
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -59,6 +61,7 @@ class Tokenizer:
     _byte_values: dict[int, int]
     _with_special: tokenizers.Tokenizer
     _plain: tokenizers.Tokenizer
+    _sorted: list[tuple[str, int]] | None
 
     def __init__(self) -> None:
         raise TypeError("a Tokenizer is made by Tokenizer.from_gguf()")
@@ -142,6 +145,7 @@ class Tokenizer:
         self._vocab = vocab
         self._tokens = list(tokens)
         self._byte_values = byte_values
+        self._sorted = None
         # Both share the one model; which tokens are cut out of the text before it is a setting of the wrapper.
         self._with_special = _wrap(model, user_defined, [tokens[i] for i in sorted(self.special_ids)])
         self._plain = _wrap(model, user_defined, [])
@@ -189,6 +193,18 @@ class Tokenizer:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             return self._tokens[id_]
+
+    def extending(self, text: str) -> list[int]:
+        """Ids of the ordinary tokens whose text begins with `text` and is longer, ascending: what may stand where a
+        word was broken off. The first call sorts the vocabulary (0.15 s for 262,144 tokens), later ones take
+        microseconds."""
+        if self._sorted is None:
+            pieces = [(token.replace(SPACE, " "), id_) for id_, token in enumerate(self._tokens)]
+            hidden = self.special_ids | self._byte_values.keys()
+            self._sorted = sorted((piece, id_) for piece, id_ in pieces if id_ not in hidden)
+        first = bisect.bisect_right(self._sorted, (text, self.n_vocab))
+        last = bisect.bisect_left(self._sorted, (text + chr(sys.maxunicode), 0), first)
+        return sorted(id_ for _, id_ in self._sorted[first:last])
 
     def token_id(self, text: str) -> int | None:
         """Id of the token whose text in the vocabulary is exactly `text`, or None."""

@@ -1,0 +1,359 @@
+"""Infill: prefix and suffix in, the middle out. `layout.py` says where the text goes, `search.py` finds the tokens."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from pydiffgguf._arguments import int32, integer
+from pydiffgguf._records import Sampling
+from pydiffgguf.errors import CancelledError, ContextOverflowError
+from pydiffgguf.generate import DenoiseStep, FinishReason, Stats, encode_prompt
+from pydiffgguf.layout import Layout, check_extra, lay_out, resolve_mode
+from pydiffgguf.search import Draft, Filled, Gap, SearchStats, fill_hole
+from pydiffgguf.session import resolve_sampling
+from pydiffgguf.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pydiffgguf.model import DiffusionModel
+
+__all__ = ["Candidate", "Fill", "Infill", "InfillStats", "stream_fill", "stream_infill"]
+
+#: Rows that a later gap of unknown length takes on the canvas while an earlier one is filled.
+NOMINAL_GAP = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One filling. `gap_tokens`: free tokens it took, the healed one among them. `score`: natural log of the
+    probability that the causal pass gives to it and the suffix's first tokens. `confidence`: mean natural log of the
+    probability that the last denoise step gave to its free tokens. `healed`: its first token goes on with the prefix's
+    last word."""
+
+    text: str
+    gap_tokens: int
+    score: float
+    confidence: float
+    healed: bool
+
+
+@dataclass
+class InfillStats:
+    """What an infill cost.
+
+    `prompt_tokens`: what stood in the cache, of which `reused_tokens` were there from an earlier call; `encoded_tokens`
+    were not. `dropped_tokens`: context that n_ctx had no room for. `candidates`: lengths and joints that were tried.
+    `forwards`: denoise passes, each over as many candidates as there are rows for; `rows`: rows in all of them.
+    Seconds: `prefill_s` for the prompt, `denoise_s`, `score_s` for the causal judge. `seed` gives the same text again.
+    """
+
+    seed: int
+    mode: str
+    prompt_tokens: int
+    reused_tokens: int
+    dropped_tokens: int
+    prefill_s: float
+    search: SearchStats = field(default_factory=SearchStats)
+
+    @property
+    def encoded_tokens(self) -> int:
+        return self.prompt_tokens - self.reused_tokens
+
+    @property
+    def candidates(self) -> int:
+        return self.search.candidates
+
+    @property
+    def forwards(self) -> int:
+        return self.search.forwards
+
+    @property
+    def rows(self) -> int:
+        return self.search.rows
+
+    @property
+    def denoise_s(self) -> float:
+        return self.search.denoise_s
+
+    @property
+    def score_s(self) -> float:
+        return self.search.score_s
+
+
+@dataclass(frozen=True)
+class Infill:
+    """A filled gap: prefix + `text` + suffix is the document. `gap_tokens`, `score`: as in `Candidate`. `candidates`:
+    the best `n`, this one first. `finish_reason`: "stop"; "length" where time_limit_s ended it early; "cancelled"."""
+
+    text: str
+    gap_tokens: int
+    score: float
+    candidates: list[Candidate]
+    finish_reason: FinishReason
+    stats: InfillStats
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A filled template. `text`: all of it, markers replaced. `gaps`: the infill of each, in the template's order;
+    those that a time limit or a cancel left out are missing, and their markers stand in the text."""
+
+    text: str
+    gaps: list[Infill]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Checked arguments of an infill."""
+
+    gap: Gap
+    min_gap: int
+    max_gap: int
+    n: int
+    extra: list[tuple[str, str]]
+    seed: int
+    mode: str
+    heal: bool
+    sampling: Sampling
+    deadline: float | None
+    began: float
+
+
+def check_options(
+    model: DiffusionModel,
+    *,
+    gap: Gap,
+    min_gap: int,
+    max_gap: int,
+    n: int,
+    extra: Sequence[tuple[str, str]],
+    seed: int,
+    mode: str,
+    heal: bool,
+    sampling: dict[str, Any],
+) -> _Options:
+    """Raises TypeError and ValueError as `DiffusionModel.infill` says."""
+    from pydiffgguf._arguments import MAX_SEED
+
+    if isinstance(gap, str):
+        if gap != "auto":
+            raise ValueError(f"gap is {gap!r}: it must be a number of tokens, or 'auto'")
+    elif int32("gap", gap) == 0:
+        raise ValueError(
+            "gap is 0: there is nothing to fill between prefix and suffix; give the number of tokens, or gap='auto'"
+        )
+    min_gap, max_gap = int32("min_gap", min_gap), int32("max_gap", max_gap, 1)
+    if min_gap > max_gap:
+        raise ValueError(f"min_gap is {min_gap}: it must be at most max_gap, {max_gap}")
+    chosen, limit = resolve_sampling(model.sampling, sampling)
+    began = time.monotonic()
+    return _Options(
+        gap=gap,
+        min_gap=min_gap,
+        max_gap=max_gap,
+        n=integer("n", n, 1, 64),
+        extra=check_extra(extra),
+        seed=integer("seed", seed, 0, MAX_SEED),
+        mode=resolve_mode(mode, model.metadata.get("diffusion.infill_mode"), bool(model.chat_template)),
+        heal=bool(heal),
+        sampling=chosen,
+        deadline=None if limit is None else began + limit,
+        began=began,
+    )
+
+
+def stream_infill(
+    model: DiffusionModel, prefix: str, suffix: str, **arguments: Any
+) -> Generator[DenoiseStep, None, Infill]:
+    """See `DiffusionModel.stream_infill`; the arguments are checked here, not at the first event."""
+    for name, text in (("prefix", prefix), ("suffix", suffix)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a str, not {type(text).__name__}")
+    options = check_options(model, **arguments)
+    if not suffix and options.gap == "auto":
+        raise ValueError(
+            "the suffix is empty, so nothing tells how long the gap is: give gap=N, or use generate(prefix, raw=True)"
+        )
+    layout = _lay_out(model, prefix, suffix, options)
+    return _run(model, layout, options)
+
+
+def _lay_out(model: DiffusionModel, prefix: str, suffix: str, options: _Options, later: Sequence[int] = ()) -> Layout:
+    return lay_out(
+        model.tokenizer,
+        prefix,
+        suffix,
+        gap=options.gap,
+        min_gap=options.min_gap,
+        max_gap=options.max_gap,
+        extra=options.extra,
+        heal=options.heal,
+        canvas=model.config.canvas_length,
+        n_ctx=model.n_ctx,
+        chat=model.chat_ids_of if options.mode == "chat" else None,
+        later=later,
+    )
+
+
+def _run(model: DiffusionModel, layout: Layout, options: _Options) -> Generator[DenoiseStep, None, Infill]:
+    tokenizer = model.tokenizer
+    with model.session_for(layout.prompt) as session:
+        cost = Stats(seed=options.seed, prompt_tokens=len(layout.prompt))
+        stats = InfillStats(options.seed, options.mode, len(layout.prompt), 0, layout.dropped, 0.0)
+        last = ""
+        found: list[Filled] = []
+        reason: FinishReason = "stop"
+        try:
+            encode_prompt(session, layout.prompt, cost)
+            drafts = fill_hole(
+                session,
+                layout.hole,
+                gap=options.gap,
+                min_gap=options.min_gap,
+                max_gap=options.max_gap,
+                n=options.n,
+                sampling=options.sampling,
+                stats=stats.search,
+                seed=options.seed,
+                deadline=options.deadline,
+            )
+            while True:
+                try:
+                    draft = next(drafts)
+                except StopIteration as end:
+                    found = end.value
+                    break
+                event = _event(tokenizer, layout, draft, options.began)
+                last = event.text
+                yield event
+            if stats.search.out_of_time:
+                reason = "length"
+        except CancelledError:
+            reason = "cancelled"
+        stats.reused_tokens, stats.prefill_s = cost.reused_tokens, cost.prefill_s
+    candidates = [_candidate(tokenizer, layout, filled) for filled in found]
+    best = candidates[0] if candidates else Candidate(last, 0, float("-inf"), 0.0, False)
+    return Infill(best.text, best.gap_tokens, best.score, candidates, reason, stats)
+
+
+def _text(tokenizer: Tokenizer, layout: Layout, tokens: Sequence[int]) -> str:
+    """The filling's text without the word that it begins with; bytes that no character ends are left out."""
+    return tokenizer.decode(tokens, skip_special=True)[len(layout.head_text) :]
+
+
+def _candidate(tokenizer: Tokenizer, layout: Layout, filled: Filled) -> Candidate:
+    text = _text(tokenizer, layout, filled.tokens)
+    return Candidate(text, filled.gap_tokens, filled.score, filled.confidence, filled.healed)
+
+
+def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, began: float) -> DenoiseStep:
+    step = draft.step
+    return DenoiseStep(
+        draft.canvas,
+        step.step,
+        step.steps,
+        step.argmax,
+        step.accepted,
+        step.entropy,
+        _text(tokenizer, layout, step.argmax[draft.start : draft.end].tolist()),
+        time.monotonic() - began,
+        draft.pinned,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ many gaps
+
+_MARKER = re.compile(r"<gap\b([^<>]*?)/>")
+_ATTRIBUTE = re.compile(r"\s*(\w+)=(\S+?)(?=\s|\Z)")
+
+
+@dataclass(frozen=True)
+class _Marker:
+    """A gap of a template: where its marker stands, and what it says of the length."""
+
+    start: int
+    end: int
+    gap: Gap
+    min_gap: int
+    max_gap: int
+
+    @property
+    def nominal(self) -> int:
+        return min(NOMINAL_GAP, self.max_gap) if self.gap == "auto" else self.gap
+
+
+def parse_template(template: str, min_gap: int = 0, max_gap: int = 128) -> list[_Marker]:
+    """The markers ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``, ``<gap len=3/>`` of a template. Raises
+    ValueError
+    for a template without one, two that touch, an unknown attribute, or a length that is no number."""
+    if not isinstance(template, str):
+        raise TypeError(f"template must be a str, not {type(template).__name__}")
+    markers: list[_Marker] = []
+    for found in _MARKER.finditer(template):
+        values = {"min": min_gap, "max": max_gap}
+        rest = _ATTRIBUTE.sub("", found[1])
+        if rest.strip():
+            raise ValueError(
+                f"{found[0]}: {rest.strip()!r} is no attribute; write <gap/>, <gap max=8/> or <gap len=3/>"
+            )
+        for name, value in _ATTRIBUTE.findall(found[1]):
+            if name not in ("min", "max", "len"):
+                raise ValueError(f"{found[0]}: unknown attribute {name!r}; there are min, max and len")
+            if not value.isdecimal():
+                raise ValueError(f"{found[0]}: {name} is {value!r}: it must be a number of tokens")
+            values[name] = int32(f"{name} of {found[0]}", int(value), 0 if name == "min" else 1)
+        if values["min"] > values["max"]:
+            raise ValueError(f"{found[0]}: min is {values['min']}: it must be at most max, {values['max']}")
+        if markers and markers[-1].end == found.start():
+            raise ValueError("two gaps stand side by side: make one of them, or put text between")
+        markers.append(_Marker(*found.span(), values.get("len", "auto"), values["min"], values["max"]))
+    if not markers:
+        raise ValueError("the template has no gap: mark it with <gap/>")
+    return markers
+
+
+def stream_fill(model: DiffusionModel, template: str, **arguments: Any) -> Generator[DenoiseStep, None, Fill]:
+    """See `DiffusionModel.fill`. Gaps are filled from left to right: each sees the text before it, what was filled
+    there included, and behind it the rest of the template, where later gaps are free rows of their own length, or of a
+    nominal one."""
+    options = check_options(model, gap="auto", n=1, **arguments)
+    markers = parse_template(template, options.min_gap, options.max_gap)
+    if not template[markers[-1].end :] and markers[-1].gap == "auto":
+        raise ValueError("the template ends with a gap, so nothing tells how long it is: write <gap len=N/>")
+    return _fill(model, template, markers, options)
+
+
+def _fill(
+    model: DiffusionModel, template: str, markers: list[_Marker], options: _Options
+) -> Generator[DenoiseStep, None, Fill]:
+    encode = model.tokenizer.encode
+    text = template[: markers[0].start]
+    gaps: list[Infill] = []
+    reason: FinishReason = "stop"
+    for i, marker in enumerate(markers):
+        following = [*markers[i + 1 :], None]
+        suffix = template[marker.end : markers[i + 1].start if i + 1 < len(markers) else None]
+        later: list[int] = []
+        for here, after in pairwise(following):
+            assert here is not None  # the last one alone is
+            between = template[here.end : after.start if after else None]
+            later += [-1] * here.nominal + encode(between, special=False)
+        mine = replace(options, gap=marker.gap, min_gap=marker.min_gap, max_gap=marker.max_gap)
+        infill = yield from _run(model, _lay_out(model, text, suffix, mine, later), mine)
+        if infill.finish_reason != "stop":
+            reason = infill.finish_reason
+        if infill.finish_reason == "cancelled":
+            return Fill(text + template[marker.start :], gaps, reason)
+        gaps.append(infill)
+        text += infill.text + suffix
+    return Fill(text, gaps, reason)
+
+
+def overflow(rows: int, canvas: int, what: str) -> ContextOverflowError:
+    """The error for text that must stand on one canvas and does not fit."""
+    return ContextOverflowError(f"{what} takes {rows} tokens on the canvas, which has {canvas}; mark a shorter part")

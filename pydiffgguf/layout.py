@@ -1,0 +1,205 @@
+"""Where the text around a gap goes: what into the cache, what onto the canvas.
+
+    cache    [bos] [extra files] [far suffix] [prefix without its last word]       the raw form
+             [user's turn: the file, its hole marked] [opening of the answer, the prefix's tail]   the chat form
+    canvas   [last word] [gap, free rows] [near suffix, pinned rows]
+
+Prefix and suffix are made into ids apart, so the text is cut where the caller cut it; markup that somebody typed stays
+text. Nothing is ever taken from the text: what this file leaves out is context that the model does not see.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydiffgguf.errors import ContextOverflowError
+from pydiffgguf.search import SUFFIX_ROWS, Gap, Hole
+from pydiffgguf.tokenizer import Tokenizer
+
+__all__ = ["Layout", "Mode", "chat_message", "check_extra", "lay_out", "resolve_mode"]
+
+#: How a gap is put to the model; "auto" goes by the file.
+Mode = Literal["auto", "raw", "chat"]
+
+#: A word longer than so many tokens is not healed.
+MOST_HEAD = 4
+#: Tokens of the prefix that open the answer in the chat form.
+CHAT_TAIL = 64
+SEPARATOR = "\n\n"
+
+_LAST_WORD = re.compile(r"\w+\Z")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`prompt`: ids for the cache. `hole`: what stands on the canvas. `head_text`: the text of `hole.head`, with which
+    every filling begins. `dropped`: tokens of context that n_ctx had no room for."""
+
+    prompt: list[int]
+    hole: Hole
+    head_text: str
+    dropped: int
+
+
+def resolve_mode(mode: str, file_mode: object, has_template: bool) -> Literal["raw", "chat"]:
+    """The form that is used: the caller's, else the one that the file's key ``diffusion.infill_mode`` names, else chat
+    where the file has a chat template. Raises ValueError for an unknown mode, and for "chat" without a template."""
+    if mode not in ("auto", "raw", "chat"):
+        raise ValueError(f"mode is {mode!r}: it must be 'auto', 'raw' or 'chat'")
+    if mode == "auto":
+        mode = str(file_mode) if file_mode in ("raw", "chat") else "chat" if has_template else "raw"
+    if mode == "chat" and not has_template:
+        raise ValueError("mode is 'chat', but this file has no chat template; use mode='raw'")
+    return "chat" if mode == "chat" else "raw"
+
+
+def check_extra(extra: Sequence[object]) -> list[tuple[str, str]]:
+    """Raises TypeError unless `extra` holds pairs of strings (name, text)."""
+    pairs = []
+    for i, pair in enumerate(extra):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise TypeError(f"extra[{i}] must be a pair of strings (name, text), but is {pair!r}")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def split_head(
+    tokenizer: Tokenizer, prefix: str, ids: Sequence[int], heal: bool
+) -> tuple[list[int], list[int], list[int], str]:
+    """(ids before the last word, ids of the last word, ids that may stand in its place, its text).
+
+    A word that the tokenizer could go on with is left to the canvas: either as it stands, or as the beginning of one
+    longer token. Without such a word, or with `heal` False, the last three are empty.
+    """
+    nothing: tuple[list[int], list[int], list[int], str] = (list(ids), [], [], "")
+    word = _LAST_WORD.search(prefix)
+    if not heal or word is None:
+        return nothing
+    for n in range(1, min(MOST_HEAD, len(ids)) + 1):
+        text = tokenizer.decode(ids[-n:])
+        if len(text) >= len(word[0]):
+            longer = tokenizer.extending(text) if prefix.endswith(text) else []
+            return (list(ids[:-n]), list(ids[-n:]), longer, text) if longer else nothing
+    return nothing
+
+
+def chat_message(prefix: str, suffix: str, extra: Sequence[tuple[str, str]]) -> str:
+    """The user's turn of the chat form."""
+    marker = "[MISSING]"
+    while marker in prefix or marker in suffix:
+        marker = f"[{marker}]"
+    parts = [f"{name}:\n```\n{text}\n```" for name, text in extra]
+    parts.append(
+        f"A part of this file is missing, at the place marked {marker}. Write the file again from shortly before the "
+        "mark, with the missing part in its place; change nothing else, explain nothing.\n"
+        f"```\n{prefix}{marker}{suffix}\n```"
+    )
+    return SEPARATOR.join(parts)
+
+
+def lay_out(
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str,
+    *,
+    gap: Gap,
+    min_gap: int,
+    max_gap: int,
+    extra: Sequence[tuple[str, str]],
+    heal: bool,
+    canvas: int,
+    n_ctx: int,
+    chat: Callable[[str], list[int]] | None,
+    later: Sequence[int] = (),
+) -> Layout:
+    """Distributes a document around its gap.
+
+    Args:
+        canvas, n_ctx: rows of a canvas and positions of the session.
+        chat: for the chat form, what makes the prompt's ids of the user's turn; None for the raw form.
+        later: ids behind `suffix`, -1 for free rows: further gaps and what stands between them.
+
+    Raises:
+        ContextOverflowError: n_ctx has no room for a prefix, however short.
+        ValueError: an empty prefix, and no bos token to stand in its place.
+    """
+    start = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
+    before = tokenizer.encode(prefix, special=False)
+    behind = tokenizer.encode(suffix, special=False)
+    before, head, healed, head_text = split_head(tokenizer, prefix, before, heal)
+    if not start and not before and not chat:
+        if not head:
+            raise ValueError(
+                "the prefix is empty, and this vocabulary has no bos token: give at least one word of prefix"
+            )
+        before, head, healed, head_text = head, [], [], ""
+    hole = Hole([*behind, *later], head, healed, tokenizer.end_ids)
+    room = n_ctx - canvas - len(start)
+    if room < 1:
+        raise ContextOverflowError(f"n_ctx is {n_ctx}: a canvas of {canvas} leaves no room for a prefix")
+    if chat is not None:
+        return _chat_layout(tokenizer, prefix, suffix, before, hole, head_text, extra, chat, room)
+
+    # The suffix behind the shortest gap does not fit onto the canvas: what is behind the longest gap's part is quoted.
+    # It is the same for every keystroke in the prefix, so the cache keeps it.
+    far: list[int] = []
+    if len(behind) + max(1, min_gap if gap == "auto" else gap) + MOST_HEAD > canvas:
+        longest = max_gap if gap == "auto" else gap
+        near = max(SUFFIX_ROWS, canvas - MOST_HEAD - longest)
+        far = behind[near:]
+    separator = tokenizer.encode(SEPARATOR, special=False)
+    files = [tokenizer.encode(f"{name}:\n{text}{SEPARATOR}", special=False) for name, text in extra]
+    whole = sum(map(len, files)) + len(far) + (len(separator) if far else 0) + len(before)
+    # What is farthest from the gap goes first: other files, the suffix's end, the prefix's beginning.
+    while files and sum(map(len, files)) + len(far) + len(separator) + len(before) > room:
+        files.pop(0)
+    if far and len(far) + len(separator) + len(before) > room:
+        far = far[: max(0, room // 4 - len(separator))] if len(before) > room // 2 else far[: room // 2]
+    quoted = [*far, *separator] if far else []
+    if len(quoted) + len(before) > room:
+        # In whole canvases, so that the next keystrokes find the same beginning in the cache.
+        over = len(quoted) + len(before) - room
+        before = before[min(len(before) - 1, -(-over // canvas) * canvas) :]
+    prompt = [*(id_ for ids in files for id_ in ids), *quoted, *before]
+    return Layout([*start, *prompt], hole, head_text, whole - len(prompt))
+
+
+def _chat_layout(
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str,
+    before: list[int],
+    hole: Hole,
+    head_text: str,
+    extra: Sequence[tuple[str, str]],
+    chat: Callable[[str], list[int]],
+    room: int,
+) -> Layout:
+    """The file goes into the user's turn; other files are left out first, then both ends of this one."""
+    tail = before[-CHAT_TAIL:]
+    files, head, rear = list(extra), prefix, suffix
+    dropped = 0
+    while True:
+        prompt = [*chat(chat_message(head, rear, files)), *tail]
+        over = len(prompt) - room
+        if over <= 0:
+            return Layout(prompt, hole, head_text, dropped)
+        if files:
+            dropped += len(tokenizer.encode(files.pop(0)[1], special=False))
+        elif len(head) + len(rear) <= 2 * CHAT_TAIL:
+            raise ContextOverflowError(
+                f"the chat form needs {len(prompt)} tokens, but n_ctx leaves room for {room}; open the model with a "
+                "larger n_ctx, or use mode='raw'"
+            )
+        else:
+            # A token is about four characters; half again, so that a second round is rare.
+            cut = max(64, 6 * over)
+            if len(rear) >= len(head):
+                dropped += len(tokenizer.encode(rear[-cut:], special=False))
+                rear = rear[:-cut]
+            else:
+                dropped += len(tokenizer.encode(head[:cut], special=False))
+                head = head[cut:]
