@@ -13,7 +13,7 @@ similarity  1 - Levenshtein distance / the longer length, in characters (rapidfu
 parses      of the Python items: prefix, text and suffix together are valid syntax
 length      mean difference between the number of tokens that was found and the right one; and how often it is 0
 pass@1      with --execute: the item's tests pass; of the items that have tests
-steps, s    denoise steps of all canvases, and seconds; means
+passes      denoise passes, each over all the lengths that are tried; `rows` in all of them; and seconds (s); means
 
 An item that the model refuses (a suffix that cannot fit, say) counts as wrong everywhere, and its message is kept.
 """
@@ -53,11 +53,13 @@ KNOWN, AUTO = "known", "auto"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of one item. `tokens`: of the text that it found; `error`: why there is none."""
+    """What a model made of one item. `tokens`: free ones that the text took; `passes` and `rows`: denoise passes, and
+    rows in all of them; `error`: why there is no text."""
 
     text: str = ""
     tokens: int = 0
-    steps: int = 0
+    passes: int = 0
+    rows: int = 0
     seconds: float = 0.0
     error: str | None = None
 
@@ -115,7 +117,7 @@ def judge(item: Item, gap: int, answer: Answer, limits: sandbox.Limits | None = 
 @dataclass(frozen=True)
 class Summary:
     """Some results together; shares and means, None where no item has the figure. `refused`: how many had no answer;
-    they are wrong in all shares, and left out of the means of length, steps and seconds."""
+    they are wrong in all shares, and left out of the means of length, passes, rows and seconds."""
 
     items: int
     refused: int
@@ -126,7 +128,8 @@ class Summary:
     length_error: float | None
     length_exact: float | None
     passed: float | None
-    steps: float | None
+    passes: float | None
+    rows: float | None
     seconds: float | None
 
 
@@ -151,7 +154,8 @@ def summarise(results: Sequence[Result]) -> Summary:
         length_error=mean(abs(r.answer.tokens - r.gap) for r in answered),
         length_exact=mean(r.answer.error is None and r.answer.tokens == r.gap for r in results),
         passed=mean(r.passed for r in results if r.passed is not None),
-        steps=mean(r.answer.steps for r in answered),
+        passes=mean(r.answer.passes for r in answered),
+        rows=mean(r.answer.rows for r in answered),
         seconds=mean(r.answer.seconds for r in answered),
     )
 
@@ -182,7 +186,8 @@ def answer(model: DiffusionModel, item: Item, gap: int | str, options: dict[str,
         filled = model.infill(item.prefix, item.suffix, gap=gap, **options)
     except (DiffGGUFError, ValueError) as error:
         return Answer(seconds=time.perf_counter() - began, error=f"{type(error).__name__}: {error}")
-    return Answer(filled.text, filled.gap_tokens, sum(filled.stats.steps), time.perf_counter() - began)
+    stats = filled.stats
+    return Answer(filled.text, filled.gap_tokens, stats.forwards, stats.rows, time.perf_counter() - began)
 
 
 @dataclass
@@ -238,7 +243,8 @@ COLUMNS: tuple[tuple[str, Callable[[Summary], float | None], str], ...] = (
     ("length off by", lambda s: s.length_error, ".2f"),
     ("length exact", lambda s: s.length_exact, ".1%"),
     ("pass@1", lambda s: s.passed, ".1%"),
-    ("steps", lambda s: s.steps, ".1f"),
+    ("passes", lambda s: s.passes, ".1f"),
+    ("rows", lambda s: s.rows, ".0f"),
     ("s", lambda s: s.seconds, ".2f"),
 )
 
