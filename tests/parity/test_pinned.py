@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from canvas_batches import own_steps
 from demo_tasks import Demo, tasks
 from nets import Net, Report, relative_error
 from reference import (
@@ -31,7 +32,7 @@ from test_trajectory import PATH_ENTROPY
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf._records import RawStep
-from pydiffgguf.session import Canvas, CanvasBatch, CanvasSpec, Session, Step, resolve_sampling
+from pydiffgguf.session import Canvas, CanvasSpec, Session, Step, resolve_sampling
 
 pytestmark = pytest.mark.parity
 
@@ -280,15 +281,9 @@ class NoiseOfEach:
 def run_batch(
     session: Session, specs: Sequence[CanvasSpec], sampling: Sampling, noise: NoiseOfEach
 ) -> list[list[RawStep]]:
-    """Each canvas's own steps, denoised side by side."""
+    """Each canvas's own steps, denoised side by side, with this module's options over the file's."""
     options, _ = resolve_sampling(session._defaults, asdict(sampling))
-    batch = CanvasBatch(session, specs, options, noise=noise)
-    steps: list[list[RawStep]] = [[] for _ in specs]
-    while not batch.finished:
-        for mine, step in zip(steps, batch.step(), strict=True):
-            if not mine or not mine[-1].finished:
-                mine.append(step)
-    return steps
+    return own_steps(session, specs, options, noise)
 
 
 @pytest.mark.parametrize("name", ["one_kv_head", "alternating", "full_first", "many_experts"])
