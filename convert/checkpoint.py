@@ -24,6 +24,7 @@ from .names import DECODER, EMBEDDING, ENCODER, GLOBAL_TENSORS, HEAD, SAMPLER_KE
 from .shards import ITEM_SIZE, Shard, StoredTensor
 
 SINGLE = "model.safetensors"
+INFILL_MODES = ("raw", "chat")
 INDEX = "model.safetensors.index.json"
 
 # float32 elements read at once: 8 MiB, so that the converter's memory does not depend on a tensor's size.
@@ -195,10 +196,11 @@ def rope_freqs(config: ModelConfig) -> npt.NDArray[np.float32]:
     return values
 
 
-def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int | float], list[int]]:
-    """(sampler values by GGUF key, end token ids) of generation_config.json; both empty when there is no such file.
+def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int | float | str], list[int]]:
+    """(defaults of generation by GGUF key, end token ids) of generation_config.json; both empty without such a file.
 
-    Values that are null are left out. The names are those of the reference's DiffusionGemmaGenerationConfig.
+    Values that are null are left out. The names are those of the reference's DiffusionGemmaGenerationConfig, and
+    `infill_mode`, ours: "raw" or "chat", the form in which the model was trained to fill gaps.
     """
     if not path.is_file():
         return {}, []
@@ -213,7 +215,7 @@ def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int |
         sampler_config = {}
     merged: dict[str, Any] = {**config, "entropy_bound": sampler_config.get("entropy_bound")}
     values = Reader(str(path), merged)
-    sampler: dict[str, int | float] = {}
+    sampler: dict[str, int | float | str] = {}
     for key, name in SAMPLER_KEYS.items():
         if not values.present(name):
             continue
@@ -223,6 +225,11 @@ def read_generation_config(path: Path, vocab_size: int) -> tuple[dict[str, int |
             sampler[key] = values.integer(name, low=0)
         else:
             sampler[key] = values.real(name, positive=name == "confidence_threshold")
+    if values.present("infill_mode"):
+        mode = config["infill_mode"]
+        if mode not in INFILL_MODES:
+            raise ModelFormatError(f"{values.name('infill_mode')}: expected one of {INFILL_MODES}, got {mode!r:.60}")
+        sampler["diffusion.infill_mode"] = mode
     return sampler, read_eos(reader, vocab_size)
 
 

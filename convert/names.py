@@ -51,6 +51,7 @@ KEYS: dict[str, str] = {
     "diffusion.eb_entropy_bound": "f32",
     "diffusion.eb_confidence_threshold": "f32",
     "diffusion.eos_token_ids": "arr[u32]",
+    "diffusion.infill_mode": "str",
     "tokenizer.ggml.model": "str",
     "tokenizer.ggml.tokens": "arr[str]",
     "tokenizer.ggml.scores": "arr[f32]",

@@ -119,6 +119,7 @@ class _Options:
     seed: int
     mode: str
     heal: bool
+    ends: bool
     sampling: Sampling
     deadline: float | None
     began: float
@@ -135,6 +136,7 @@ def check_options(
     seed: int,
     mode: str,
     heal: bool,
+    ends: bool,
     sampling: dict[str, Any],
 ) -> _Options:
     """Raises TypeError and ValueError as `DiffusionModel.infill` says."""
@@ -161,6 +163,7 @@ def check_options(
         seed=integer("seed", seed, 0, MAX_SEED),
         mode=resolve_mode(mode, model.metadata.get("diffusion.infill_mode"), bool(model.chat_template)),
         heal=bool(heal),
+        ends=bool(ends),
         sampling=chosen,
         deadline=None if limit is None else began + limit,
         began=began,
@@ -197,6 +200,7 @@ def _lay_out(model: DiffusionModel, prefix: str, suffix: str, options: _Options,
         n_ctx=model.n_ctx,
         chat=model.chat_ids_of if options.mode == "chat" else None,
         later=later,
+        ends=options.ends,
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydiffgguf.errors import ContextOverflowError
+from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 from pydiffgguf.search import SUFFIX_ROWS, Gap, Hole
 from pydiffgguf.tokenizer import Tokenizer
 
@@ -49,8 +49,10 @@ def resolve_mode(mode: str, file_mode: object, has_template: bool) -> Literal["r
     where the file has a chat template. Raises ValueError for an unknown mode, and for "chat" without a template."""
     if mode not in ("auto", "raw", "chat"):
         raise ValueError(f"mode is {mode!r}: it must be 'auto', 'raw' or 'chat'")
+    if file_mode not in (None, "raw", "chat"):
+        raise ModelFormatError(f"key diffusion.infill_mode is {file_mode!r:.60}: it must be 'raw' or 'chat'")
     if mode == "auto":
-        mode = str(file_mode) if file_mode in ("raw", "chat") else "chat" if has_template else "raw"
+        mode = str(file_mode) if file_mode else "chat" if has_template else "raw"
     if mode == "chat" and not has_template:
         raise ValueError("mode is 'chat', but this file has no chat template; use mode='raw'")
     return "chat" if mode == "chat" else "raw"
@@ -114,6 +116,7 @@ def lay_out(
     n_ctx: int,
     chat: Callable[[str], list[int]] | None,
     later: Sequence[int] = (),
+    ends: bool = True,
 ) -> Layout:
     """Distributes a document around its gap.
 
@@ -121,6 +124,7 @@ def lay_out(
         canvas, n_ctx: rows of a canvas and positions of the session.
         chat: for the chat form, what makes the prompt's ids of the user's turn; None for the raw form.
         later: ids behind `suffix`, -1 for free rows: further gaps and what stands between them.
+        ends: the document ends there, so an end token stands behind it.
 
     Raises:
         ContextOverflowError: n_ctx has no room for a prefix, however short.
@@ -136,7 +140,9 @@ def lay_out(
                 "the prefix is empty, and this vocabulary has no bos token: give at least one word of prefix"
             )
         before, head, healed, head_text = head, [], [], ""
-    hole = Hole([*behind, *later], head, healed, tokenizer.end_ids)
+    end = tokenizer.turn_end_id if chat is not None else tokenizer.eos_id
+    closing = [end] if ends and end is not None else []
+    hole = Hole([*behind, *later, *closing], head, healed, tokenizer.end_ids)
     room = n_ctx - canvas - len(start)
     if room < 1:
         raise ContextOverflowError(f"n_ctx is {n_ctx}: a canvas of {canvas} leaves no room for a prefix")

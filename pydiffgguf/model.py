@@ -375,6 +375,7 @@ class DiffusionModel:
         seed: int = 0,
         mode: str = "auto",
         heal: bool = True,
+        ends: bool = True,
         **sampling: Any,
     ) -> Infill:
         """The text between a prefix and a suffix: prefix + result.text + suffix is the document.
@@ -392,6 +393,7 @@ class DiffusionModel:
                 with the prefix's tail; "auto": what the file's key diffusion.infill_mode names, else chat where the
                 file has a chat template.
             heal: let the gap's first token go on with the prefix's last word where the vocabulary has such tokens.
+            ends: the suffix reaches to the document's end; False where it was cut.
             sampling: as in `generate`; `time_limit_s` returns the best so far.
 
         Raises:
@@ -411,6 +413,7 @@ class DiffusionModel:
                 seed=seed,
                 mode=mode,
                 heal=heal,
+                ends=ends,
                 **sampling,
             )
         )
@@ -428,6 +431,7 @@ class DiffusionModel:
         seed: int = 0,
         mode: str = "auto",
         heal: bool = True,
+        ends: bool = True,
         **sampling: Any,
     ) -> Generator[DenoiseStep, None, Infill]:
         """The same as `infill`, as events: a DenoiseStep after every denoise pass, of the candidate that looks best;
@@ -446,6 +450,7 @@ class DiffusionModel:
             seed=seed,
             mode=mode,
             heal=heal,
+            ends=ends,
             sampling=sampling,
         )
 
@@ -459,6 +464,7 @@ class DiffusionModel:
         seed: int = 0,
         mode: str = "auto",
         heal: bool = True,
+        ends: bool = True,
         **sampling: Any,
     ) -> Fill:
         """Many gaps in one text, from left to right, each marked ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``
@@ -480,6 +486,7 @@ class DiffusionModel:
                 seed=seed,
                 mode=mode,
                 heal=heal,
+                ends=ends,
                 sampling=sampling,
             )
         )

@@ -1,9 +1,10 @@
 """One hole: the tokens between an encoded prefix and a suffix, of known or unknown length.
 
-A candidate is a length, laid out on a canvas of its own: the gap's rows are free, the suffix's first tokens are pinned
-behind them. Candidates share every pass over the weights (`CanvasBatch`). All get a few denoise steps; the most
-promising ones go on until they are finished; the causal pass over what they wrote decides (docs/INFILL.md says what
-else was tried, and what it was worth).
+A candidate is a length, laid out on a canvas of its own: the gap's rows are free, the suffix is pinned behind them.
+Candidates share every pass over the weights (`CanvasBatch`). All lengths get one denoise step in which the suffix's
+first rows are free as well: where the length is right, the model writes the suffix there of its own accord. The lengths
+where it does so most are denoised to the end, and the causal pass over what they wrote decides. What else was tried,
+and what it was worth, is in docs/INFILL.md; `benchmarks/length_scores.py` measures it.
 
 Nothing here knows text. The session's prefix is what stands before the hole, and is as it was afterwards, unless the
 gap is longer than one canvas (`fill_hole`)."""
@@ -27,13 +28,17 @@ __all__ = ["Draft", "Filled", "Gap", "Hole", "SearchStats", "fill_hole"]
 #: Tokens of the gap, or "auto": to be found.
 Gap = int | Literal["auto"]
 
-#: Rows of pinned suffix behind a gap whose length is being looked for. More cost more and tell no more: the suffix's
-#: first words say whether the gap joins.
+#: Rows of suffix behind a gap whose length is being looked for, and tokens of it that the causal pass judges. More cost
+#: more and tell no more: the suffix's first words say whether the gap joins.
 SUFFIX_ROWS = 16
-#: Denoise steps that every candidate gets.
-PROBE_STEPS = 2
-#: Candidates that go on to the end, at the most.
-FINALISTS = 8
+#: Of them, rows that are left free where a length is tried.
+FREE_ROWS = 6
+#: Denoise steps that every length gets: a second one did not choose better (docs/INFILL.md).
+PROBE_STEPS = 1
+#: Candidates that go on to the end, at the most; once one of them has converged, the others get RACE times its steps.
+#: Canvases of a wrong length seldom settle: without the race they took nine tenths of the passes.
+FINALISTS = 4
+RACE = 2
 #: Up to here every length is tried: the right one shows at that length alone. From here on lengths grow by GROWTH, and
 #: the surroundings of the best are looked at afterwards.
 DENSE_LENGTHS = 32
@@ -52,6 +57,11 @@ class Hole:
     head: Sequence[int] = ()
     healed: Sequence[int] = ()
     end_ids: frozenset[int] = frozenset()
+
+    @property
+    def known_suffix(self) -> list[int]:
+        """The suffix's first ids, up to SUFFIX_ROWS, before a later gap."""
+        return list(itertools.takewhile(lambda id_: id_ >= 0, self.suffix[:SUFFIX_ROWS]))
 
 
 @dataclass(frozen=True)
@@ -119,16 +129,20 @@ class _Candidate:
     def rows(self, most: int) -> int:
         return min(self.end + len(self.hole.suffix), most)
 
-    def spec(self, most: int, seed: int, canvas: int) -> CanvasSpec:
-        """On a canvas of at most `most` rows. Its draws depend on the layout alone, not on who else is tried."""
+    def spec(self, most: int, seed: int, canvas: int, free: int) -> CanvasSpec:
+        """On a canvas of at most `most` rows, the suffix's first `free` rows watched instead of pinned. Its draws
+        depend on the layout alone, not on who else is tried."""
         n = self.rows(most)
         pinned = np.full(n, -1, dtype=np.int32)
         pinned[: self.start] = self.hole.head[: self.start]
         pinned[self.end :] = self.hole.suffix[: n - self.end]
+        watched = np.full(n, -1, dtype=np.int32)
+        watched[self.end :] = pinned[self.end :]
+        pinned[self.end : self.end + free] = -1
         return CanvasSpec(
             n_rows=n,
             pinned=pinned,
-            watched=np.full(n, -1, dtype=np.int32),
+            watched=watched,
             allowed={0: self.hole.healed} if self.healed else None,
             seed=seed,
             canvas_index=(canvas << 24) + (self.draw << 12) + (self.length << 1) + self.healed,
@@ -158,6 +172,12 @@ class _State:
         free = self.step.logprob[self.free]
         return float(free.mean()) if free.size else 0.0
 
+    @property
+    def joint(self) -> float:
+        """Log-probability of the suffix's tokens where their rows are free."""
+        assert self.step.logprob is not None
+        return float(self.step.logprob[self.free.stop : self.free.stop + FREE_ROWS].sum())
+
     def draft(self, canvas: int) -> Draft:
         pinned: BoolArray = np.ones(self.rows, dtype=np.bool_)
         pinned[self.free] = False
@@ -184,6 +204,7 @@ class _Search:
         self.deadline = deadline
         self.stats = stats
         self.canvas = canvas
+        self.longest_race: int | None = None  # steps that are left to the slower candidates
 
     def following(self, hole: Hole) -> _Search:
         """The search on the gap's next canvas."""
@@ -199,28 +220,39 @@ class _Search:
         plain = [_Candidate(self.hole, length, False, draw) for draw in range(draws)]
         return plain + [replace(c, healed=True) for c in plain if self.hole.healed and length > 0]
 
-    def run(
-        self, candidates: Sequence[_Candidate], suffix_rows: int, max_steps: int | None
+    def probe(self, lengths: Sequence[int]) -> Generator[Draft, None, list[_State]]:
+        """Tries lengths: a step or so each, the suffix's first rows free."""
+        most = self.sampling.max_steps
+        sampling = replace(self.sampling, max_steps=min(most, PROBE_STEPS) if most else PROBE_STEPS)
+        known = len(self.hole.known_suffix)
+        candidates = [form for length in lengths for form in self.forms(length)]
+        return self._run(candidates, SUFFIX_ROWS, sampling, min(FREE_ROWS, known))
+
+    def finish(self, candidates: Sequence[_Candidate], race: bool = False) -> Generator[Draft, None, list[_State]]:
+        """Denoises candidates to the end, with as much suffix as a canvas holds; in a race, those that are much slower
+        than the first to converge are left as they are then."""
+        self.longest_race = self.sampling.steps if race else None
+        return self._run(candidates, self.session.config.canvas_length, self.sampling, 0)
+
+    def _run(
+        self, candidates: Sequence[_Candidate], suffix_rows: int, sampling: Sampling, free: int
     ) -> Generator[Draft, None, list[_State]]:
-        """Denoises candidates, as many at a time as the session has rows for; those that time ran out on are missing,
-        but for the first."""
+        """As many candidates at a time as the session has rows for; those that time ran out on are missing, but for the
+        first."""
         most = self.session.config.canvas_length
-        sampling = self.sampling
-        if max_steps is not None and not 0 < sampling.max_steps < max_steps:
-            sampling = replace(sampling, max_steps=max_steps)
         states: list[_State] = []
         self.stats.candidates += len(candidates)
         for group in _groups(candidates, lambda c: c.rows(min(most, c.end + suffix_rows)), self.session.n_rows):
             if states and self.late():
                 break
-            states += yield from self._run_group(group, suffix_rows, sampling)
+            states += yield from self._run_group(group, suffix_rows, sampling, free)
         return states
 
     def _run_group(
-        self, group: Sequence[_Candidate], suffix_rows: int, sampling: Sampling
+        self, group: Sequence[_Candidate], suffix_rows: int, sampling: Sampling, free: int
     ) -> Generator[Draft, None, list[_State]]:
         most = self.session.config.canvas_length
-        specs = [c.spec(min(most, c.end + suffix_rows), self.seed, self.canvas) for c in group]
+        specs = [c.spec(min(most, c.end + suffix_rows), self.seed, self.canvas, free) for c in group]
         batch = CanvasBatch(self.session, specs, sampling)
         rows = [spec.rows(most) for spec in specs]
         while True:
@@ -230,20 +262,20 @@ class _Search:
             self.stats.forwards += 1
             self.stats.rows += sum(rows)
             states = [_State(*each) for each in zip(group, steps, rows, strict=True)]
-            yield max(states, key=lambda state: state.confidence).draft(self.canvas)
-            if batch.finished or self.late():
+            yield max(states, key=lambda state: state.joint if free else state.confidence).draft(self.canvas)
+            if self.longest_race is not None:
+                converged = [s.step.step + 1 for s in states if s.step.converged]
+                self.longest_race = min([self.longest_race, *(RACE * n for n in converged)])
+            made = max(step.step for step in steps) + 1
+            if batch.finished or self.late() or made >= (self.longest_race or made + 1):
                 return states
-
-    def promising(self, states: Sequence[_State]) -> list[_State]:
-        """The most promising first."""
-        return sorted(states, key=lambda state: -state.confidence)
 
     def judge(self, states: Sequence[_State]) -> list[Filled]:
         """Scores fillings by the causal pass over them and the suffix's first tokens. Greatest first; of equal texts
         the better one stays; what holds an end token goes last."""
         began = time.monotonic()
         most = self.session.config.canvas_length
-        known = list(itertools.takewhile(lambda id_: id_ >= 0, self.hole.suffix[:SUFFIX_ROWS]))
+        known = self.hole.known_suffix
         texts = [[*s.tokens, *known][:most] for s in states]
         scores = self.session.score([text for text in texts if text])
         self.stats.score_s += time.monotonic() - began
@@ -339,8 +371,7 @@ def fill_hole(
         return found[:n]
     if gap > room:
         return (yield from _over_several(search, gap))
-    candidates = search.forms(gap, draws=n)
-    states = yield from search.run(candidates, session.config.canvas_length, None)
+    states = yield from search.finish(search.forms(gap, draws=n))
     return search.judge(states)[:n]
 
 
@@ -352,15 +383,13 @@ def longest_gap(session: Session, hole: Hole) -> int:
 def _unknown(search: _Search, least: int, most: int, n: int) -> Generator[Draft, None, list[Filled]]:
     """The fillings of one canvas at most, of all lengths from `least` to `most`."""
     tried = trial_lengths(least, most)
-    states = yield from search.run([c for length in tried for c in search.forms(length)], SUFFIX_ROWS, PROBE_STEPS)
-    ranked = search.promising(states)
-    around = _surroundings(ranked[0].candidate.length, tried)
-    if around and not search.late():
-        states += yield from search.run([c for n in around for c in search.forms(n)], SUFFIX_ROWS, PROBE_STEPS)
-        ranked = search.promising(states)
+    states = yield from search.probe(tried)
+    best = max(states, key=lambda state: state.joint)
     if not search.late():
-        finalists = [state.candidate for state in ranked[: max(FINALISTS, n)]]
-        ranked = yield from search.run(finalists, search.session.config.canvas_length, None)
+        states += yield from search.probe(_surroundings(best.candidate.length, tried))
+    ranked = sorted(states, key=lambda state: -state.joint)[: max(FINALISTS, n)]
+    if not search.late():
+        ranked = yield from search.finish([state.candidate for state in ranked], race=n == 1)
     return search.judge(ranked)[:n]
 
 
@@ -380,12 +409,12 @@ def _over_several(search: _Search, gap: int) -> Generator[Draft, None, list[Fill
             # The last canvas keeps some gap: rows that see the suffix.
             take = min(canvas - len(search.hole.head), left - max(1, room // 2))
             whole = search.following(replace(search.hole, suffix=()))
-            states = yield from whole.run(whole.forms(take), 0, None)
+            states = yield from whole.finish(whole.forms(take))
             done.append(whole.judge(states)[0])
             session.encode(done[-1].tokens)
             left -= take
             search = search.following(Hole(hole.suffix, end_ids=hole.end_ids))
-        states = yield from search.run(search.forms(left), canvas, None)
+        states = yield from search.finish(search.forms(left))
         done.append(search.judge(states)[0])
     finally:
         session.truncate(kept)
@@ -399,7 +428,7 @@ def _beyond_one_canvas(search: _Search, least: int, most: int, n: int) -> Genera
     if kept + 2 * canvas > session.n_ctx:
         return []
     whole = search.following(replace(search.hole, suffix=()))
-    states = yield from whole.run(whole.forms(min(canvas - len(search.hole.head), most - 1)), 0, None)
+    states = yield from whole.finish(whole.forms(min(canvas - len(search.hole.head), most - 1)))
     first = whole.judge(states)[0]
     try:
         session.encode(first.tokens)

@@ -30,7 +30,8 @@ TYPE_CONTROL = 3
 TYPE_USER_DEFINED = 4
 
 #: Texts that end a generation, whatever id and type the file gives them. ``</s>`` is no end token: it is an HTML tag.
-END_TEXTS = ("<eos>", "<turn|>", "<|tool_response>")
+TURN_END = "<turn|>"
+END_TEXTS = ("<eos>", TURN_END, "<|tool_response>")
 
 #: Markup that is special by its text: files differ in whether its type says CONTROL or USER_DEFINED.
 MARKUP = frozenset({'<|"|>', "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"})
@@ -205,6 +206,11 @@ class Tokenizer:
         first = bisect.bisect_right(self._sorted, (text, self.n_vocab))
         last = bisect.bisect_left(self._sorted, (text + chr(sys.maxunicode), 0), first)
         return sorted(id_ for _, id_ in self._sorted[first:last])
+
+    @property
+    def turn_end_id(self) -> int | None:
+        """What ends a turn of a conversation: ``<turn|>``, or the end of the text where the vocabulary has none."""
+        return self._vocab.get(TURN_END, self.eos_id)
 
     def token_id(self, text: str) -> int | None:
         """Id of the token whose text in the vocabulary is exactly `text`, or None."""

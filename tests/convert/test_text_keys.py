@@ -46,6 +46,21 @@ def test_the_eos_list_is_written_where_it_differs_from_the_texts(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("mode", "written"), [("raw", ("STRING", "raw")), ("chat", ("STRING", "chat")), (None, None)])
+def test_the_form_of_infill_is_written_where_it_is_said(
+    copy: Path, tmp_path: Path, mode: str | None, written: tuple[str, str] | None
+) -> None:
+    edit_json(copy / "generation_config.json", lambda c: c.update(infill_mode=mode))
+    convert(copy, tmp_path / "x.gguf", type="f32")
+    assert read_keys(tmp_path / "x.gguf").get("diffusion.infill_mode") == written
+
+
+def test_an_unknown_form_of_infill_is_refused(copy: Path, tmp_path: Path) -> None:
+    edit_json(copy / "generation_config.json", lambda c: c.update(infill_mode="fim"))
+    with pytest.raises(ModelFormatError, match=r"infill_mode.*'fim'"):
+        convert(copy, tmp_path / "x.gguf", type="f32")
+
+
 def test_the_vocabulary_arrives_whole(source: Path, tmp_path: Path) -> None:
     """Tokens by id, types by the GGUF convention, merges in order, special ids, and the template's text."""
     report = convert(source, tmp_path / "x.gguf", type="f32")
