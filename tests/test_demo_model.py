@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from pydiffgguf import DiffusionModel, demo_model_path
 
 TASKS = Path(__file__).parent / "data" / "demo_tasks.jsonl"
+#: Gap lengths in tokens, first and last included.
+BUCKETS = [(1, 2), (3, 4), (5, 8), (9, 16), (17, 32)]
 
 
 def tasks(kind: str) -> list[dict[str, Any]]:
@@ -30,7 +33,7 @@ def model() -> Iterator[DiffusionModel]:
 
 
 def test_the_file_stays_small() -> None:
-    assert demo_model_path().stat().st_size < 4_000_000
+    assert demo_model_path().stat().st_size < 3_900_000
 
 
 @pytest.mark.parametrize("kind", ["sudoku_chat", "question"])
@@ -57,3 +60,42 @@ def test_95_of_100_grids_are_solved_and_no_given_is_changed(model: DiffusionMode
             right += model.detokenize(tokens[: len(grid)].tolist()) == row["answer"]
     assert changed == 0
     assert right >= 95
+
+
+def infill(model: DiffusionModel, row: dict[str, Any]) -> tuple[list[int], npt.NDArray[np.int32], list[int]]:
+    """(prefix, pinned rows, gap) of a gap of known length: the gap comes first on the canvas, then suffix, end token
+    and padding; what does not fit of the suffix is quoted before the prefix, an empty line between."""
+    prefix, gap, suffix = (model.tokenize(row[key]) for key in ("prefix", "gap", "suffix"))
+    assert len(gap) == row["gap_tokens"] and len(suffix) == row["suffix_tokens"]
+    rows = model.config.canvas_length
+    if far := suffix[rows - len(gap) :]:
+        prefix = [*far, *model.tokenize("\n\n"), *prefix]
+    pinned = np.full(rows, model.tokenizer.pad_id, np.int32)
+    known = [*[-1] * len(gap), *suffix, model.tokenizer.eos_id][:rows]
+    pinned[: len(known)] = known
+    return [model.tokenizer.bos_id, *prefix], pinned, list(gap)
+
+
+def test_infill_tasks_cover_all_lengths_both_languages_and_far_suffixes() -> None:
+    rows = tasks("infill")
+    for low, high in BUCKETS:
+        for language in ("english", "python"):
+            assert sum(r["language"] == language and low <= r["gap_tokens"] <= high for r in rows) == 20
+    assert sum(r["suffix_tokens"] > 64 for r in rows) == 40
+
+
+def test_95_of_100_gaps_of_known_length_are_filled_exactly(model: DiffusionModel) -> None:
+    right = {(language, bucket): 0 for language in ("english", "python") for bucket in BUCKETS}
+    with model.session() as session:
+        for row in tasks("infill"):
+            prefix, pinned, gap = infill(model, row)
+            session.reset()
+            session.encode(prefix)
+            tokens = session.run_canvas(seed=row["id"], pinned=pinned).tokens
+            assert (tokens == pinned)[pinned >= 0].all()
+            bucket = next(b for b in BUCKETS if b[0] <= len(gap) <= b[1])
+            right[row["language"], bucket] += tokens[: len(gap)].tolist() == gap
+    for language in ("english", "python"):
+        assert sum(right[language, bucket] for bucket in BUCKETS) >= 95, right
+    for bucket in BUCKETS:
+        assert right["english", bucket] + right["python", bucket] >= 38, right

@@ -64,6 +64,20 @@ class Demo:
         free = np.array([*(cell == "." for cell in grid), *[False] * (n + 1)])
         return np.where(free, -1, solved).astype(np.int32), solved
 
+    def gap(self, task: dict[str, Any]) -> tuple[list[int], Ids, Ids]:
+        """(prompt, pinned rows, right canvas) of an infill task: the gap first, then suffix, end token and padding;
+        what does not fit of the suffix is quoted before the prefix, an empty line between."""
+        prefix, gap, suffix = (self.opened.tokenize(task[key]) for key in ("prefix", "gap", "suffix"))
+        rows = self.opened.config.canvas_length
+        if far := suffix[rows - len(gap) :]:
+            prefix = [*far, *self.opened.tokenize("\n\n"), *prefix]
+        metadata = self.opened.metadata
+        padding = [metadata["tokenizer.ggml.padding_token_id"]] * rows
+        whole = [*gap, *suffix, metadata["tokenizer.ggml.eos_token_id"], *padding][:rows]
+        right = np.array(whole, np.int32)
+        free = np.arange(rows) < len(gap)
+        return [self.opened.tokenizer.bos_id, *prefix], np.where(free, -1, right).astype(np.int32), right
+
 
 def tasks(kind: str) -> list[dict[str, Any]]:
     """All held-out tasks of a kind, in the file's order."""

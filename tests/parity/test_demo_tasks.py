@@ -1,6 +1,7 @@
 """The demo model's own held-out tasks: it solves them, and transformers with the same draws gives the same answers.
 
-Chat tasks run to their first canvas, which holds the whole answer; grids run with their givens pinned.
+Chat tasks run to their first canvas, which holds the whole answer; grids run with their givens pinned, gaps with the
+suffix pinned.
 """
 
 from __future__ import annotations
@@ -71,4 +72,12 @@ def test_pinned_sudokus_are_solved_as_transformers_solves_them(demo: Demo, repor
         for task in tasks("sudoku_pinned")
     )
     report(f"sudoku_pinned: {right} of {len(canvases)} right")
+    assert right >= 0.95 * len(canvases)
+
+
+def test_gaps_are_filled_as_transformers_fills_them(demo: Demo, report: Report) -> None:
+    """At least 95 of 100 gaps of known length are filled exactly, prefix encoded, suffix pinned behind the gap."""
+    canvases = solve_all(demo, "infill", lambda task: demo.gap(task)[:2], report)
+    right = sum(np.array_equal(canvases[task["id"]], demo.gap(task)[2]) for task in tasks("infill"))
+    report(f"infill: {right} of {len(canvases)} right")
     assert right >= 0.95 * len(canvases)

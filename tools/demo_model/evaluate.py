@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from heldout import LENGTHS, gap_example
+from model import BOS, CANVAS, EOS, PAD, TOOL_RESPONSE, TURN_END
 from tokenizers import Tokenizer
 
-CANVAS = 64
-PAD, EOS, BOS = 0, 1, 2
-END = (1, 106, 50)
+END = (EOS, TURN_END, TOOL_RESPONSE)
 STEPS, T_MIN, T_MAX, BOUND, CONFIDENCE = 48, 0.4, 0.8, 0.1, 0.005
+CAP = 30.0
 
 
 class Noise:
@@ -104,6 +105,20 @@ class Transformers:
                     steps = round(int((seq != PAD).sum()) / float(rate))
                     out[i] = (self.tok.decode(cut(seq.tolist())), steps)
         return [out[i] for i in range(len(tasks))]
+
+    def causal(self, tasks: list[dict[str, Any]]) -> float:
+        """The encoder's loss per token, in nats, on the whole documents of infill tasks, end token included."""
+        torch = self.torch
+        total, tokens = 0.0, 0
+        for t in tasks:
+            text = t["prefix"] + t["gap"] + t["suffix"]
+            ids = torch.tensor([[BOS, *self.tok.encode(text, add_special_tokens=False), EOS]])
+            with torch.no_grad():
+                x = self.model.model.encoder(input_ids=ids).last_hidden_state
+                z = torch.tanh(self.model.lm_head(x[0, :-1]) / CAP) * CAP
+            total += float(torch.nn.functional.cross_entropy(z, ids[0, 1:], reduction="sum"))
+            tokens += len(z)
+        return total / tokens
 
     def pinned(self, jobs: list[tuple[int, list[int], np.ndarray]]) -> list[tuple[np.ndarray, int]]:
         out: dict[int, tuple[np.ndarray, int]] = {}
@@ -204,28 +219,17 @@ class PyDiffGGUF:
 
 
 def layout(task: dict[str, Any], tok: Tokenizer) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """(prefix ids, pinned rows, right canvas) of a task with pinned rows.
-
-    After the text come the end token and pad, pinned too. What does not fit of an infill's suffix is quoted before the
-    prefix, with a newline between.
-    """
-
-    def ids(text: str) -> list[int]:
-        return list(tok.encode(text, add_special_tokens=False).ids)
-
-    if task["kind"] == "sudoku_pinned":
-        prefix, right = ids(task["prefix"]), ids(task["answer"])
-        free = [c == "." for c in task["grid"]]
+    """(prefix ids, pinned rows, right canvas) of a task with pinned rows; end token and pad are pinned too."""
+    if task["kind"] == "infill":
+        example = gap_example(tok, task)
+        prefix, right, free = example.document[: example.start], example.target, example.free
     else:
-        prefix, gap, suffix = ids(task["prefix"]), ids(task["gap"]), ids(task["suffix"])
-        far = suffix[CANVAS - len(gap) :]
-        if far:
-            prefix = [*far, *ids("\n"), *prefix]
-        right = gap + suffix
-        free = [i < len(gap) for i in range(len(right))]
-    whole = np.asarray(([*right, EOS] + [PAD] * CANVAS)[:CANVAS], np.int32)
-    mask = np.asarray((free + [False] * CANVAS)[:CANVAS])
-    return [BOS, *prefix], np.where(mask, -1, whole).astype(np.int32), whole
+        ids, grid = (tok.encode(task[k], add_special_tokens=False).ids for k in ("prefix", "answer"))
+        prefix = [BOS, *ids]
+        right = ([*grid, EOS] + [PAD] * CANVAS)[:CANVAS]
+        free = [*(c == "." for c in task["grid"]), *[False] * CANVAS][:CANVAS]
+    whole = np.asarray(right, np.int32)
+    return prefix, np.where(np.asarray(free, bool), -1, whole).astype(np.int32), whole
 
 
 def score(engine: Engine, tasks: list[dict[str, Any]], tok: Tokenizer) -> list[dict[str, Any]]:
@@ -249,25 +253,20 @@ def score(engine: Engine, tasks: list[dict[str, Any]], tok: Tokenizer) -> list[d
     for t, (_, rows, whole), (canvas, steps) in zip(fixed, plans, ran, strict=True):
         if not np.array_equal(canvas[rows >= 0], rows[rows >= 0]):
             raise SystemExit(f"task {t['id']}: a pinned row was changed")
-        form = t.get("form")
-        kind = t["kind"] if form is None else "infill_python" if form in PYTHON_FORMS else "infill_story"
+        language = t.get("language")
         out.append(
             {
                 "id": t["id"],
-                "kind": kind,
-                "form": form,
+                "kind": t["kind"] if language is None else f"infill_{language}",
+                "form": t.get("form"),
                 "right": bool(np.array_equal(canvas, whole)),
                 "steps": steps,
                 "given": tok.decode(canvas[rows < 0].tolist(), skip_special_tokens=False),
                 "tokens": t.get("gap_tokens"),
-                "far": t.get("far_tokens"),
+                "far": t.get("suffix_tokens", 0) > CANVAS,
             }
         )
     return sorted(out, key=lambda r: r["id"])
-
-
-PYTHON_FORMS = ("operator", "builtin", "check", "loop")
-BUCKETS = [(1, 2), (3, 4), (5, 8), (9, 16), (17, 32)]
 
 
 def table(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -284,11 +283,12 @@ def table(results: list[dict[str, Any]]) -> dict[str, Any]:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for r in results:
         groups[r["kind"]].append(r)
-        if r["form"]:
+        if r["form"] and r["kind"] == "question":
             groups[f"{r['kind']}/{r['form']}"].append(r)
         if r.get("tokens"):
-            a, b = next(x for x in BUCKETS if x[0] <= r["tokens"] <= x[1])
+            a, b = next(x for x in LENGTHS if x[0] <= r["tokens"] <= x[1])
             groups[f"infill/{a:02}-{b:02}"].append(r)
+            groups[f"{r['kind']}/{a:02}-{b:02}"].append(r)
             if r["far"]:
                 groups["infill/far suffix"].append(r)
     return {k: line(v) for k, v in sorted(groups.items())}
@@ -326,6 +326,9 @@ def main() -> None:
     results = score(engine, tasks, tok)
     if args.dump:
         args.dump.write_text("".join(json.dumps(r) + "\n" for r in results), encoding="utf-8")
+    causal = {}
+    if isinstance(engine, Transformers):
+        causal = {"causal loss per token": round(engine.causal([t for t in tasks if t["kind"] == "infill"]), 4)}
     print(
         json.dumps(
             {
@@ -333,6 +336,7 @@ def main() -> None:
                 "seed": args.seed,
                 "same_noise": args.same_noise,
                 "seconds": round(time.time() - began, 1),
+                **causal,
                 "scores": table(results),
             },
             indent=1,

@@ -1,6 +1,6 @@
 """Train the demo model's tokenizer: byte-fallback BPE of the Gemma kind, plus its chat template.
 
-    python make_tokenizer.py OUT_DIR [--vocab 1088] [--seed 1]
+    python make_tokenizer.py OUT_DIR [--vocab 896] [--seed 1]
 
 Spaces are written as U+2581; there is no pre-split and no space prefix when text is encoded; unknown characters fall
 back to <0xXX> tokens. The merges are learnt inside pieces that hold no newline, no digit and no punctuation beside
@@ -74,7 +74,7 @@ def main() -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     ap = argparse.ArgumentParser()
     ap.add_argument("out", type=Path)
-    ap.add_argument("--vocab", type=int, default=1088)
+    ap.add_argument("--vocab", type=int, default=896)
     ap.add_argument("--seed", type=int, default=1)
     args = ap.parse_args()
 
@@ -84,9 +84,9 @@ def main() -> None:
 
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", SPACE)
-    # A piece: indentation, a word with at most one space before it, or one other character alone.
+    # A piece: indentation, three quotes, a word or operator with at most one space before it, or one other character.
     learner.pre_tokenizer = pre_tokenizers.Split(
-        Regex(f"{SPACE}{{4,}}|{SPACE}?[A-Za-z]+|[^A-Za-z]"), behavior="isolated"
+        Regex(f'{SPACE}{{4,}}|"""|{SPACE}?(?:[A-Za-z]+|[-+*/=<>]+)|[^A-Za-z]'), behavior="isolated"
     )
     learner.train_from_iterator(
         corpus(args.seed, 4000),

@@ -15,111 +15,13 @@ from random import Random
 
 HELD_OUT_SHARE = 0.1
 
-NAMES = [
-    "Anna",
-    "Ben",
-    "Carl",
-    "Dora",
-    "Emma",
-    "Finn",
-    "Gina",
-    "Hugo",
-    "Iris",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Mia",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Vera",
-    "Will",
-    "Zoe",
-    "Adam",
-    "Clara",
-    "Eric",
-    "Fay",
-    "Gus",
-    "Hana",
-    "Ivan",
-    "June",
-]
-COLOURS = ["red", "blue", "green", "yellow", "black", "white", "brown", "pink", "gray", "purple"]
-OBJECTS = [
-    "ball",
-    "cup",
-    "hat",
-    "book",
-    "key",
-    "lamp",
-    "coin",
-    "drum",
-    "kite",
-    "bell",
-    "spoon",
-    "shoe",
-    "rope",
-    "doll",
-    "map",
-    "box",
-    "pen",
-    "ring",
-]
-PLACES = [
-    "park",
-    "garden",
-    "kitchen",
-    "school",
-    "forest",
-    "market",
-    "library",
-    "museum",
-    "station",
-    "harbor",
-    "barn",
-    "castle",
-]
-ANIMALS = ["dog", "cat", "horse", "rabbit", "duck", "goat", "mouse", "sheep", "parrot", "turtle"]
-FOODS = ["bread", "soup", "cake", "rice", "cheese", "salad", "pie", "fish", "corn", "pasta"]
-FEELINGS = ["happy", "sad", "tired", "proud", "calm", "angry"]
+NAMES = ["Anna", "Ben", "Dora", "Emma", "Finn", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mia", "Sam"]
+COLOURS = ["red", "blue", "green", "yellow", "black", "white", "brown", "pink"]
+OBJECTS = ["ball", "cup", "hat", "book", "key", "lamp", "coin", "drum", "kite", "bell"]
+PLACES = ["park", "garden", "school", "forest", "market", "library", "station", "castle"]
+ANIMALS = ["dog", "cat", "horse", "rabbit", "duck", "goat", "mouse", "parrot"]
+FOODS = ["bread", "soup", "cake", "rice", "cheese", "salad", "fish", "corn"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
-OPPOSITES = [
-    ("hot", "cold"),
-    ("big", "small"),
-    ("fast", "slow"),
-    ("old", "new"),
-    ("full", "empty"),
-    ("open", "closed"),
-    ("dark", "light"),
-    ("early", "late"),
-    ("hard", "soft"),
-    ("high", "low"),
-    ("long", "short"),
-    ("loud", "quiet"),
-    ("rich", "poor"),
-    ("wet", "dry"),
-    ("strong", "weak"),
-    ("wide", "narrow"),
-    ("clean", "dirty"),
-    ("near", "far"),
-]
 
 
 def held_out(content: str) -> bool:
@@ -206,10 +108,6 @@ class Question:
     thought: str
 
 
-# Questions are about digits and days. A net of this size learns in minutes to carry ten digits from the prompt into the
-# answer and to compare them; carrying hundreds of words, or the table of sums, it did not learn in an hour.
-
-
 def _asked(rng: Random, question: str) -> str:
     """The question, plainly or in somebody's mouth."""
     if rng.random() < 0.5:
@@ -245,32 +143,13 @@ def _order(rng: Random) -> Question:
     return Question("order", _asked(rng, f"put in order: {shown}."), answer, "Compare.")
 
 
-def _repeat(rng: Random) -> Question:
-    pools = [NAMES, COLOURS, OBJECTS, PLACES, ANIMALS, FOODS]
-    words = [rng.choice(rng.choice(pools)) for _ in range(rng.randint(3, 9))]
-    line = " ".join(words)
-    return Question("repeat", f"Repeat: {line}", line, f"Say {words[0]} first.")
-
-
-def _sort(rng: Random) -> Question:
-    pools = {"name": NAMES, "color": COLOURS, "object": OBJECTS, "place": PLACES, "animal": ANIMALS, "food": FOODS}
-    labels = rng.sample(list(pools), rng.randint(2, 5))
-    words = {k: rng.choice(pools[k]) for k in labels}
-    mixed = rng.sample(labels, len(labels))
-    prompt = "Words: " + " ".join(words[k] for k in mixed) + ". Sort: " + ", ".join(labels)
-    answer = ", ".join(f"{k} {words[k]}" for k in labels)
-    return Question("sort", prompt, answer, f"The {labels[0]} is {words[labels[0]]}.")
-
-
-# Dense copying: every token of the answer stands in the prompt. Learnt first, it carries the sparse questions.
-DRILLS: list[Callable[[Random], Question]] = [_repeat, _sort]
 QUESTION_KINDS: list[Callable[[Random], Question]] = [_day, _next, _bigger, _order]
 
 
-def question(rng: Random, split: str, drill: float = 0.0) -> Question:
-    """A question of a random kind (a drill with probability `drill`) and of the given split (decided by its prompt)."""
+def question(rng: Random, split: str) -> Question:
+    """A question of a random kind and of the given split (decided by its prompt)."""
     while True:
-        q = rng.choice(DRILLS if drill and rng.random() < drill else QUESTION_KINDS)(rng)
+        q = rng.choice(QUESTION_KINDS)(rng)
         if held_out(q.prompt) == (split == "test"):
             return q
 
@@ -376,61 +255,39 @@ def determined(prefix: str, gap: str, suffix: str) -> bool:
     return True
 
 
-PEOPLE = list(NAMES)
-VARS = ["price", "cost", "width", "height", "speed", "weight", "count", "total", "score", "level", "size", "rate"]
-LISTS = ["items", "words", "names", "cards", "boxes", "coins", "lines", "files", "notes", "parts"]
+VARS = ["price", "width", "height", "speed", "weight", "count", "score", "level"]
+LISTS = ["items", "words", "names", "cards", "boxes", "coins", "lines", "files"]
 OPS = {"add": ("+", "Add"), "sub": ("-", "Subtract"), "mul": ("*", "Multiply")}
 PICKS = {"max": "largest", "min": "smallest", "sum": "sum", "len": "number", "sorted": "order"}
 DIGITS = [str(i) for i in range(2, 10)]
 
-TEMPLATES: list[Template] = [
+SHORT: list[Template] = [
     Template(
         "gift",
         "On <<day>> <<p>> found a <<c>> <<o>> in the <<l>>. <<p>> gave the <<c>> <<o>> to <<q>>. "
-        "<<q>> took the <<o>> home on <<day>> and never went back to the <<l>>.",
-        {"day": list(DAYS), "p": PEOPLE, "q": PEOPLE, "c": list(COLOURS), "o": list(OBJECTS), "l": list(PLACES)},
+        "<<q>> took the <<o>> home that <<day>> and never went back to the <<l>>.",
+        {"day": DAYS, "p": NAMES, "q": NAMES, "c": COLOURS, "o": OBJECTS, "l": PLACES},
         distinct=(("p", "q"),),
     ),
     Template(
         "pet",
-        "<<p>> has a <<c>> <<a>>. The <<a>> is called <<q>>. Every <<day>> <<p>> takes <<q>> to the <<l>>. "
-        "In the <<l>> the <<c>> <<a>> is <<f>>. <<p>> is <<f>> on <<day>> too.",
-        {
-            "p": PEOPLE,
-            "q": PEOPLE,
-            "c": list(COLOURS),
-            "a": list(ANIMALS),
-            "day": list(DAYS),
-            "l": list(PLACES),
-            "f": list(FEELINGS),
-        },
-        distinct=(("p", "q"),),
+        "There is a <<c>> <<a>> at the <<l>>. The <<c>> <<a>> belongs to <<p>>, who feeds it <<f>> every <<day>>. "
+        "When <<p>> brings <<f>> to the <<l>> on <<day>>, the <<a>> is happy.",
+        {"c": COLOURS, "a": ANIMALS, "l": PLACES, "p": NAMES, "f": FOODS, "day": DAYS},
     ),
     Template(
         "meal",
-        "<<p>> and <<q>> wanted <<x>>. They walked to the <<l>> to buy <<x>>. The <<l>> had no <<x>>, so <<p>> got "
-        "<<y>>. <<q>> ate the <<y>> with <<p>>.",
-        {"p": PEOPLE, "q": PEOPLE, "x": list(FOODS), "y": list(FOODS), "l": list(PLACES)},
+        "Last night <<p>> and <<q>> wanted <<x>>. They went to the <<l>> to buy <<x>>, but the <<l>> had only <<y>>. "
+        "So <<p>> cooked the <<y>> and <<q>> ate it without <<x>>.",
+        {"p": NAMES, "q": NAMES, "x": FOODS, "y": FOODS, "l": PLACES},
         distinct=(("p", "q"), ("x", "y")),
     ),
     Template(
-        "lost",
-        "<<p>> lost a <<o>> and felt <<f>>. The <<o>> was <<c>>. <<q>> looked for the <<c>> <<o>> in the <<l>>, and "
-        "<<r>> looked in the <<m>>. On <<day>> <<r>> saw the <<c>> <<o>> in the <<m>>, not in the <<l>>. <<r>> told "
-        "<<q>>, and <<q>> told <<p>>. Since that <<day>> <<p>> is not <<f>>. <<p>> keeps the <<o>> near <<q>> "
-        "and <<r>>.",
-        {
-            "p": PEOPLE,
-            "q": PEOPLE,
-            "r": PEOPLE,
-            "o": list(OBJECTS),
-            "c": list(COLOURS),
-            "l": list(PLACES),
-            "m": list(PLACES),
-            "day": list(DAYS),
-            "f": list(FEELINGS),
-        },
-        distinct=(("p", "q", "r"), ("l", "m")),
+        "trip",
+        "Tomorrow <<p>> will meet <<q>> at the <<l>>. <<p>> will bring the <<c>> <<o>>, and <<q>> will bring <<f>>. "
+        "Behind the <<l>> they will share the <<f>>, and <<p>> will leave the <<c>> <<o>> with <<q>>.",
+        {"p": NAMES, "q": NAMES, "l": PLACES, "c": COLOURS, "o": OBJECTS, "f": FOODS},
+        distinct=(("p", "q"),),
     ),
     Template(
         "operator",
@@ -457,14 +314,36 @@ TEMPLATES: list[Template] = [
     Template(
         "loop",
         'def show_<<i>>(<<i>>, <<a>>):\n    """Print all <<i>> with <<a>>."""\n'
-        "    for x in <<i>>:\n"
-        "        print(x, <<a>>)\n    return <<a>>\n\n"
-        "show_<<i>>([<<x>>, <<y>>], <<n>>)  # <<a>> = <<n>>, <<i>> = [<<x>>, <<y>>]\n",
-        {"i": LISTS, "a": VARS, "x": DIGITS, "y": DIGITS, "n": DIGITS},
+        "    for x in <<i>>:\n        print(x, <<a>>)\n\nshow_<<i>>(<<i>>, <<a>>)\n",
+        {"i": LISTS, "a": VARS},
     ),
 ]
-STORIES = [t for t in TEMPLATES if t.name in ("gift", "pet", "meal", "lost")]
-PYTHON = [t for t in TEMPLATES if t not in STORIES]
+
+
+def chain(names: str, joint: str) -> Template:
+    """Some short templates, one after the other, each with fields of its own."""
+    parts = [next(t for t in SHORT if t.name == n) for n in names.split()]
+    texts: list[str] = []
+    fields: dict[str, list[str]] = {}
+    derived: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {}
+    distinct: list[tuple[str, ...]] = []
+    for i, t in enumerate(parts):
+        texts.append(t.text.replace(">>", f"{i}>>"))
+        fields |= {f"{n}{i}": v for n, v in t.fields.items()}
+        derived |= {f"{n}{i}": (fn, tuple(f"{k}{i}" for k in needs)) for n, (fn, needs) in t.derived.items()}
+        distinct += [tuple(f"{n}{i}" for n in group) for group in t.distinct]
+    return Template("+".join(names.split()), joint.join(texts), fields, derived, tuple(distinct))
+
+
+ENGLISH_NAMES = ("gift", "pet", "meal", "trip")
+ENGLISH = [t for t in SHORT if t.name in ENGLISH_NAMES]
+PYTHON = [t for t in SHORT if t.name not in ENGLISH_NAMES]
+LONG_ENGLISH = [chain(n, "\n\n") for n in ("gift meal", "pet trip", "meal pet", "trip gift", "pet gift meal")]
+LONG_PYTHON = [
+    chain(n, "\n\n")
+    for n in ("operator check", "builtin loop", "loop operator", "check builtin", "operator loop check")
+]
+TEMPLATES = [*ENGLISH, *PYTHON, *LONG_ENGLISH, *LONG_PYTHON]
 
 
 def document(rng: Random, split: str, templates: list[Template]) -> tuple[str, str]:
@@ -483,15 +362,13 @@ def corpus(seed: int, n: int) -> Iterator[str]:
     """`n` training texts of every kind, for the tokenizer."""
     rng = Random(seed)
     for _ in range(n):
-        yield document(rng, "train", STORIES)[1]
+        yield document(rng, "train", ENGLISH)[1]
         yield document(rng, "train", PYTHON)[1]
         q = question(rng, "train")
         yield q.prompt
         yield q.answer
         yield q.thought
-    rare = [SUDOKU_QUESTION, SUDOKU_HEADER, "user", "model", "system", "thought", *DAYS, *MONTHS]
-    rare += [w for pair in OPPOSITES for w in pair]
     for _ in range(max(1, n // 20)):
-        for w in rare:
+        for w in [SUDOKU_QUESTION, SUDOKU_HEADER, "user", "model", "system", "thought", *DAYS]:
             yield w
             yield " " + w

@@ -1,10 +1,11 @@
 """Train the demo model on the CPU.
 
-    torchrun --nproc-per-node 2 train.py --tokenizer DIR --out DIR --minutes 75 [--seed 1]
+    python train.py --tokenizer DIR --out DIR --minutes 45 [--seed 1]
 
-Two processes of one thread each: one draws Sudoku, the other text, and their gradients are averaged. The learning rate
-follows the wall clock (warm-up, then cosine to nearly zero at --minutes), so a slow machine ends annealed as well.
-The weights saved are an exponential moving average. Every line of the log is one JSON object.
+The forward pass is `net.Net`, checked against transformers before the first step; checkpoints are transformers'. The
+learning rate follows the wall clock (warm-up, a plateau, then linear to zero at --minutes), so a slow machine ends
+annealed as well. The weights saved are an exponential moving average. Every line of the log is one JSON object; every
+few minutes one gives the share of held-out gaps that are filled exactly.
 """
 
 from __future__ import annotations
@@ -12,82 +13,180 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
 from random import Random
 
+import net as network
 import torch
-import torch.distributed as dist
-from batches import Batch, Batches
+from batches import KINDS, Batch, Batches, pack
+from heldout import LENGTHS, gap, gap_example
 from model import PAD, build, counts, load
+from net import Net, Weights, check, cross_entropy, head, soften
+from tasks import ENGLISH, PYTHON
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import DiffusionGemmaForBlockDiffusion
 
-EMA = 0.997
-ENCODER_WEIGHT = 0.4
-PINNED_WEIGHT = 0.2
+EMA = 0.995
+ENCODER_WEIGHT = 0.5
+KEPT_WEIGHT = 0.3
 FILL_WEIGHT = 0.1
 
 
-def losses(
-    model: DiffusionGemmaForBlockDiffusion, batch: Batch, self_condition: bool, gen: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(decoder loss, encoder loss, share of noised rows predicted right) of one batch."""
-    b, c = batch.target.shape
-    vocab = model.config.text_config.vocab_size
-    t = torch.rand(b, 1, generator=gen)
-    # A fifth starts from pure noise, where every generation starts.
-    t = torch.where(torch.rand(b, 1, generator=gen) < 0.2, torch.ones(()), t)
-    noised = (torch.rand(b, c, generator=gen) < t) & batch.free
-    canvas = torch.where(noised, torch.randint(vocab, (b, c), generator=gen), batch.target)
+class Optimizer:
+    """Muon for the matrices of the layers, AdamW for embedding, router and vectors; two factors of one schedule."""
 
-    encoded = model.model.encoder(input_ids=batch.prefix)
-    cache = encoded.past_key_values
+    def __init__(self, w: Weights, lr_matrix: float, lr: float) -> None:
+        self.lr_matrix = lr_matrix
+        matrices = {n: p for n, p in w.items() if p.ndim > 1 and "embed" not in n and "router" not in n}
+        self.groups: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        for p in matrices.values():
+            self.groups.setdefault(tuple(p.shape[-2:]), []).append(p)
+        self.momentum = {s: torch.zeros(sum(p.numel() for p in g) // math.prod(s), *s) for s, g in self.groups.items()}
+        rest = {n: p for n, p in w.items() if n not in matrices}
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": [p for p in rest.values() if p.ndim > 1], "base": lr, "weight_decay": 0.01},
+                {"params": [p for p in rest.values() if p.ndim == 1], "base": 2 * lr, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.98),
+            eps=1e-9,
+        )
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One update at `factor` of the learning rates; clears the gradients."""
+        for g in self.adam.param_groups:
+            g["lr"] = g["base"] * factor
+        self.adam.step()
+        for shape, params in self.groups.items():
+            # Without self-conditioning its matrices have no gradient.
+            grads = (p.grad if p.grad is not None else torch.zeros_like(p) for p in params)
+            g = torch.cat([x.reshape(-1, *shape) for x in grads])
+            m = self.momentum[shape].lerp_(g, 0.05)
+            u = orthogonal(g.lerp(m, 0.95)) * max(1.0, shape[0] / shape[1]) ** 0.5
+            at = 0
+            for p in params:
+                k = p.numel() // math.prod(shape)
+                p.mul_(1 - 0.1 * self.lr_matrix * factor).sub_(u[at : at + k].view_as(p), alpha=self.lr_matrix * factor)
+                at += k
+        for params in (*self.groups.values(), *(g["params"] for g in self.adam.param_groups)):
+            for p in params:
+                p.grad = None
+
+
+def orthogonal(g: torch.Tensor) -> torch.Tensor:
+    """Roughly the nearest semi-orthogonal matrices to `g` [N, rows, columns], by five Newton-Schulz steps."""
+    x = g.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.transpose(1, 2) if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.transpose(1, 2)
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * (a @ a)) @ x
+    return (x.transpose(1, 2) if tall else x).float()
+
+
+def losses(
+    net: Net, batch: Batch, self_condition: bool, gen: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[float, int]]]:
+    """(decoder loss, encoder loss, noised rows predicted right and their number, by kind) of one batch."""
+    w = net.w
+    norm, embed = w["norm.weight"], w["embed_tokens.weight"]
+    b, c = batch.target.shape
+    t = torch.rand(b, 1, generator=gen)
+    # A third starts from pure noise, where every generation starts.
+    t = torch.where(torch.rand(b, 1, generator=gen) < 0.35, torch.ones(()), t)
+    noised = (torch.rand(b, c, generator=gen) < t) & batch.free
+    canvas = torch.where(noised, torch.randint(embed.shape[0], (b, c), generator=gen), batch.target)
+
+    x, cache = net.encode(w, batch.document)
     signal = None
     if self_condition:
         with torch.no_grad():
-            first = model(past_key_values=cache, decoder_input_ids=canvas).logits
-            signal = first / (0.4 + 0.4 * torch.rand(b, 1, 1, generator=gen))
-            fixed = batch.pinned[:, None] & ~batch.free
-            one_hot = F.one_hot(batch.target, vocab).float().mul(1e4).sub(1e4)
-            signal = torch.where(fixed[..., None], one_hot, signal)
-    logits = model(past_key_values=cache, decoder_input_ids=canvas, self_conditioning_logits=signal).logits
-    each = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), reduction="none").view(b, c)
+            # The encoder's graph is not needed for the first guess.
+            first = net.decode(w, [(k.detach(), v.detach()) for k, v in cache], batch.start, canvas, batch.length, None)
+            guessed = batch.free | ~batch.pinned[:, None]
+            temperature = (0.4 + 0.4 * torch.rand(b, 1, generator=gen)).expand(b, c)[guessed]
+            signal = net.embed(w, batch.target)
+            signal[guessed] = soften(first[guessed], norm, embed, temperature[:, None])
+    y = net.decode(w, cache, batch.start, canvas, batch.length, signal)
+
     fill = batch.target == PAD
-    weight = torch.where(batch.free, 1.0, PINNED_WEIGHT) * torch.where(fill, FILL_WEIGHT, 1.0)
+    # Rows that cannot change are not learnt from.
+    rows = batch.free & (torch.arange(c) < batch.length[:, None])
+    weight = (torch.where(noised, 1.0, KEPT_WEIGHT) * torch.where(fill, FILL_WEIGHT, 1.0))[rows]
+    each, right = cross_entropy(y[rows], norm, embed, batch.target[rows])
     decoder = (each * weight).sum() / weight.sum()
-
-    cap = model.final_logit_softcapping
-    z = torch.tanh(model.lm_head(encoded.last_hidden_state) / cap) * cap
-    nexts = torch.cat([batch.prefix[:, 1:], batch.target[:, :1]], dim=1)
-    encoder = F.cross_entropy(z.flatten(0, 1), nexts.flatten())
+    known = torch.arange(batch.document.shape[1] - 1) < batch.tokens[:, None] - 1
+    each, _ = cross_entropy(x[:, :-1][known], norm, embed, batch.document[:, 1:][known])
     seen = noised & ~fill
-    right = ((logits.argmax(-1) == batch.target) & seen).sum() / seen.sum().clamp(min=1)
-    return decoder, encoder, right
+    hits = torch.zeros_like(rows).masked_scatter(rows, right) & seen
+    shares = {}
+    for i, kind in enumerate(KINDS):
+        own = batch.kind == i
+        if own.any():
+            shares[kind] = (float(hits[own].sum()), int(seen[own].sum()))
+    return decoder, each.mean(), shares
 
 
-def save(
-    model: DiffusionGemmaForBlockDiffusion,
-    weights: list[torch.Tensor],
-    params: list[torch.nn.Parameter],
-    tok: Path,
-    out: Path,
-) -> None:
-    """Write the averaged weights, config and tokenizer to `out`; a reader never sees half a checkpoint."""
-    kept = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        for p, w in zip(params, weights, strict=True):
-            p.copy_(w)
-        new = out.with_name(out.name + ".new")
-        shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new)
-        for p, w in zip(params, kept, strict=True):
-            p.copy_(w)
+class Probe:
+    """Held-out gaps of known length, every length and both languages, filled by a short version of the sampler."""
+
+    def __init__(self, tok: Tokenizer, each: int) -> None:
+        rng = Random(77)
+        self.tasks = [
+            (name, lengths, gap(rng, tok, templates, lengths))
+            for name, templates in (("english", ENGLISH), ("python", PYTHON))
+            for lengths in LENGTHS
+            for _ in range(each)
+        ]
+        self.batch = pack([gap_example(tok, task) for _, _, task in self.tasks], 72, 64)
+
+    @torch.no_grad()
+    def run(self, net: Net, w: Weights, steps: int = 10) -> dict[str, float]:
+        """Share filled exactly, by language and by length; `causal` is the encoder's loss per token."""
+        gen = torch.Generator().manual_seed(5)
+        norm, embed = w["norm.weight"], w["embed_tokens.weight"]
+        x, cache = net.encode(w, self.batch.document)
+        known = torch.arange(x.shape[1] - 1) < self.batch.tokens[:, None] - 1
+        causal = F.cross_entropy(head(x[:, :-1], norm, embed)[known], self.batch.document[:, 1:][known])
+        target, free = self.batch.target, self.batch.free
+        canvas, signal, z = target, None, torch.zeros(())
+        accepted = torch.zeros_like(free)
+        drawn = target
+        for n in range(steps):
+            noise = torch.randint(embed.shape[0], target.shape, generator=gen)
+            canvas = torch.where(free, torch.where(accepted, drawn, noise), target)
+            y = net.decode(w, cache, self.batch.start, canvas, self.batch.length, signal)
+            z = head(y, norm, embed) / (0.8 - 0.3 * n / steps)
+            logp = z.log_softmax(-1)
+            entropy = torch.where(free, -(logp.exp() * logp).sum(-1), float("inf"))
+            order = entropy.sort(dim=-1)
+            ok = order.values.cumsum(-1) - order.values <= 0.1
+            accepted = torch.zeros_like(ok).scatter(1, order.indices, ok)
+            drawn = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=gen).view(target.shape)
+            signal = torch.where(free[..., None], logp.exp() @ embed * embed.shape[1] ** 0.5, net.embed(w, target))
+        right = ((z.argmax(-1) == target) | ~free).all(1)
+        out: dict[str, float] = {"causal": round(float(causal), 4)}
+        for key in ("english", "python"):
+            out[key] = round(float(right[[i for i, t in enumerate(self.tasks) if t[0] == key]].float().mean()), 3)
+        for a, b in LENGTHS:
+            own = [i for i, t in enumerate(self.tasks) if t[1] == (a, b)]
+            out[f"{a}-{b}"] = round(float(right[own].float().mean()), 3)
+        return out
+
+
+def save(net: Net, model: DiffusionGemmaForBlockDiffusion, w: Weights, tok: Path, out: Path) -> None:
+    """Write the weights `w`, config and tokenizer to `out`; a reader never sees half a checkpoint."""
+    net.copy_to(model, w)
+    new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
     for f in tok.iterdir():
         shutil.copy(f, new / f.name)
-    old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
@@ -102,106 +201,87 @@ def main() -> None:
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--minutes", type=float, required=True)
     ap.add_argument("--seed", type=int, default=1)
-    ap.add_argument("--lr", type=float, default=2e-3)
-    ap.add_argument("--warmup", type=int, default=150, help="steps")
-    ap.add_argument("--budget", type=int, default=2000, help="tokens per step and process")
-    ap.add_argument("--init", type=Path, help="start from these weights instead of random ones")
-    ap.add_argument("--temper", type=float, default=1.0, help="factor on each branch's last norm, at the start")
-    ap.add_argument("--drill", type=float, default=0.0, help="share of copying drills among the questions")
-    ap.add_argument("--grid", type=float, default=1.0, help="share of Sudoku in the first process, text for the rest")
-    ap.add_argument("--chat", type=float, default=0.45, help="share of questions in the text, documents for the rest")
-    ap.add_argument("--asked", type=float, default=0.62, help="share of Sudoku as questions, pinned grids for the rest")
-    ap.add_argument("--save-minutes", type=float, default=4.0)
-    args = ap.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-
-    source = Batches(args.tokenizer, args.seed * 1000 + rank, args.budget, args.drill)
-    model = build(source.tok.get_vocab_size(), args.seed)
-    if args.init:
-        model.load_state_dict(load(args.init).state_dict())
-    with torch.no_grad():
-        for layer in model.model.decoder.layers:
-            layer.post_attention_layernorm.weight.mul_(args.temper)
-            layer.post_feedforward_layernorm.weight.mul_(args.temper)
-    # The fastest of transformers' expert paths for training on a CPU (the eager loop takes a quarter longer,
-    # batched_mm gathers weights per token and is unusable).
-    model.config._experts_implementation = model.config.text_config._experts_implementation = "grouped_mm"
-    model.train()
-    params = [p for n, p in model.named_parameters() if "vision" not in n]
-    matrices = [p for p in params if p.ndim > 1]
-    vectors = [p for p in params if p.ndim == 1]
-    opt = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": 0.02, "factor": 1.0},
-            {"params": vectors, "weight_decay": 0.0, "factor": 3.0},
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-        eps=1e-9,
+    ap.add_argument("--lr-matrix", type=float, default=0.02, help="of Muon")
+    ap.add_argument("--lr", type=float, default=3e-3, help="of AdamW")
+    ap.add_argument("--warmup", type=int, default=100, help="steps")
+    ap.add_argument("--plateau", type=float, default=0.4, help="share of the time before the rate falls")
+    ap.add_argument(
+        "--ramp", type=float, default=0.15, help="share of the time in which free spans grow to full length"
     )
-    ema = [p.detach().clone() for p in params]
-    gen = torch.Generator().manual_seed(args.seed * 7919 + rank)
-    shared = Random(args.seed)  # the same draws in every process
-    if rank == 0:
-        print(
-            json.dumps({"start": time.strftime("%H:%M:%S"), **json.loads(counts(model)), **vars(args)}, default=str),
-            flush=True,
-        )
+    ap.add_argument("--budget", type=int, default=6144, help="tokens per step")
+    ap.add_argument(
+        "--texts", type=float, default=0.72, help="share of English and Python, Sudoku and questions for the rest"
+    )
+    ap.add_argument("--long", type=float, default=0.25, help="share of batches of long documents")
+    ap.add_argument("--init", type=Path, help="start from these weights instead of random ones")
+    ap.add_argument("--bf16", action="store_true", help="products in bfloat16")
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--save-minutes", type=float, default=3.0)
+    args = ap.parse_args()
+    torch.set_num_threads(args.threads)
+
+    source = Batches(args.tokenizer, args.seed, args.budget)
+    model = load(args.init) if args.init else build(source.tok.get_vocab_size(), args.seed)
+    model.eval()
+    net = Net(model)
+    differences = check(net, model)
+    if max(differences) > 1e-4:
+        raise SystemExit(f"logits differ from transformers': {differences}")
+    network.PRODUCTS = torch.bfloat16 if args.bf16 else torch.float32
+    probe = Probe(source.tok, 8)
+    opt = Optimizer(net.w, args.lr_matrix, args.lr)
+    ema = {n: p.detach().clone() for n, p in net.w.items()}
+    gen = torch.Generator().manual_seed(args.seed * 7919)
+    r = source.rng
+    start = {"start": time.strftime("%H:%M:%S"), "differences": differences}
+    print(json.dumps({**start, **json.loads(counts(model)), **vars(args)}, default=str), flush=True)
     began = saved = time.time()
-    step, done = 0, 0.0
+    step, tokens, done = 0, 0, 0.0
     sums: dict[str, list[float]] = {}
+    heads = [0.0, 0.0]
     while done < 1.0:
-        self_condition = shared.random() < 0.5
-        group = "grid" if rank == 0 and source.rng.random() < args.grid else "text"
-        # Short canvases first: they cost half. The whole canvas length is practised more towards the end.
-        short = 0.85 if done < 0.65 else 0.4
-        batch = source.draw(group, (args.asked if group == "grid" else args.chat, short))
-        decoder, encoder, right = losses(model, batch, self_condition, gen)
-        (decoder + ENCODER_WEIGHT * encoder).backward()
-        # The clock travels with the gradients, so both processes use one learning rate and stop together.
-        now = (time.time() - began) / (args.minutes * 60)
-        flat = torch.cat(
-            [*((p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params), torch.tensor([now])]
+        grown = min(1.0, done / args.ramp) if args.ramp else 1.0
+        longest = round(4 + 30 * grown)
+        size, rows = (
+            (192, 64) if grown > 0.6 and r.random() < args.long else (68, 64 if r.random() < 0.25 * grown else 32)
         )
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        done = float(flat[-1])
-        norm = float(flat[:-1].norm())
-        scale = min(1.0, 1.0 / (norm + 1e-6))
-        at = 0
-        for p in params:
-            p.grad = (flat[at : at + p.numel()] * scale).view_as(p)
-            at += p.numel()
-        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        lr = args.lr * min(1.0, (step + 1) / args.warmup) * decay
-        for g in opt.param_groups:
-            g["lr"] = lr * g["factor"]
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        batch = source.draw(size, rows, longest, args.texts)
+        decoder, encoder, shares = losses(net, batch, r.random() < 0.5, gen)
+        (decoder + ENCODER_WEIGHT * encoder).backward()
+        done = (time.time() - began) / (args.minutes * 60)
+        fall = min(1.0, max(0.0, (1 - done) / (1 - args.plateau)))
+        factor = min(1.0, (step + 1) / args.warmup) * max(0.005, fall)
+        opt.step(factor)
         step += 1
-        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(EMA, (1 + step) / (10 + step)))
-        kept = sums.setdefault(batch.kind, [0.0, 0.0, 0.0, 0.0])
-        for i, x in enumerate((decoder, encoder, right, torch.ones(()))):
-            kept[i] += float(x.detach())
+        tokens += batch.document.numel() + batch.target.numel()
+        kept = min(EMA, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in net.w.values()], 1 - kept)
+        heads[0] += float(decoder.detach())
+        heads[1] += float(encoder.detach())
+        for kind, (hit, n) in shares.items():
+            sums.setdefault(kind, [0.0, 0.0])
+            sums[kind][0] += hit
+            sums[kind][1] += n
         if step % 50 == 0:
-            minutes = round((time.time() - began) / 60, 2)
-            head = {"step": step, "min": minutes, "lr": round(lr, 6), "norm": round(norm, 2)}
-            for kind, (d, e, r, n) in sorted(sums.items()):
-                line = {"loss": round(d / n, 4), "enc": round(e / n, 4), "right": round(r / n, 4), "n": int(n)}
-                print(json.dumps({**head, "rank": rank, "kind": kind, **line}), flush=True)
+            line = {
+                "step": step,
+                "min": round((time.time() - began) / 60, 2),
+                "tokens": tokens,
+                "rate": round(factor, 3),
+            }
+            line |= {"loss": round(heads[0] / 50, 4), "enc": round(heads[1] / 50, 4), "longest": longest}
+            line |= {kind: round(a / max(n, 1), 4) for kind, (a, n) in sorted(sums.items())}
+            print(json.dumps(line), flush=True)
             sums.clear()
-        if rank == 0 and time.time() - saved > args.save_minutes * 60:
-            save(model, ema, params, args.tokenizer, args.out)
+            heads = [0.0, 0.0]
+        if time.time() - saved > args.save_minutes * 60:
+            print(json.dumps({"step": step, "probe": probe.run(net, ema)}), flush=True)
+            save(net, model, ema, args.tokenizer, args.out)
             saved = time.time()
-    if rank == 0:
-        save(model, ema, params, args.tokenizer, args.out)
-        print(json.dumps({"end": time.strftime("%H:%M:%S"), "steps": step}), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    save(net, model, ema, args.tokenizer, args.out)
+    end = {"end": time.strftime("%H:%M:%S"), "steps": step, "tokens": tokens, "probe": probe.run(net, ema)}
+    print(json.dumps(end), flush=True)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()
