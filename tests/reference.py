@@ -1,11 +1,13 @@
 """The reference: transformers' own DiffusionGemma, driven with randomness that a test hands in.
 
-Three ways in, each returning plain numpy:
+Four ways in:
 
 - `reference_logits`: one encode (or two) and one denoise pass;
 - `reference_generate`: transformers' own `generate()`, its three random draws replaced, every step recorded;
-- `pinned_loop`: the same loop written out in plain Python on top of the model, with pinned rows, which transformers
-  does not have. Without pins it must walk `generate()`'s path (tests/parity/test_reference.py).
+- `pinned_loop`: the same loop written out in plain Python on top of the model, with pinned rows, rows that may take
+  some ids only, and canvases of any length, none of which transformers has. Without them it must walk `generate()`'s
+  path (tests/parity/test_reference.py);
+- `causal_logits`: the encoder as a causal language model.
 
 Shapes: C is the canvas length, V the vocabulary size, P the length of the prefix. Ids are int32 outside of torch.
 """
@@ -13,7 +15,7 @@ Shapes: C is the canvas length, V the vocabulary size, P the length of the prefi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -335,6 +337,19 @@ def same_path(a: Sequence[ReferenceCanvas], b: Sequence[ReferenceCanvas]) -> boo
     )
 
 
+def causal_logits(model: Model, prefix_ids: Sequence[int] | Ids, text: Sequence[int] | Ids) -> torch.Tensor:
+    """Softcapped logits float32 [len(text), V]: row i is for text[i], after the prefix and the ids before it.
+
+    The model's own head on the encoder's hidden states: transformers has it on the decoder only, its weights are tied.
+    """
+    prefix = ReferencePrefix(model)
+    hidden = torch.cat([prefix.encode(prefix_ids)[-1:], prefix.encode(text)[:-1]])
+    cap = model.final_logit_softcapping
+    with torch.no_grad():
+        logits: torch.Tensor = torch.tanh(model.lm_head(hidden).float() / cap) * cap
+    return logits
+
+
 def accept_rows(entropy: torch.Tensor, free: torch.Tensor, bound: float) -> torch.Tensor:
     """The rows that the entropy bound accepts, bool [C]: of the free rows, by rising entropy, those before which the
     summed entropy is at most `bound` nats. The first is always among them."""
@@ -355,16 +370,21 @@ def pinned_loop(
     sampling: Sampling | None = None,
     *,
     canvas_index: int = 0,
+    allowed: Mapping[int, Sequence[int]] | None = None,
     keep_processed: bool = False,
 ) -> ReferenceCanvas:
-    """One canvas, denoised by a plain loop, with pinned rows.
+    """One canvas, denoised by a plain loop, with pinned rows; it has as many rows as `noise.canvas` gives.
 
     pinned: int32 [C], the id where a row is fixed and -1 where it is free. A pinned row holds its id on every canvas,
     takes no part in the entropy budget, the mean entropy or the stability test, and feeds itself as a one-hot to the
     self-conditioning. It reports accepted False, entropy 0 and its id as the argmax.
+    allowed: row -> the only ids that it may take: all others have logits of -inf before anything else is done with
+    them. Of n such ids a renoised row gets number id * n // V, so that it stays uniform. The first canvas is taken as
+    it is handed in.
     """
     sampling = sampling or Sampling()
     first = noise.canvas(canvas_index)
+    allowed = allowed or {}
     pins = torch.full((len(first),), -1) if pinned is None else ids_tensor(pinned)[0]
     free = pins < 0
     canvas = torch.where(free, ids_tensor(first)[0], pins)
@@ -374,11 +394,17 @@ def pinned_loop(
     for step in range(cap):
         before = canvas
         processed = prefix.denoise(ids_array(canvas), fed_back) / sampling.temperature(step)
+        fresh = ids_tensor(noise.renoise(canvas_index, step))[0]
+        for row, ids in allowed.items():
+            kept = processed[row, list(ids)]
+            processed[row] = -torch.inf
+            processed[row, list(ids)] = kept
+            fresh[row] = ids[int(fresh[row]) * len(ids) // processed.shape[-1]]
         argmax = torch.where(free, processed.argmax(-1), pins)
         entropy = torch.where(free, entropy_of(processed), 0.0)
         drawn = inverse_cdf(processed.softmax(-1), noise.uniform(canvas_index, step))
         accepted = accept_rows(entropy, free, sampling.entropy_bound)
-        canvas = torch.where(accepted, drawn, ids_tensor(noise.renoise(canvas_index, step))[0])
+        canvas = torch.where(accepted, drawn, fresh)
         canvas = torch.where(free, canvas, pins)
 
         fed_back = processed.clone()

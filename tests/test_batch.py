@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from canvas_batches import own_steps
 
 from pydiffgguf import ContextOverflowError, DiffusionModel, Session
 from pydiffgguf._records import RawStep, Sampling
@@ -41,17 +42,6 @@ def some_specs() -> list[CanvasSpec]:
     ]
 
 
-def run(session: Session, specs: list[CanvasSpec], sampling: Sampling) -> list[list[RawStep]]:
-    """Each canvas's own steps."""
-    batch = CanvasBatch(session, specs, sampling)
-    steps: list[list[RawStep]] = [[] for _ in specs]
-    while not batch.finished:
-        for mine, step in zip(steps, batch.step(), strict=True):
-            if not mine or not mine[-1].finished:
-                mine.append(step)
-    return steps
-
-
 def assert_equal(a: RawStep, b: RawStep) -> None:
     for name in RawStep.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
@@ -60,17 +50,17 @@ def assert_equal(a: RawStep, b: RawStep) -> None:
 def easily_confident(session: Session) -> Sampling:
     """Random nets stay unsure. With this, half of the canvases stop early and leave gaps between those that go on."""
     endless = replace(session._defaults, steps=12, confidence_threshold=0.0, stability_threshold=0)
-    third = [steps[2].mean_entropy for steps in run(session, some_specs(), endless)]
+    third = [steps[2].mean_entropy for steps in own_steps(session, some_specs(), endless)]
     return replace(endless, confidence_threshold=float(np.median(third)))
 
 
 def test_each_canvas_has_the_numbers_it_has_alone(session: Session) -> None:
     """Ids, entropies and log-probabilities to the bit, also after neighbours have stopped."""
     sampling = easily_confident(session)
-    together = run(session, some_specs(), sampling)
+    together = own_steps(session, some_specs(), sampling)
     assert len({len(steps) for steps in together}) > 1, "all stopped at once: the test shows nothing"
     for spec, steps in zip(some_specs(), together, strict=True):
-        [alone] = run(session, [spec], sampling)
+        [alone] = own_steps(session, [spec], sampling)
         assert len(alone) == len(steps)
         for a, b in zip(alone, steps, strict=True):
             assert_equal(a, b)
@@ -78,7 +68,7 @@ def test_each_canvas_has_the_numbers_it_has_alone(session: Session) -> None:
 
 def test_a_dropped_canvas_takes_no_more_steps_and_disturbs_none(session: Session) -> None:
     sampling = replace(session._defaults, steps=6)
-    [expected] = run(session, [some_specs()[4]], sampling)
+    [expected] = own_steps(session, [some_specs()[4]], sampling)
     batch = CanvasBatch(session, some_specs(), sampling)
     batch.drop(3)  # before its first step
     seen = [batch.step() for _ in range(2)]
@@ -94,7 +84,7 @@ def test_a_dropped_canvas_takes_no_more_steps_and_disturbs_none(session: Session
 
 def test_the_order_and_the_company_do_not_matter(session: Session) -> None:
     sampling = replace(session._defaults, steps=4)
-    forwards, backwards = run(session, some_specs(), sampling), run(session, some_specs()[::-1], sampling)
+    forwards, backwards = own_steps(session, some_specs(), sampling), own_steps(session, some_specs()[::-1], sampling)
     for a, b in zip(forwards, backwards[::-1], strict=True):
         assert_equal(a[-1], b[-1])
 

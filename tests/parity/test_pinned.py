@@ -1,22 +1,38 @@
-"""Pinned rows, step by step against the plain loop over transformers' model (tests/reference.py, `pinned_loop`).
+"""Pinned and restricted rows, canvases of any length, alone and side by side: step by step against the plain loop over
+transformers' model (tests/reference.py, `pinned_loop`).
 
-transformers itself has no pinned rows. That loop without pins walks `generate()`'s path (test_reference.py), and its
-rules for pins are written out in its docstring.
+transformers itself has none of these. That loop without them walks `generate()`'s path (test_reference.py), and its
+rules for them are written out in its docstring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from nets import Net, relative_error
-from reference import HandedNoise, Ids, ReferencePrefix, Sampling, attention, pinned_loop, same_path
+from canvas_batches import own_steps
+from demo_tasks import Demo, tasks
+from nets import Net, Report, relative_error
+from reference import (
+    HandedNoise,
+    Ids,
+    ReferenceCanvas,
+    ReferencePrefix,
+    Sampling,
+    attention,
+    pinned_loop,
+    same_path,
+)
+from test_trajectory import PATH_ENTROPY
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf.session import Canvas, Session
+from pydiffgguf._records import RawStep
+from pydiffgguf.session import Canvas, CanvasSpec, Session, Step, resolve_sampling
 
 pytestmark = pytest.mark.parity
 
@@ -31,8 +47,8 @@ class Pair:
     session: Session
     prefix: ReferencePrefix
 
-    def noise(self, seed: int) -> HandedNoise:
-        return HandedNoise(seed, self.net.canvas_length, self.net.vocab_size)
+    def noise(self, seed: int, n_rows: int | None = None) -> HandedNoise:
+        return HandedNoise(seed, self.net.canvas_length if n_rows is None else n_rows, self.net.vocab_size)
 
     def pins(self, kind: str) -> Ids:
         """A pattern of pinned rows, int32 [C]: the id, or -1 where the row is free."""
@@ -65,6 +81,26 @@ def pair(request: pytest.FixtureRequest, walker: Callable[[str], Net]) -> Iterat
         yield Pair(net, session, prefix)
 
 
+def decided(
+    prefix: ReferencePrefix, noise: HandedNoise, pins: Ids | None, sampling: Sampling, **options: Any
+) -> ReferenceCanvas | None:
+    """The plain loop's path; None where its own eager and sdpa runs part, so that rounding decides."""
+    expected = pinned_loop(prefix, noise, pins, sampling, **options)
+    with attention(prefix.model, "eager"):
+        eager = pinned_loop(prefix, noise, pins, sampling, **options)
+    return expected if same_path([eager], [expected]) else None
+
+
+def check_path(got: Sequence[Step | RawStep], expected: ReferenceCanvas, where: str, entropy: float = 5e-4) -> None:
+    """Every step has the reference's rows; `entropy`: how far apart the rows' entropies may be. Along a path rounding
+    is fed back by self-conditioning; measured on these nets 1e-4 nats at most."""
+    assert len(got) == len(expected.steps), where
+    for n, (mine, theirs) in enumerate(zip(got, expected.steps, strict=True)):
+        for name in ("argmax", "accepted", "canvas"):
+            assert np.array_equal(getattr(mine, name), getattr(theirs, name)), f"{where}, step {n}: {name}"
+        np.testing.assert_allclose(mine.entropy, theirs.entropy, rtol=0, atol=entropy, err_msg=f"{where}, step {n}")
+
+
 def run(pair: Pair, pins: Ids | None, seed: int, sampling: Sampling = SAMPLING, canvas_index: int = 0) -> Canvas:
     options = {name: value for name, value in asdict(sampling).items() if value is not None}
     return pair.session.run_canvas(
@@ -81,20 +117,12 @@ def test_pinned_canvas_takes_the_plain_loops_path(pair: Pair, pattern: str) -> N
     pins = pair.pins(pattern)
     counted = 0
     for seed in range(3):
-        expected = pinned_loop(pair.prefix, pair.noise(seed), pins, SAMPLING, canvas_index=seed)
-        with attention(pair.net.model, "eager"):
-            eager = pinned_loop(pair.prefix, pair.noise(seed), pins, SAMPLING, canvas_index=seed)
-        if not same_path([eager], [expected]):
+        expected = decided(pair.prefix, pair.noise(seed), pins, SAMPLING, canvas_index=seed)
+        if expected is None:
             continue
         counted += 1
         got = run(pair, pins, seed, canvas_index=seed)
-        assert got.steps == len(expected.steps)
-        for n, (mine, theirs) in enumerate(zip(got.trace, expected.steps, strict=True)):
-            where = f"seed {seed}, step {n}"
-            assert np.array_equal(mine.argmax, theirs.argmax), where
-            assert np.array_equal(mine.accepted, theirs.accepted), where
-            assert np.array_equal(mine.canvas, theirs.canvas), where
-            np.testing.assert_allclose(mine.entropy, theirs.entropy, rtol=0, atol=5e-4, err_msg=where)
+        check_path(got.trace, expected, f"seed {seed}")
         assert np.array_equal(got.tokens, expected.tokens)
     assert counted >= 2
 
@@ -189,3 +217,142 @@ def test_a_pin_that_is_no_id_is_refused(pair: Pair, bad: int) -> None:
 def test_pins_of_another_length_are_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match="pinned"):
         run(pair, pair.pins("none")[:-1], 0)
+
+
+# --------------------------------------------------------------------------------------------------- infill's layouts
+
+#: What an infill puts on a canvas of n rows: True where a row is pinned. The gap is what is not.
+LAYOUTS: dict[str, Callable[[int], npt.NDArray[np.bool_]]] = {
+    "gap alone": lambda n: np.zeros(n, bool),
+    "gap and suffix": lambda n: np.arange(n) >= max(1, n // 2),
+    "head and gap": lambda n: np.arange(n) < n // 3,
+    "head, gap and suffix": lambda n: (np.arange(n) < n // 4) | (np.arange(n) >= max(n // 4 + 1, 3 * n // 4)),
+    "islands": lambda n: np.arange(n) % 5 >= 3,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A canvas as infill lays it out: its name, its pins, int32 [n_rows], and rows that may take some ids only."""
+
+    name: str
+    pins: Ids
+    allowed: dict[int, list[int]]
+
+    def spec(self, canvas_index: int) -> CanvasSpec:
+        return CanvasSpec(
+            n_rows=len(self.pins), pinned=self.pins, allowed=self.allowed or None, canvas_index=canvas_index
+        )
+
+
+def layouts(net: Net) -> list[Layout]:
+    """Every layout at five lengths from one row to the whole canvas; every second one with two rows restricted, one of
+    them to two ids and one to twenty, wherever they fall, on pins too."""
+    c = net.canvas_length
+    made = []
+    for name, pinned in LAYOUTS.items():
+        for n in sorted({1, 2, 7, 2 * c // 3, c}):
+            ids = np.random.default_rng([n, len(name)]).integers(net.vocab_size, size=n)
+            pins = np.where(pinned(n), ids, -1).astype(np.int32)
+            allowed = {}
+            if len(made) % 2:
+                some = np.random.default_rng(n).permutation(net.vocab_size).tolist()
+                allowed = {0: some[:2], n - 1: some[2:22]}
+            made.append(Layout(f"{name}, {n} rows{', restricted' if allowed else ''}", pins, allowed))
+    return made
+
+
+class NoiseOfEach:
+    """The draws of several canvases, each of its own length: canvas c has those of `HandedNoise(seed, rows[c], V)`."""
+
+    def __init__(self, seed: int, rows: Mapping[int, int], vocab_size: int) -> None:
+        self.of = {c: HandedNoise(seed, n, vocab_size) for c, n in rows.items()}
+
+    def canvas(self, c: int) -> Ids:
+        return self.of[c].canvas(c)
+
+    def uniform(self, c: int, step: int) -> npt.NDArray[np.float64]:
+        return self.of[c].uniform(c, step)
+
+    def renoise(self, c: int, step: int) -> Ids:
+        return self.of[c].renoise(c, step)
+
+
+def run_batch(
+    session: Session, specs: Sequence[CanvasSpec], sampling: Sampling, noise: NoiseOfEach
+) -> list[list[RawStep]]:
+    """Each canvas's own steps, denoised side by side, with this module's options over the file's."""
+    options, _ = resolve_sampling(session._defaults, asdict(sampling))
+    return own_steps(session, specs, options, noise)
+
+
+@pytest.mark.parametrize("name", ["one_kv_head", "alternating", "full_first", "many_experts"])
+def test_infill_layouts_take_the_plain_loops_path_alone_and_side_by_side(
+    walker: Callable[[str], Net], name: str, report: Report
+) -> None:
+    """25 canvases of all layouts and lengths: every row of every step of each, first alone, then all in one batch, is
+    that of its own single run over transformers' model."""
+    net = walker(name)
+    prompt, seed = net.ids(5, 40), 11
+    laid_out = layouts(net)
+    rows = {c: len(layout.pins) for c, layout in enumerate(laid_out)}
+    noise = NoiseOfEach(seed, rows, net.vocab_size)
+    prefix = ReferencePrefix(net.model)
+    prefix.encode(prompt)
+    expected = [
+        decided(prefix, noise.of[c], layout.pins, SAMPLING, canvas_index=c, allowed=layout.allowed)
+        for c, layout in enumerate(laid_out)
+    ]
+    with (
+        DiffusionModel(net.gguf(), type_kv="f32", n_ctx=512, n_threads=1) as model,
+        model.session(n_rows=max(net.canvas_length, sum(rows.values()))) as session,
+    ):
+        session.encode(prompt)
+        specs = [layout.spec(c) for c, layout in enumerate(laid_out)]
+        together = run_batch(session, specs, SAMPLING, noise)
+        for layout, spec, theirs, among in zip(laid_out, specs, expected, together, strict=True):
+            if theirs is not None:
+                [alone] = run_batch(session, [spec], SAMPLING, noise)
+                check_path(alone, theirs, f"{layout.name}, alone")
+                check_path(among, theirs, f"{layout.name}, side by side")
+    undecided = sum(theirs is None for theirs in expected)
+    lengths = [len(theirs.steps) for theirs in expected if theirs is not None]
+    report(
+        f"infill layouts, {name}: {len(lengths)} canvases of 1 to {net.canvas_length} rows equal, alone and in one "
+        f"batch; {undecided} undecided by the reference itself; {min(lengths)} to {max(lengths)} steps"
+    )
+    assert undecided <= len(laid_out) // 8
+    assert min(lengths) < max(lengths), "all stopped at once: nothing was left standing between others"
+
+
+def test_infill_of_the_demo_model_takes_the_plain_loops_path(demo: Demo, report: Report) -> None:
+    """Gaps of its own held-out tasks behind their prefix, the near suffix pinned: canvases of the right length and of
+    one token less and more, three tasks' worth of them in a batch at a time; the file's own sampler values."""
+    most = demo.opened.config.canvas_length
+    undecided, compared, right = 0, 0, 0
+    for task in tasks("infill")[::10]:
+        prefix_ids = demo.opened.tokenize(task["prefix"], add_bos=True)
+        gap = demo.opened.tokenize(task["gap"])
+        suffix = demo.opened.tokenize(task["suffix"])
+        lengths = [n for n in (len(gap) - 1, len(gap), len(gap) + 1) if 0 < n < most]
+        pins = [np.array([*[-1] * n, *suffix[: most - n]], np.int32) for n in lengths]
+        noise = NoiseOfEach(task["id"], dict(enumerate(map(len, pins))), demo.opened.config.n_vocab)
+        prefix = ReferencePrefix(demo.reference)
+        prefix.encode(prefix_ids)
+        with demo.opened.session(n_rows=3 * most) as session:
+            session.encode(prefix_ids)
+            specs = [CanvasSpec(n_rows=len(p), pinned=p, canvas_index=c) for c, p in enumerate(pins)]
+            together = run_batch(session, specs, demo.sampling, noise)
+        for c, (n, got) in enumerate(zip(lengths, together, strict=True)):
+            expected = decided(prefix, noise.of[c], pins[c], demo.sampling, canvas_index=c)
+            if expected is None:
+                undecided += 1
+                continue
+            compared += 1
+            check_path(got, expected, f"task {task['id']}, gap of {n}", entropy=PATH_ENTROPY)
+            right += n == len(gap) and got[-1].argmax[:n].tolist() == gap
+    report(
+        f"infill layouts, demo model: {compared} canvases equal, {undecided} undecided by the reference itself; "
+        f"{right} of {len(tasks('infill')[::10])} gaps of the right length filled as they were"
+    )
+    assert undecided <= compared // 8

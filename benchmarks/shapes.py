@@ -1,0 +1,328 @@
+"""GGUF files of a known shape with random weights: what speed is measured on where no checkpoint is at hand.
+
+    python benchmarks/shapes.py 724m -o 724m.gguf --type q8_0
+    python benchmarks/shapes.py 26b-a4b -o full.gguf --type q4_k --tensor-type 'token_embd.weight=q6_k'
+
+Nothing is trained and there is no tokenizer; the time of a pass does not depend on what the weights say. They are drawn
+so that every layer's output keeps its size (a deviation of one over the root of the inputs; norms, router and scalars
+near those of tests/tiny_checkpoint.py), and the logits stay finite. Float types are Gaussian; a quantized type gets
+random bytes as its quants, and scales that give those the same deviation, so that 16 GB are written at the disk's
+speed, in pieces of a few MiB. The same shape, types and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
+from pydiffgguf.convert.checkpoint import SourceTensor, rope_freqs, wanted_tensors
+from pydiffgguf.convert.config import FULL, SLIDING, ModelConfig, parse_config
+from pydiffgguf.convert.hf_to_gguf import PlannedTensor, header_writer, metadata, pad, padded, write_header
+from pydiffgguf.convert.output import human, whole_or_nothing
+from pydiffgguf.convert.quantize import Recipe, choose_type, encode, row_bytes
+
+__all__ = ["SHAPES", "shape", "write"]
+
+#: Bytes of one piece of a tensor.
+PIECE = 8 << 20
+
+# Text configs in transformers' words, and the canvas. The first is the project's speed benchmark: 724 M parameters, of
+# which a token uses 192 M. The second is the released checkpoint's.
+SHAPES: dict[str, dict[str, Any]] = {
+    "724m": dict(
+        vocab_size=16_384,
+        hidden_size=1024,
+        intermediate_size=1536,
+        layer_types=[*[SLIDING] * 5, FULL] * 2,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_global_key_value_heads=2,
+        global_head_dim=256,
+        sliding_window=256,
+        num_experts=32,
+        top_k_experts=4,
+        moe_intermediate_size=512,
+        canvas_length=256,
+        max_position_embeddings=32_768,
+    ),
+    "26b-a4b": dict(
+        vocab_size=262_144,
+        hidden_size=2816,
+        intermediate_size=2112,
+        layer_types=[*[SLIDING] * 5, FULL] * 5,
+        num_hidden_layers=30,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        num_global_key_value_heads=2,
+        global_head_dim=512,
+        sliding_window=1024,
+        num_experts=128,
+        top_k_experts=8,
+        moe_intermediate_size=704,
+        canvas_length=256,
+        max_position_embeddings=262_144,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where a quantized type keeps its float16 scale, and its minimum if it has one, in bytes from a block's beginning.
+
+    `minimum`: how many scales the minimum must be for random quants to have a mean of zero. Where the minimum is
+    subtracted (K types: minimum times a random factor as large as the scale's) it is positive, where it is added
+    negative.
+    """
+
+    scale: int
+    at: int | None = None
+    minimum: float = 0.0
+
+
+T = GGMLQuantizationType
+BLOCKS: dict[GGMLQuantizationType, Blocks] = {
+    T.Q4_0: Blocks(0),
+    T.Q4_1: Blocks(0, 2, -7.5),
+    T.Q5_0: Blocks(0),
+    T.Q5_1: Blocks(0, 2, -15.5),
+    T.Q8_0: Blocks(0),
+    T.Q2_K: Blocks(80, 82, 1.5),
+    T.Q3_K: Blocks(108),
+    T.Q4_K: Blocks(0, 2, 7.5),
+    T.Q5_K: Blocks(0, 2, 15.5),
+    T.Q6_K: Blocks(208),
+    T.IQ4_NL: Blocks(0),
+}
+FLOATS = (T.F32, T.F16, T.BF16)
+TYPES = {kind.name.lower(): kind for kind in (*FLOATS, *BLOCKS)}
+
+# What llama.cpp's quantizer takes where a row does not divide into blocks of 256; after that the converter's rule.
+SHORT_ROWS = {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
+
+
+def shape(name: str) -> ModelConfig:
+    """The figures of a shape. Raises ValueError, with the choices, for an unknown name."""
+    if name not in SHAPES:
+        raise ValueError(f"shape: {name!r}, expected one of {', '.join(SHAPES)}")
+    return parse_config({"model_type": "diffusion_gemma_text", **SHAPES[name]}, name)
+
+
+def tensors(config: ModelConfig) -> list[SourceTensor]:
+    """The tensors of a file, in its order."""
+    return [SourceTensor(name, rule, dims, rule.source) for name, rule, dims, _ in wanted_tensors(config)]
+
+
+def file_type(kind: GGMLQuantizationType) -> LlamaFileType:
+    """`general.file_type` of a file whose big tensors have that type."""
+    names = {T.F32: "ALL_F32", T.Q4_K: "MOSTLY_Q4_K_M", T.Q5_K: "MOSTLY_Q5_K_M", T.Q3_K: "MOSTLY_Q3_K_M"}
+    return LlamaFileType[names.get(kind, f"MOSTLY_{kind.name}")]
+
+
+@dataclass(frozen=True)
+class RandomCheckpoint:
+    """What the converter asks a checkpoint for, but for the weights."""
+
+    config: ModelConfig
+    tensors: list[SourceTensor]
+    sampler: dict[str, int | float]
+    eos_ids: list[int]
+
+
+def plan(sources: Sequence[SourceTensor], recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> list[PlannedTensor]:
+    """The type and size of every tensor: the converter's rule for the recipe, then the first override that matches."""
+    planned = []
+    for tensor in sources:
+        matching = (kind for pattern, kind in overrides if fnmatch.fnmatchcase(tensor.name, pattern))
+        wanted = next(map(parse_type, matching), None) if len(tensor.shape) > 1 else None
+        row = tensor.shape[-1]
+        kind = choose_type(tensor.rule, tensor.shape, recipe)[0] if wanted is None else wanted
+        if row % GGML_QUANT_SIZES[kind][0] or (wanted is None and kind == T.F16 != recipe.big):
+            short = SHORT_ROWS.get(recipe.big if wanted is None else wanted, T.F16)
+            kind = short if row % GGML_QUANT_SIZES[short][0] == 0 else T.F16
+        planned.append(PlannedTensor(tensor, kind, tensor.n_elements // row * row_bytes(row, kind)))
+    return planned
+
+
+def parse_type(name: str) -> GGMLQuantizationType:
+    """The type called `name`, in either case; ValueError, with the choices, when there is none."""
+    try:
+        return TYPES[name.lower()]
+    except KeyError:
+        raise ValueError(f"type: {name!r}, expected one of {', '.join(TYPES)}") from None
+
+
+def deviation(tensor: SourceTensor) -> float:
+    """The standard deviation of a matrix."""
+    by_inputs = 1.0 / math.sqrt(tensor.shape[-1])
+    if tensor.rule.kind == "embedding":
+        return 2.5 * by_inputs
+    if tensor.rule.kind == "router":
+        return 2.0  # its input carries a factor hidden^-0.5
+    if tensor.name == "self_cond_down.weight":
+        return 0.3 * by_inputs  # undamped, a random net doubles its rounding errors at every step
+    return by_inputs
+
+
+def bounds(tensor: SourceTensor) -> tuple[float, float]:
+    """The range of a vector's entries, which are uniform."""
+    if tensor.rule.encoder_only:
+        return 0.25, 0.55
+    if tensor.rule.kind == "scalar":
+        return 0.8, 1.3
+    if tensor.name.endswith(("attn_q_norm.weight", "attn_k_norm.weight")):
+        return 0.30, 0.40  # attention has no 1/sqrt(d) factor
+    if tensor.name.endswith("ffn_down_exps.scale"):
+        return 0.5, 1.5
+    return 0.6, 1.4
+
+
+def unit_blocks(rng: np.random.Generator, kind: GGMLQuantizationType, n: int) -> npt.NDArray[np.uint8]:
+    """n blocks of random quants with scale 1: uint8 [n, bytes of a block]."""
+    blocks = rng.integers(0, 256, (n, GGML_QUANT_SIZES[kind][1]), np.uint8)
+    set_scales(blocks, kind, np.ones(n, np.float32))
+    return blocks
+
+
+def set_scales(blocks: npt.NDArray[np.uint8], kind: GGMLQuantizationType, scales: npt.NDArray[np.float32]) -> None:
+    """Writes a scale, and the minimum that belongs to it, into each block."""
+    layout = BLOCKS[kind]
+    blocks[:, layout.scale : layout.scale + 2] = scales.astype("<f2")[:, None].view(np.uint8)
+    if layout.at is not None:
+        minimum = (scales * np.float32(layout.minimum)).astype("<f2")
+        blocks[:, layout.at : layout.at + 2] = minimum[:, None].view(np.uint8)
+
+
+def unit_deviation(kind: GGMLQuantizationType) -> float:
+    """The standard deviation of what random quants with scale 1 stand for; over 2,048 blocks, within a percent."""
+    values = gguf.quants.dequantize(unit_blocks(np.random.default_rng(0), kind, 2048), kind)
+    return float(values.std())
+
+
+def pieces(p: PlannedTensor, config: ModelConfig, rng: np.random.Generator) -> Iterator[npt.NDArray[np.uint8]]:
+    """The tensor's bytes in order, a few MiB at a time."""
+    tensor = p.tensor
+    if not tensor.rule.source:
+        yield encode(rope_freqs(config).reshape(1, -1), p.kind, tensor.name)
+    elif len(tensor.shape) == 1:
+        yield encode(rng.uniform(*bounds(tensor), (1, tensor.shape[0])).astype(np.float32), p.kind, tensor.name)
+    elif p.kind in FLOATS:
+        row = tensor.shape[-1]
+        n_rows, at_once = tensor.n_elements // row, max(1, PIECE // (4 * row))
+        for first in range(0, n_rows, at_once):
+            rows = rng.standard_normal((min(at_once, n_rows - first), row), np.float32)
+            yield encode(rows * np.float32(deviation(tensor)), p.kind, tensor.name)
+    else:
+        size = GGML_QUANT_SIZES[p.kind][1]
+        scale = np.float32(deviation(tensor) / unit_deviation(p.kind))
+        n_blocks, at_once = p.n_bytes // size, PIECE // size
+        for first in range(0, n_blocks, at_once):
+            n = min(at_once, n_blocks - first)
+            blocks = unit_blocks(rng, p.kind, n)
+            set_scales(blocks, p.kind, scale * rng.uniform(0.8, 1.2, n).astype(np.float32))
+            yield blocks
+
+
+def write(
+    path: Path,
+    name: str,
+    *,
+    type: str = "q8_0",
+    tensor_types: Sequence[tuple[str, str]] = (),
+    seed: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Writes a random GGUF of the shape `name` (a key of SHAPES); returns its size in bytes.
+
+    Args:
+        type: of the big tensors, one of TYPES; norms, scalars and the router stay F32, and rows that do not divide into
+            its blocks get what llama.cpp's quantizer would give them.
+        tensor_types: (pattern, type): matrices whose name matches get that type; the first pattern that matches.
+        seed: of all weights; a tensor's depend on it and on the tensor's place in the file.
+        progress: called with (bytes done, bytes in all).
+
+    The file appears under its name only when it is whole. Raises ValueError for an unknown shape or type, OSError where
+    it cannot be written.
+    """
+    config = shape(name)
+    recipe = Recipe(parse_type(type), file_type(parse_type(type)))
+    checkpoint: Any = RandomCheckpoint(config, tensors(config), {}, [])
+    planned = plan(checkpoint.tensors, recipe, tensor_types)
+    writer = header_writer(planned, metadata(checkpoint, None, recipe, f"random {name}"))
+    total = sum(padded(p.n_bytes) for p in planned)
+    with whole_or_nothing(path, total + 1_000_000) as file:
+        file.append_by(lambda part: write_header(writer, part))
+        pad(file)
+        start = file.tell()
+        for i, p in enumerate(planned):
+            for piece in pieces(p, config, np.random.default_rng([seed, i])):
+                file.append(piece.data.cast("B"))
+                if progress:
+                    progress(file.tell() - start, total)
+            pad(file)
+        return file.tell()
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """All weights of the shape."""
+    return sum(tensor.n_elements for tensor in tensors(config) if tensor.source)
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """`PATTERN=TYPE` from the command line."""
+    pattern, sep, kind = text.rpartition("=")
+    if not sep or not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form PATTERN=TYPE")
+    try:
+        parse_type(kind)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return pattern, kind
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write a GGUF of a known shape with random weights.")
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--type", choices=TYPES, default="q8_0", help="type of the big tensors (default: q8_0)")
+    parser.add_argument(
+        "--tensor-type", type=parse_override, action="append", default=[], metavar="PATTERN=TYPE", dest="tensor_types"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    began = time.monotonic()
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(str(args.out.name), total=None)
+        size = write(
+            args.out,
+            args.shape,
+            type=args.type,
+            tensor_types=args.tensor_types,
+            seed=args.seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    millions = count_parameters(shape(args.shape)) / 1e6
+    print(f"{args.out}: {millions:,.0f} M parameters, {human(size)}, {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
