@@ -30,7 +30,7 @@ import shapes
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf._records import RawStep, Sampling
-from pydiffgguf.search import PROBE_STEPS, SUFFIX_ROWS
+from pydiffgguf.search import FREE_ROWS, PROBE_STEPS, SUFFIX_ROWS
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
 SHAPE = "724m"
@@ -146,21 +146,23 @@ def time_pair(
 
 def time_probe(session: Session, lengths: Sequence[int], repeat: int) -> dict[str, Any]:
     """Trying gaps of those lengths as `pydiffgguf.search` does: PROBE_STEPS steps together, each gap followed by
-    SUFFIX_ROWS rows of suffix, then the causal pass over what was written. Seconds of each repetition."""
+    SUFFIX_ROWS rows of suffix of which the first FREE_ROWS are free; then the causal pass, which there only judges the
+    few that were finished, over all of them. Seconds of each repetition."""
     rng = np.random.default_rng(0)
     n_vocab, most = session.config.n_vocab, session.config.canvas_length
     group = []
     for length in lengths:
         rows = min(most, length + SUFFIX_ROWS)
-        pinned = np.where(np.arange(rows) < length, -1, rng.integers(n_vocab, size=rows)).astype(np.int32)
-        group.append(CanvasSpec(n_rows=rows, pinned=pinned, watched=np.full(rows, -1), seed=length))
+        ids = rng.integers(n_vocab, size=rows)
+        pinned = np.where(np.arange(rows) < length + FREE_ROWS, -1, ids).astype(np.int32)
+        group.append(CanvasSpec(n_rows=rows, pinned=pinned, watched=ids, seed=length))
     seconds = []
     for _ in range(repeat + 1):
         began = time.perf_counter()
         taken, _ = run(session, group, PROBE_STEPS)
         session.score([step.argmax for step in taken[-1]])
         seconds.append(time.perf_counter() - began)
-    return {"lengths": list(lengths), "suffix": SUFFIX_ROWS, "steps": PROBE_STEPS, "seconds": seconds[1:]}
+    return {"lengths": list(lengths), "seconds": seconds[1:]}
 
 
 def machine() -> str:
@@ -219,9 +221,9 @@ def markdown(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Seconds are per step of all canvases. Lengths tried together as the search does it, "
-        f"{result['probes'][0]['steps']} steps with {result['probes'][0]['suffix']} rows of suffix and the causal pass "
-        f"at the end, in full steps of one canvas of {result['canvas_length']} rows ({result['full_step_s']:.3f} s):",
+        "Seconds are per step of all canvases, with self-conditioning. Lengths tried together as the search does it: "
+        f"denoise steps: {PROBE_STEPS}, rows of suffix: {SUFFIX_ROWS}, and a causal pass over all at the end; in full "
+        f"steps of one canvas of {result['canvas_length']} rows ({result['full_step_s']:.3f} s):",
         "",
         "| lengths | s | full steps | bound |",
         "| --- | ---: | ---: | ---: |",

@@ -2,8 +2,8 @@
 
     python infill_set.py --tasks ../../tests/data/demo_tasks.jsonl --out ../../benchmarks/data/infill_demo.jsonl
 
-A line has `task_id` (form and id of the task), `language` (`python` or `text`), `prompt`, `suffix`,
-`canonical_solution`, and for Python functions `test` and `entry_point`: the document's own `assert` is its test, so
+A line has `task_id` (form and id of the task), `language` (`python` or `english`), `prompt`, `suffix`,
+`canonical_solution`, and for Python that runs `test` and `entry_point`: the document's own `assert` is its test, so
 `check` only asks for the function. The tasks are shuffled (seed 4) and dealt out by length and language in turns, so
 that a few lines from the file's beginning hold every length.
 """
@@ -11,6 +11,8 @@ that a few lines from the file's beginning hold every length.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -18,24 +20,32 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tasks import PYTHON
-
-PYTHON_FORMS = {template.name for template in PYTHON}
 TEST = "def check(candidate):\n    assert callable(candidate)\n"
+
+
+def runs(text: str) -> bool:
+    """Whether a document, which is one of our own, runs: some templates call a function with names that nothing
+    defines."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(text, {})
+    except NameError:
+        return False
+    return True
 
 
 def convert(task: dict[str, Any]) -> dict[str, Any]:
     """One infill task as a line of the benchmark."""
-    is_python = task.get("language", "python" if task["form"] in PYTHON_FORMS else "text") == "python"
     line = {
         "task_id": f"{task['form']}/{task['id']}",
-        "language": "python" if is_python else "text",
+        "language": task["language"],
         "prompt": task["prefix"],
         "suffix": task["suffix"],
         "canonical_solution": task["gap"],
     }
-    defined = re.search(r"^def (\w+)\(", task["prefix"] + task["gap"] + task["suffix"], re.MULTILINE)
-    if is_python and defined:
+    text = task["prefix"] + task["gap"] + task["suffix"]
+    defined = re.search(r"^def (\w+)\(", text, re.MULTILINE)
+    if task["language"] == "python" and defined and runs(text):
         line |= {"test": TEST, "entry_point": defined[1]}
     return line
 
@@ -43,10 +53,10 @@ def convert(task: dict[str, Any]) -> dict[str, Any]:
 def spread(tasks: list[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
     """The tasks, shuffled, dealt out in turns of gap length (powers of two) and language."""
     Random(seed).shuffle(tasks)
-    piles: dict[tuple[int, bool], list[dict[str, Any]]] = {}
+    piles: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for task in tasks:
         length = max(1, task["gap_tokens"] - 1).bit_length()
-        piles.setdefault((length, task["form"] in PYTHON_FORMS), []).append(task)
+        piles.setdefault((length, task["language"]), []).append(task)
     order = sorted(piles)
     while any(piles.values()):
         for key in order:
