@@ -272,7 +272,7 @@ class _Search:
 
     def judge(self, states: Sequence[_State]) -> list[Filled]:
         """Scores fillings by the causal pass over them and the suffix's first tokens. Greatest first; of equal texts
-        the better one stays; what holds an end token goes last."""
+        the better one stays; those that hold an end token are left out, unless all do."""
         began = time.monotonic()
         most = self.session.config.canvas_length
         known = self.hole.known_suffix
@@ -286,7 +286,8 @@ class _Search:
             twin = best.get(tuple(filled.tokens))
             if twin is None or filled.score > twin.score:
                 best[tuple(filled.tokens)] = filled
-        return sorted(best.values(), key=lambda f: (not self.hole.end_ids.isdisjoint(f.tokens), -f.score))
+        ranked = sorted(best.values(), key=lambda filled: -filled.score)
+        return [filled for filled in ranked if self.hole.end_ids.isdisjoint(filled.tokens)] or ranked
 
     def filled(self, state: _State, logprobs: Float64Array) -> Filled:
         c = state.candidate
@@ -364,10 +365,12 @@ def fill_hole(
     search = _Search(session, hole, sampling, seed, deadline, stats)
     room = longest_gap(session, hole)
     if gap == "auto":
-        found = yield from _unknown(search, min_gap, min(max_gap, room), n)
-        if max_gap > room and not found[0].converged and not search.late():
-            found += yield from _beyond_one_canvas(search, max(min_gap, 1), max_gap, n)
-            found.sort(key=lambda f: (not f.converged, -f.score / max(1, len(f.tokens))))
+        found = [] if min_gap > room else (yield from _unknown(search, min_gap, min(max_gap, room), n))
+        if max_gap > room and not any(filled.converged for filled in found) and not search.late():
+            found += yield from _beyond_one_canvas(search, min_gap, max_gap, n)
+            found.sort(key=lambda filled: (not filled.converged, -filled.score / max(1, len(filled.tokens))))
+        if not found:
+            raise _no_room(session, hole, min_gap)
         return found[:n]
     if gap > room:
         return (yield from _over_several(search, gap))
@@ -398,10 +401,7 @@ def _over_several(search: _Search, gap: int) -> Generator[Draft, None, list[Fill
     session, hole, canvas = search.session, search.hole, search.session.config.canvas_length
     kept = session.n_past
     if kept + len(hole.head) + gap + canvas > session.n_ctx:
-        raise ContextOverflowError(
-            f"a gap of {gap} tokens after {kept} does not fit: n_ctx {session.n_ctx} leaves room for "
-            f"{max(0, session.n_ctx - kept - len(hole.head) - canvas)}"
-        )
+        raise _no_room(session, hole, gap)
     done: list[Filled] = []
     try:
         left = gap
@@ -422,25 +422,35 @@ def _over_several(search: _Search, gap: int) -> Generator[Draft, None, list[Fill
 
 
 def _beyond_one_canvas(search: _Search, least: int, most: int, n: int) -> Generator[Draft, None, list[Filled]]:
-    """Fillings that begin with a whole canvas of gap, and go on for up to `most` tokens in all."""
-    session, canvas = search.session, search.session.config.canvas_length
+    """Fillings of more tokens than one canvas holds beside the suffix, up to `most`: as many as it would hold are
+    denoised on a canvas of their own and encoded, and the rest is looked for behind them."""
+    session = search.session
     kept = session.n_past
-    if kept + 2 * canvas > session.n_ctx:
+    size = min(longest_gap(session, search.hole), most - 1)
+    if kept + len(search.hole.head) + size + session.config.canvas_length > session.n_ctx:
         return []
     whole = search.following(replace(search.hole, suffix=()))
-    states = yield from whole.finish(whole.forms(min(canvas - len(search.hole.head), most - 1)))
+    states = yield from whole.finish(whole.forms(size))
     first = whole.judge(states)[0]
     try:
         session.encode(first.tokens)
         rest = search.following(Hole(search.hole.suffix, end_ids=search.hole.end_ids))
-        left = most - first.gap_tokens
+        least, left = max(1, least - first.gap_tokens), most - first.gap_tokens
         room = longest_gap(session, rest.hole)
-        found = yield from _unknown(rest, max(1, least - first.gap_tokens), min(left, room), n)
-        if left > room and not found[0].converged and not search.late():
-            found += yield from _beyond_one_canvas(rest, max(1, least - first.gap_tokens), left, n)
+        found = [] if least > room else (yield from _unknown(rest, least, min(left, room), n))
+        if left > room and not any(filled.converged for filled in found) and not search.late():
+            found += yield from _beyond_one_canvas(rest, least, left, n)
     finally:
         session.truncate(kept)
     return [_joined([first, filled]) for filled in found]
+
+
+def _no_room(session: Session, hole: Hole, gap: int) -> ContextOverflowError:
+    room = session.n_ctx - session.n_past - len(hole.head) - session.config.canvas_length
+    return ContextOverflowError(
+        f"a gap of {gap} tokens after {session.n_past} does not fit: n_ctx {session.n_ctx} leaves room for "
+        f"{max(0, room)}; open the model with a larger n_ctx"
+    )
 
 
 def _joined(parts: Sequence[Filled]) -> Filled:

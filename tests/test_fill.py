@@ -1,0 +1,68 @@
+"""Many gaps in one text: what markers say, and that nothing between them changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pydiffgguf import DiffusionModel, demo_model_path
+from pydiffgguf.infill import parse_template
+
+LITERAL = st.text(st.characters(codec="utf-8", exclude_characters="<>"), min_size=1, max_size=25)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_gguf: Path) -> Iterator[DiffusionModel]:
+    with DiffusionModel(tiny_gguf, n_ctx=512, n_threads=1) as model:
+        yield model
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(LITERAL, min_size=2, max_size=4), length=st.integers(1, 3))
+def test_text_between_gaps_stays_as_it_is(model: DiffusionModel, parts: list[str], length: int) -> None:
+    result = model.fill(f"<gap len={length}/>".join(parts), steps=2, mode="raw")
+    assert len(result.gaps) == len(parts) - 1 and result.finish_reason == "stop"
+    expected = parts[0] + "".join(gap.text + part for gap, part in zip(result.gaps, parts[1:], strict=True))
+    assert result.text == expected
+    assert all(gap.gap_tokens == length for gap in result.gaps)
+
+
+def test_the_demo_model_fills_two_gaps() -> None:
+    """Each filled word stands elsewhere in the text, before or behind its gap."""
+    text = "On Sunday Emma found a<gap max=4/> in the school. Emma gave the white cup to<gap/>. Mia took the cup home"
+    with DiffusionModel(demo_model_path(), n_threads=1) as demo:
+        result = demo.fill(text + " that Sunday and never went back to the school.", max_gap=8)
+    assert [gap.text for gap in result.gaps] == [" white cup", " Mia"]
+
+
+def test_markers_say_their_lengths() -> None:
+    one, two, three, four = parse_template("a<gap/>b<gap max=8/>c<gap min=2  max=5 />d<gap len=3/>e", 1, 20)
+    assert (one.gap, one.min_gap, one.max_gap) == ("auto", 1, 20)
+    assert (two.gap, two.min_gap, two.max_gap) == ("auto", 1, 8)
+    assert (three.gap, three.min_gap, three.max_gap) == ("auto", 2, 5)
+    assert (four.gap, four.nominal) == (3, 3)
+    assert "a<gap/>b"[one.start : one.end] == "<gap/>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("no gap here", "the template has no gap: mark it with <gap/>"),
+        ("a<gap mx=3/>b", "unknown attribute 'mx'; there are min, max and len"),
+        ("a<gap 3/>b", "'3' is no attribute; write <gap/>"),
+        ("a<gap max=x/>b", "max is 'x': it must be a number of tokens"),
+        ("a<gap len=0/>b", "len of <gap len=0/> is 0: it must be from 1"),
+        ("a<gap min=9 max=3/>b", "min is 9: it must be at most max, 3"),
+        ("a<gap/><gap/>b", "two gaps stand side by side"),
+        ("a<gap/>", "ends with a gap, so nothing tells how long it is: write <gap len=N/>"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_says_why(model: DiffusionModel, template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        model.fill(template)
+    with pytest.raises(TypeError, match="template must be a str"):
+        model.fill(3)  # type: ignore[arg-type]
