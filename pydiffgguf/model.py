@@ -469,10 +469,8 @@ class DiffusionModel:
         Raises ValueError for a template without a gap, one that ends with a gap of unknown length, two gaps that touch,
         an unknown attribute; and what `infill` raises.
         """
-        self._check_open()
         return _drain(
-            stream_fill(
-                self,
+            self.stream_fill(
                 template,
                 min_gap=min_gap,
                 max_gap=max_gap,
@@ -480,8 +478,34 @@ class DiffusionModel:
                 seed=seed,
                 mode=mode,
                 heal=heal,
-                sampling=sampling,
+                **sampling,
             )
+        )
+
+    def stream_fill(
+        self,
+        template: str,
+        *,
+        min_gap: int = 0,
+        max_gap: int = 128,
+        extra: Sequence[tuple[str, str]] = (),
+        seed: int = 0,
+        mode: str = "auto",
+        heal: bool = True,
+        **sampling: Any,
+    ) -> Generator[DenoiseStep, None, Fill]:
+        """The same as `fill`, as the events of one gap after the other; its return value is the Fill."""
+        self._check_open()
+        return stream_fill(
+            self,
+            template,
+            min_gap=min_gap,
+            max_gap=max_gap,
+            extra=extra,
+            seed=seed,
+            mode=mode,
+            heal=heal,
+            sampling=sampling,
         )
 
     def edit(
