@@ -291,7 +291,8 @@ class LiveCanvas:
         known = self._known(text.plain, filled, event.text)
         behind = "".join(text.plain[max(filled, known) :].splitlines(keepends=True)[:CONTEXT_LINES])
         shown = max(filled, known) + len(behind[:CONTEXT_CHARACTERS])
-        return Text(escape(tail), PINNED, overflow="fold", tab_size=4).append_text(text[known:shown])
+        context = Text(overflow="fold", tab_size=4).append(escape(tail), PINNED)
+        return context.append_text(text[known:shown])
 
     def _known(self, canvas: str, filled: int, draft: str) -> int:
         """Characters at the canvas's beginning that the prefix ends with: its last word, which the gap may go on with.

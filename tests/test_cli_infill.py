@@ -144,8 +144,8 @@ def test_options_reach_the_library(
     monkeypatch.setattr(DiffusionModel, "stream_infill", record)
     other = tmp_path / "other.txt"
     other.write_text("Ben.\n")
-    flags = "--gap auto --min-gap 1 --max-gap 3 --mode chat --no-heal -n 2 --seed 9 --steps 4 --t-max 0.5 --time-limit 2"
-    assert run(str(file), *at(), *flags.split(), "--extra", str(other)) == 0
+    flags = "--gap auto --min-gap 1 --max-gap 3 --mode chat --no-heal -n 2 --seed 9 --steps 4 --t-max 0.5"
+    assert run(str(file), *at(), *flags.split(), "--time-limit", "2", "--extra", str(other)) == 0
     assert run(str(file), "--at", "1") == 0
     assert calls == [
         (
@@ -196,7 +196,7 @@ def test_options_reach_the_library(
         ("--template a<gap/>", "nothing stands behind the gap, so its length cannot be found: give --gap N"),
         ("--template a", "--template: the template has no gap: mark it with <gap/>"),
         ("--template <gap/><gap/>b", "--template: two gaps stand side by side"),
-        ("--template a<gap/>b<gap/>", "the template ends with a gap, so its length cannot be found: write <gap len=N/>"),
+        ("--template a<gap/>b<gap/>", "the template ends with a gap, so its length cannot be found: write"),
         ("--template a<gap/>b<gap/>c --gap 2", "--gap is for one gap, and the template has several"),
         ("--template a<gap/>b<gap/>c -n 2", "-n ranks the fillings of one gap, and the template has several"),
         ("--template a<gap$len=3/>b --gap 2", "the template says that its gap has 3 tokens: leave out --gap"),
@@ -357,5 +357,17 @@ def test_on_a_terminal(file: Path, expected: str) -> None:
     assert child.wait() == 0
     assert child.shown.count("\x1b[?25l") == child.shown.count("\x1b[?25h") == 1
     assert "2 tokens, " in child.shown
-    assert "in the garden." in child.shown
+    assert f"{BEFORE}{expected} in the garden." in re.sub(r"\x1b\[[0-9;]*m", "", child.shown)
+    assert "\x1b[1;2;36m" not in child.shown  # a free row in the colour of the pinned ones
     assert file.read_text() == BEFORE + expected + BEHIND
+
+
+def test_ctrl_c_on_a_terminal(file: Path) -> None:
+    """Exit code 130, the cursor back, the file as it was."""
+    flags = "--mode raw --threads 1 --gap 40 --steps 5000 --entropy-bound 0 --confidence-threshold 0"
+    child = Pty("infill", MODEL, str(file), *at(), *flags.split(), "--in-place")
+    child.until("accepted", timeout=20)
+    child.type("\x03")
+    assert child.wait() == 130
+    assert child.shown.count("\x1b[?25l") == child.shown.count("\x1b[?25h") == 1
+    assert file.read_text() == BEFORE + BEHIND
