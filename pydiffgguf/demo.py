@@ -1,5 +1,5 @@
-"""The command ``demo``: the bundled toy answers a question, fills a gap in a program and solves a Sudoku, on the canvas,
-and is checked."""
+"""The command ``demo``: the bundled toy answers a question, fills a gap in a program and solves a Sudoku, on the
+canvas, and is checked."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ SEED = 1
 #: Asked of the model in its own words, and not in its training data (tools/demo_model).
 QUESTION = "Put in order: 9 7 1."
 ANSWER = "1 7 9"
-#: A program with a gap whose length is not told, in the toy's own words (the template "operator" of tools/demo_model; not
-#: in its training data), put to it as a document.
+#: A program with a gap whose length is not told, in the toy's own words (the template "operator" of tools/demo_model;
+#: not in its training data), put to it as a document.
 BEFORE_GAP = 'def mul_width_price(width, price):\n    """Multiply width and price."""\n    return '
 GAP = "width * price"
 BEHIND_GAP = "\n\nassert mul_width_price(5, 8) == 5 * 8\n"
