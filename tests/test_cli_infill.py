@@ -360,14 +360,3 @@ def test_on_a_terminal(file: Path, expected: str) -> None:
     assert re.search(rf"{BEFORE}.* in the garden\.", re.sub(r"\x1b\[[0-9;]*m", "", child.shown))
     assert "\x1b[1;2;36m" not in child.shown  # a free row in the colour of the pinned ones
     assert file.read_text() == BEFORE + expected + BEHIND
-
-
-def test_ctrl_c_on_a_terminal(file: Path) -> None:
-    """Exit code 130, the cursor back, the file as it was."""
-    flags = "--mode raw --threads 1 --gap 40 --steps 5000 --entropy-bound 0 --confidence-threshold 0"
-    child = Pty("infill", MODEL, str(file), *at(), *flags.split(), "--in-place")
-    child.until("accepted", timeout=20)
-    child.type("\x03")
-    assert child.wait() == 130
-    assert child.shown.count("\x1b[?25l") == child.shown.count("\x1b[?25h") == 1
-    assert file.read_text() == BEFORE + BEHIND
