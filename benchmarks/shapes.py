@@ -141,6 +141,7 @@ class RandomCheckpoint:
     tensors: list[SourceTensor]
     sampler: dict[str, int | float]
     eos_ids: list[int]
+    infill_mode: None = None
 
 
 def plan(sources: Sequence[SourceTensor], recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> list[PlannedTensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import traceback
@@ -130,6 +131,44 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(sub)
 
     sub = command(
+        "infill",
+        "fill a gap: the text between what stands before and behind it",
+        _infill,
+        "pydiffgguf infill model.gguf main.py --at 12:5",
+        "pydiffgguf infill model.gguf main.py --at 12 --gap 20 --in-place",
+        "pydiffgguf infill model.gguf --prefix-file before.txt --suffix-file behind.txt -n 3 --json",
+        'pydiffgguf infill model.gguf --template "The quick <gap/> fox jumps over the <gap len=2/> dog."',
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group = sub.add_argument_group("where the gap is", "One of the three; what is read must be UTF-8, - is stdin.")
+    group.add_argument("file", metavar="FILE", nargs="?", help="a text file; with --at")
+    group.add_argument(
+        "--at", type=_position, metavar="LINE[:COL]", help="counted from 1, in characters; no COL: the line's end"
+    )
+    group.add_argument("--prefix-file", metavar="F", help="the text before the gap, all of it")
+    group.add_argument("--suffix-file", metavar="F", help="the text behind the gap")
+    group.add_argument(
+        "--template",
+        metavar="TEXT",
+        help="text with gaps: <gap/>, <gap max=8/>, <gap min=2 max=8/>, <gap len=3/>; of several gaps each is printed "
+        "as a JSON string on its own line",
+    )
+    group = sub.add_argument_group("the gap")
+    group.add_argument("--gap", type=_gap, metavar="N|auto", help="its length in tokens (auto: lengths are tried)")
+    group.add_argument("--min-gap", type=_at_least(0), metavar="N", help="shortest that auto tries (0)")
+    group.add_argument("--max-gap", type=_at_least(1), metavar="N", help="longest that auto tries (128)")
+    group.add_argument("--mode", choices=("auto", "raw", "chat"), help="a document, or a request in the chat template")
+    group.add_argument("--no-heal", action="store_true", help="do not go on with the prefix's last, unfinished word")
+    group.add_argument("--extra", action="append", metavar="FILE", help="another file to know; may be given repeatedly")
+    group.add_argument("-n", type=_at_least(1), metavar="N", help="rank so many fillings, which --json lists (1)")
+    group.add_argument("--seed", type=int, metavar="N", help="keys all draws (0)")
+    sub.add_argument("--in-place", action="store_true", help="write the filling into FILE; a pipe gets nothing then")
+    sub.add_argument("--json", action="store_true", help="print one object: text, gap_tokens, score, candidates, ...")
+    sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
+    _add_sampling(sub)
+    _add_model_options(sub)
+
+    sub = command(
         "chat",
         "talk to a model",
         _chat,
@@ -200,11 +239,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_generation(sub: Any) -> None:
     sub.add_argument("-n", "--max-tokens", type=int, metavar="N", help="longest result in tokens (256)")
     sub.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (else a fresh one)")
+    group = _add_sampling(sub)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
+
+
+def _add_sampling(sub: Any) -> Any:
     group = sub.add_argument_group("sampling", "What is not given comes from the file, then from the released model.")
     for name, kind, text in SAMPLING:
         group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
     group.add_argument("--time-limit", type=float, metavar="S", help="begin no step later than so many seconds")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
+    return group
 
 
 def _add_model_options(sub: Any) -> None:
@@ -226,6 +270,30 @@ def _gpu_layers(text: str) -> int | str:
     return "auto" if text == "auto" else int(text)
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number, at least {least}")
+        return int(text)
+
+    return number
+
+
+def _gap(text: str) -> int | str:
+    if text != "auto" and not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of tokens, at least 1, or auto")
+    return "auto" if text == "auto" else int(text)
+
+
+def _position(text: str) -> Any:
+    from pydiffgguf.document import Position
+
+    try:
+        return Position.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -240,9 +308,17 @@ def _version() -> str:
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of DiffusionModel.generate, from the flags that were given."""
-    names = ["max_tokens", "seed", "stop", *(name for name, _, _ in SAMPLING)]
-    options = {name: getattr(args, name) for name in names} | {"time_limit_s": args.time_limit}
-    return {name: value for name, value in options.items() if value is not None}
+    return _given(args, "max_tokens", "seed", "stop") | sampling_options(args)
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The same for what every denoising takes."""
+    limit = {} if args.time_limit is None else {"time_limit_s": args.time_limit}
+    return _given(args, *(name for name, _, _ in SAMPLING)) | limit
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def open_model(args: argparse.Namespace) -> Any:
@@ -283,17 +359,98 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _read_prompt(path: str | None) -> str:
     """The text of a file, or of stdin, without one last newline."""
-    if path is None or path == "-":
-        name, data = "standard input", sys.stdin.buffer.read()
+    from pydiffgguf.document import decode, read_bytes
+
+    return decode(*read_bytes(path or "-")).removesuffix("\n").removesuffix("\r")
+
+
+def _infill(args: argparse.Namespace) -> int:
+    from pydiffgguf.document import Document
+    from pydiffgguf.talk import fill_template, infill_once
+
+    _check_infill(args)
+    options = _given(args, "min_gap", "max_gap", "mode", "seed") | sampling_options(args)
+    if args.no_heal:
+        options["heal"] = False
+    output = {"as_json": args.json, "live": not args.no_live}
+    document: Document | None = None
+    offset = 0
+    if args.template is not None:
+        parts, gap = _template_parts(args)
+        options |= gap
     else:
-        name = path
-        with open(path, "rb") as file:
-            data = file.read()
+        options |= _given(args, "gap", "n")
+        if args.file is not None:
+            document = Document(args.file)
+            try:
+                offset = document.offset(args.at)
+            except ValueError as error:
+                args.command.error(f"--at: {error}")
+            parts = (document.text[:offset], document.text[offset:])
+        else:
+            parts = (Document(args.prefix_file).text, Document(args.suffix_file).text)
+    if args.extra:
+        options["extra"] = [(path, Document(path).text) for path in args.extra]
+    if parts is not None and not parts[1] and options.get("gap", "auto") == "auto":
+        args.command.error("nothing stands behind the gap, so its length cannot be found: give --gap N")
+    with open_model(args) as model:
+        if parts is None:
+            return fill_template(model, args.template, **output, options=options)
+        insert = None if not args.in_place or document is None else functools.partial(document.insert, offset)
+        return infill_once(model, *parts, **output, insert=insert, options=options)
+
+
+def _check_infill(args: argparse.Namespace) -> None:
+    """Leaves through SystemExit(2) unless the arguments name one gap, or one template, and what goes with it."""
+    error = args.command.error
+    forms = [
+        args.file is not None or args.at is not None,
+        args.prefix_file is not None or args.suffix_file is not None,
+        args.template is not None,
+    ]
+    ways = "FILE --at LINE[:COL], --prefix-file F --suffix-file F, or --template TEXT"
+    if sum(forms) != 1:
+        error(f"{'there are too many places' if any(forms) else 'no place'} for a gap: give {ways}")
+    if forms[0] and args.at is None:
+        error("FILE does not say where its gap is: give --at LINE[:COL] too")
+    if forms[0] and args.file is None:
+        error("--at needs the FILE that it counts in: pydiffgguf infill MODEL FILE --at LINE[:COL]")
+    if forms[1] and (args.prefix_file is None or args.suffix_file is None):
+        error("--prefix-file and --suffix-file go together; either file may be empty")
+    if args.in_place and (not forms[0] or args.file == "-"):
+        error("--in-place writes into a file: give FILE --at LINE[:COL]")
+    if [args.file, args.prefix_file, args.suffix_file, *(args.extra or ())].count("-") > 1:
+        error("- is standard input, and can be read but once: give files for the others")
+    least, most = args.min_gap or 0, 128 if args.max_gap is None else args.max_gap
+    if least > most:
+        error(f"--min-gap {least} is more than --max-gap {most}: give a --max-gap of at least {least}")
+    if isinstance(args.gap, int) and (args.min_gap is not None or args.max_gap is not None):
+        error("--min-gap and --max-gap bound a gap of unknown length: leave them out, or give --gap auto")
+
+
+def _template_parts(args: argparse.Namespace) -> tuple[tuple[str, str] | None, dict[str, Any]]:
+    """(prefix and suffix, options) of a template with one gap; (None, {}) of one with more."""
+    from pydiffgguf.infill import parse_template
+
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
-    return text.removesuffix("\n").removesuffix("\r")
+        markers = parse_template(args.template, **_given(args, "min_gap", "max_gap"))
+    except ValueError as error:
+        args.command.error(f"--template: {error}")
+    if len(markers) > 1:
+        if args.gap is not None:
+            args.command.error("--gap is for one gap, and the template has several: write <gap len=N/> there")
+        if args.n is not None:
+            args.command.error("-n ranks the fillings of one gap, and the template has several: leave it out")
+        last = markers[-1]
+        if last.gap == "auto" and last.end == len(args.template):
+            args.command.error("the template ends with a gap, so its length cannot be found: write <gap len=N/>")
+        return None, {}
+    (marker,) = markers
+    if marker.gap != "auto" and args.gap is not None:
+        args.command.error(f"the template says that its gap has {marker.gap} tokens: leave out --gap")
+    gap = args.gap if marker.gap == "auto" and args.gap is not None else marker.gap
+    bounds = {"gap": gap, "min_gap": marker.min_gap, "max_gap": marker.max_gap}
+    return (args.template[: marker.start], args.template[marker.end :]), bounds | _given(args, "n")
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""The command ``demo``: the bundled toy answers a question and solves a Sudoku, on the canvas, and is checked."""
+"""The command ``demo``: the bundled toy answers a question, fills a gap in a program and solves a Sudoku, on the
+canvas, and is checked."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from rich.text import Text
 from pydiffgguf.generate import DenoiseStep
 from pydiffgguf.model import DiffusionModel, demo_model_path
 from pydiffgguf.talk import follow
-from pydiffgguf.terminal import LiveCanvas, Output, PlainOutput, SilentOutput, escape, is_live_terminal, summary
+from pydiffgguf.terminal import (
+    LiveCanvas,
+    Output,
+    PlainOutput,
+    SilentOutput,
+    escape,
+    infill_summary,
+    is_live_terminal,
+    summary,
+)
 
 if TYPE_CHECKING:
     from pydiffgguf._records import RawStep
@@ -24,6 +34,12 @@ SEED = 1
 #: Asked of the model in its own words, and not in its training data (tools/demo_model).
 QUESTION = "Put in order: 9 7 1."
 ANSWER = "1 7 9"
+#: A program with a gap whose length is not told, in the toy's own words (the template "operator" of tools/demo_model;
+#: not in its training data), put to it as a document.
+BEFORE_GAP = 'def mul_width_price(width, price):\n    """Multiply width and price."""\n    return '
+GAP = "width * price"
+BEHIND_GAP = "\n\nassert mul_width_price(5, 8) == 5 * 8\n"
+LONGEST_GAP = 16
 #: Each row, column and quarter of the only solution holds 1 to 4; dots are for the model to fill.
 PUZZLE = "4..2\n....\n2.41\n..2.\n"
 HEADER = "Sudoku:\n"
@@ -32,7 +48,7 @@ PACE_S = 0.15
 
 
 def run_demo(live: bool) -> int:
-    """Shows both; returns 0 when the answers are right, else 1.
+    """Shows all three; returns 0 when the answers are right, else 1.
 
     Args:
         live: draw the canvas, where stdout is a terminal that can show it.
@@ -46,11 +62,11 @@ def run_demo(live: bool) -> int:
             + (" Accepted tokens are plain, uncertain ones dim, fixed ones coloured." if live else ""),
             style="dim",
         )
-        right = [_question(model, console, live), _sudoku(model, console, live)]
+        right = [_question(model, console, live), _gap(model, console, live), _sudoku(model, console, live)]
     if not all(right):
-        print("pydiffgguf: error: the demo model's answer is wrong", file=sys.stderr)
+        print("pydiffgguf: error: an answer of the demo model is wrong", file=sys.stderr)
         return 1
-    console.print("Both answers are right.", style="green")
+    console.print("All answers are right.", style="green")
     return 0
 
 
@@ -60,6 +76,18 @@ def _question(model: DiffusionModel, console: Console, live: bool) -> bool:
     result = follow(model.stream(QUESTION, seed=SEED), output)
     console.print(summary(result), style="dim")
     return result.text.strip() == ANSWER
+
+
+def _gap(model: DiffusionModel, console: Console, live: bool) -> bool:
+    """The middle of a program, from what stands before and behind it."""
+    console.print(Text(f"\n> {BEFORE_GAP}...{BEHIND_GAP}".rstrip("\n"), "bold"))
+    output: Output = (
+        LiveCanvas(console, model.tokenizer, pace_s=PACE_S, prefix=BEFORE_GAP) if live else PlainOutput(sys.stdout)
+    )
+    stream = model.stream_infill(BEFORE_GAP, BEHIND_GAP, max_gap=LONGEST_GAP, seed=SEED, mode="raw")
+    result = follow(stream, output, lambda infill: infill.text)
+    console.print(infill_summary([result]), style="dim")
+    return result.text == GAP
 
 
 def _sudoku(model: DiffusionModel, console: Console, live: bool) -> bool:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pydiffgguf import _native
 from pydiffgguf._arguments import MAX_SEED, integer, real
 from pydiffgguf._records import Int32Array
+from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.generate import Stats, encode_prompt
-from pydiffgguf.infill import overflow
 from pydiffgguf.session import CanvasBatch, CanvasSpec, resolve_sampling
+from pydiffgguf.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pydiffgguf.model import DiffusionModel
@@ -34,14 +36,6 @@ class Edit:
     steps: list[int]
     finish_reason: str
     seed: int
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Consecutive ids of a text; `span`: whether they are to be written anew."""
-
-    ids: list[int]
-    span: bool
 
 
 def _prompt(model: DiffusionModel, before: Sequence[int]) -> list[int]:
@@ -88,70 +82,73 @@ def edit(
     integer("seed", seed, 0, MAX_SEED)
     options, limit = resolve_sampling(model.sampling, sampling)
     deadline = None if limit is None else time.monotonic() + limit
-    encode, canvas = model.tokenizer.encode, model.config.canvas_length
-    pieces: list[_Piece] = []
-    at = 0
-    for start, end in where:
-        pieces.append(_Piece(encode(text[at:start], special=False), False))
-        pieces.append(_Piece(encode(text[start:end], special=False), True))
-        at = end
-    pieces.append(_Piece(encode(text[at:], special=False), False))
-
-    written: dict[int, list[int]] = {}
+    ids, places = _cut(model.tokenizer, text, where)
     steps: list[int] = []
-    reason = "stop"
-    before: list[int] = []
-    i = 0
-    while i < len(pieces):
-        if not pieces[i].span:
-            before += pieces[i].ids
-            i += 1
-            continue
-        # As many spans as one canvas holds, and what text behind them it has room for.
-        rows: list[tuple[int, int]] = []
-        last = i
-        n = 0
-        for k in range(i, len(pieces)):
-            if pieces[k].span:
-                if n + len(pieces[k].ids) > canvas:
-                    break
-                last = k
-            rows += [(id_, k) for id_ in pieces[k].ids]
-            n = len(rows)
-        if n == 0 or len(pieces[i].ids) > canvas:
-            raise overflow(len(pieces[i].ids), canvas, "a span")
-        rows = rows[:canvas]
-        ids = np.array([id_ for id_, _ in rows], dtype=np.int32)
-        free = np.array([pieces[k].span and k <= last for _, k in rows])
-        with model.session_for(prompt := _prompt(model, before)) as session:
+    in_time = True
+    for first, end, free in _windows(places, len(ids), model.config.canvas_length):
+        if not in_time:
+            break
+        spec = CanvasSpec(
+            n_rows=end - first,
+            pinned=np.where(free, -1, ids[first:end]).astype(np.int32),
+            canvas=_renoised(ids[first:end], free, share, seed, len(steps), model.config.n_vocab),
+            seed=seed,
+            canvas_index=len(steps),
+        )
+        with model.session_for(prompt := _prompt(model, ids[:first].tolist())) as session:
             encode_prompt(session, prompt, Stats(seed=seed, prompt_tokens=len(prompt)))
-            spec = CanvasSpec(
-                n_rows=len(rows),
-                pinned=np.where(free, -1, ids).astype(np.int32),
-                canvas=_renoised(ids, free, share, seed, len(steps), model.config.n_vocab),
-                seed=seed,
-                canvas_index=len(steps),
-            )
             batch = CanvasBatch(session, [spec], options)
             while True:
                 [step] = batch.step()
-                late = deadline is not None and time.monotonic() >= deadline
-                if step.finished or late:
+                in_time = deadline is None or time.monotonic() < deadline
+                if step.finished or not in_time:
                     break
-        if late and not step.finished:
-            reason = "length"
+        in_time = in_time or step.finished
         steps.append(step.step + 1)
-        for k in range(i, last + 1):
-            if pieces[k].span:
-                written[k] = [int(id_) for id_, (_, of) in zip(step.argmax, rows, strict=True) if of == k]
-            before += written.get(k, pieces[k].ids)
-        i = last + 1
-    texts = [model.tokenizer.decode(written[k], skip_special=True) for k in sorted(written)]
+        ids[first:end] = step.argmax
+    texts = [model.tokenizer.decode(ids[slice(*place)].tolist(), skip_special=True) for place in places]
     result, at = "", 0
-    for (start, end), new in zip(where, texts, strict=True):
+    for (start, stop), new in zip(where, texts, strict=True):
         result += text[at:start] + new
+        at = stop
+    return Edit(result + text[at:], texts, steps, "stop" if in_time else "length", seed)
+
+
+def _cut(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Int32Array, list[tuple[int, int]]]:
+    """The text's ids, cut where the spans are, and where the spans' ids stand among them."""
+    ids: list[int] = []
+    places: list[tuple[int, int]] = []
+    at = 0
+    for start, end in spans:
+        ids += tokenizer.encode(text[at:start], special=False)
+        first = len(ids)
+        ids += tokenizer.encode(text[start:end], special=False)
+        places.append((first, len(ids)))
         at = end
-    return Edit(result + text[at:], texts, steps, reason, seed)
+    return np.array(ids + tokenizer.encode(text[at:], special=False), dtype=np.int32), places
+
+
+def _windows(
+    places: Sequence[tuple[int, int]], n: int, canvas: int
+) -> Iterator[tuple[int, int, npt.NDArray[np.bool_]]]:
+    """Canvases that cover all spans, from left to right: (first row, end, which rows are free). A canvas begins with a
+    span and holds as many whole ones as fit; a span that is longer than a canvas takes several."""
+    k = 0
+    first = places[0][0]
+    while k < len(places):
+        end = min(first + canvas, n)
+        free = np.zeros(end - first, dtype=np.bool_)
+        free[: places[k][1] - first] = True
+        if places[k][1] > end:
+            yield first, end, free
+            first = end
+            continue
+        k += 1
+        while k < len(places) and places[k][1] <= end:
+            free[places[k][0] - first : places[k][1] - first] = True
+            k += 1
+        yield first, end, free
+        first = places[k][0] if k < len(places) else n
 
 
 def _renoised(
@@ -189,22 +186,9 @@ def choose(
     with model.session_for(prompt := _prompt(model, before)) as session:
         encode_prompt(session, prompt, Stats(seed=seed, prompt_tokens=len(prompt)))
         for asked, (name, _, _) in enumerate(found):
-            specs: list[CanvasSpec] = []
-            rows: list[slice] = []
-            for draw in range(draws):
-                for ids in options[name]:
-                    lengths = [len(options[other][0]) for other, _, _ in found]
-                    lengths[asked] = len(ids)
-                    first = sum(lengths[:asked]) + sum(map(len, between[:asked]))
-                    pinned = [id_ for n, text in zip(lengths, between, strict=True) for id_ in [*[-1] * n, *text]]
-                    if first + len(ids) > canvas:
-                        raise overflow(first + len(ids), canvas, f"the template up to slot {name!r}")
-                    pinned = pinned[:canvas]
-                    watched = [-1] * len(pinned)
-                    watched[first : first + len(ids)] = ids
-                    specs.append(CanvasSpec(len(pinned), pinned, watched=watched, seed=seed, canvas_index=draw))
-                    rows.append(slice(first, first + len(ids)))
             scores: list[float] = []
+            lengths = [len(options[other][0]) for other, _, _ in found]
+            specs, rows = _canvases(asked, options[name], lengths, between, canvas, draws, seed)
             for group, where in _passes(specs, rows, session.n_rows):
                 for step, here in zip(CanvasBatch(session, group, sampling).step(), where, strict=True):
                     assert step.logprob is not None
@@ -214,6 +198,37 @@ def choose(
             weights = np.exp(table - table.max()).mean(axis=0)
             result[name] = dict(zip(slots[name], (weights / weights.sum()).tolist(), strict=True))
     return result
+
+
+def _canvases(
+    asked: int,
+    options: Sequence[list[int]],
+    lengths: Sequence[int],
+    between: Sequence[list[int]],
+    canvas: int,
+    draws: int,
+    seed: int,
+) -> tuple[list[CanvasSpec], list[slice]]:
+    """For each draw and option of slot number `asked`, a canvas that watches the option's ids, and the rows where they
+    stand. `lengths`: rows of the other slots; `between`: the ids behind each slot."""
+    specs: list[CanvasSpec] = []
+    rows: list[slice] = []
+    for draw in range(draws):
+        for ids in options:
+            sizes = [*lengths[:asked], len(ids), *lengths[asked + 1 :]]
+            first = sum(sizes[:asked]) + sum(map(len, between[:asked]))
+            end = first + len(ids)
+            if end > canvas:
+                raise ContextOverflowError(
+                    f"the template from its first slot to the end of slot number {asked + 1} takes {end} tokens on the "
+                    f"canvas, which has {canvas}; ask about slots that are nearer to each other"
+                )
+            pinned = [id_ for n, text in zip(sizes, between, strict=True) for id_ in [*[-1] * n, *text]][:canvas]
+            watched = [-1] * len(pinned)
+            watched[first:end] = ids
+            specs.append(CanvasSpec(len(pinned), pinned, watched=watched, seed=seed, canvas_index=draw))
+            rows.append(slice(first, end))
+    return specs, rows
 
 
 def _passes(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffgguf._arguments import int32, integer
 from pydiffgguf._records import Sampling
-from pydiffgguf.errors import CancelledError, ContextOverflowError
+from pydiffgguf.errors import CancelledError
 from pydiffgguf.generate import DenoiseStep, FinishReason, Stats, encode_prompt
 from pydiffgguf.layout import Layout, check_extra, lay_out, resolve_mode
 from pydiffgguf.search import Draft, Filled, Gap, SearchStats, fill_hole
@@ -245,9 +245,10 @@ def _run(model: DiffusionModel, layout: Layout, options: _Options) -> Generator[
     return Infill(best.text, best.gap_tokens, best.score, candidates, reason, stats)
 
 
-def _text(tokenizer: Tokenizer, layout: Layout, tokens: Sequence[int]) -> str:
-    """The filling's text without the word that it begins with; bytes that no character ends are left out."""
-    return tokenizer.decode(tokens, skip_special=True)[len(layout.head_text) :]
+def _text(tokenizer: Tokenizer, layout: Layout | None, tokens: Sequence[int]) -> str:
+    """A filling's text without the word that it begins with (which only the gap's first canvas does: None for later
+    ones); bytes that no character ends are left out."""
+    return tokenizer.decode(tokens, skip_special=True)[len(layout.head_text) if layout else 0 :]
 
 
 def _candidate(tokenizer: Tokenizer, layout: Layout, filled: Filled) -> Candidate:
@@ -264,7 +265,7 @@ def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, began: float) -> 
         step.argmax,
         step.accepted,
         step.entropy,
-        _text(tokenizer, layout, step.argmax[draft.start : draft.end].tolist()),
+        _text(tokenizer, layout if draft.canvas == 0 else None, step.argmax[draft.start : draft.end].tolist()),
         time.monotonic() - began,
         draft.pinned,
     )
@@ -356,8 +357,3 @@ def _fill(
         gaps.append(infill)
         text += infill.text + suffix
     return Fill(text, gaps, reason)
-
-
-def overflow(rows: int, canvas: int, what: str) -> ContextOverflowError:
-    """The error for text that must stand on one canvas and does not fit."""
-    return ContextOverflowError(f"{what} takes {rows} tokens on the canvas, which has {canvas}; mark a shorter part")

@@ -384,14 +384,15 @@ class DiffusionModel:
         gap and suffix stand on the canvas. docs/INFILL.md tells what happens.
 
         Args:
-            prefix, suffix: the text around the gap. Never changed; markup in it stays text. gap: tokens of the gap, or
-            "auto": lengths from `min_gap` to `max_gap` are tried, and the causal pass over the
-                fillings chooses.
-            n: how many ranked candidates are wanted. extra: (name, text) of other files, put before the prefix. seed:
-            keys all draws. mode: "raw": the prefix as a document; "chat": the file with a marked hole in the user's
-            turn, the answer opened
-                with the prefix's tail; "auto": what the file's key diffusion.infill_mode names, else chat where the
-                file has a chat template.
+            prefix, suffix: the text around the gap. Never changed; markup in it stays text.
+            gap: tokens of the gap, or "auto": lengths from `min_gap` to `max_gap` are tried, and the causal pass over
+                the fillings chooses.
+            n: how many ranked candidates are wanted.
+            extra: (name, text) of other files, put before the prefix.
+            seed: keys all draws.
+            mode: "raw": the prefix as a document; "chat": the file with a marked hole in the user's turn, the answer
+                opened with the prefix's tail; "auto": what the file's key diffusion.infill_mode names, else chat where
+                the file has a chat template.
             heal: let the gap's first token go on with the prefix's last word where the vocabulary has such tokens.
             ends: the suffix reaches to the document's end; False where it was cut.
             sampling: as in `generate`; `time_limit_s` returns the best so far.
@@ -475,10 +476,8 @@ class DiffusionModel:
         Raises ValueError for a template without a gap, one that ends with a gap of unknown length, two gaps that touch,
         an unknown attribute; and what `infill` raises.
         """
-        self._check_open()
         return _drain(
-            stream_fill(
-                self,
+            self.stream_fill(
                 template,
                 min_gap=min_gap,
                 max_gap=max_gap,
@@ -487,8 +486,36 @@ class DiffusionModel:
                 mode=mode,
                 heal=heal,
                 ends=ends,
-                sampling=sampling,
+                **sampling,
             )
+        )
+
+    def stream_fill(
+        self,
+        template: str,
+        *,
+        min_gap: int = 0,
+        max_gap: int = 128,
+        extra: Sequence[tuple[str, str]] = (),
+        seed: int = 0,
+        mode: str = "auto",
+        heal: bool = True,
+        ends: bool = True,
+        **sampling: Any,
+    ) -> Generator[DenoiseStep, None, Fill]:
+        """The same as `fill`, as the events of one gap after the other; its return value is the Fill."""
+        self._check_open()
+        return stream_fill(
+            self,
+            template,
+            min_gap=min_gap,
+            max_gap=max_gap,
+            extra=extra,
+            seed=seed,
+            mode=mode,
+            heal=heal,
+            ends=ends,
+            sampling=sampling,
         )
 
     def edit(
@@ -497,12 +524,11 @@ class DiffusionModel:
         """Spans of a text written anew, all else pinned. A span keeps its number of tokens.
 
         Args:
-            spans: (start, end) in characters; they must not overlap. strength: in (0, 1]: the share of a span's tokens
-            that starts as random ids; the rest starts as it stands, and
-                may change as well.
+            spans: (start, end) in characters; they must not overlap.
+            strength: in (0, 1]: the share of a span's tokens that starts as random ids; the rest starts as it stands,
+                and may change as well.
 
-        Raises ValueError for spans that are empty, overlap or leave the text; ContextOverflowError for one that is
-        longer than a canvas; TypeError for an unknown option.
+        Raises ValueError for spans that are empty, overlap or leave the text; TypeError for an unknown option.
         """
         self._check_open()
         return edit(self, text, spans, strength=strength, seed=seed, **sampling)

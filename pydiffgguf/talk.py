@@ -1,4 +1,4 @@
-"""The commands ``generate`` and ``chat``: one answer, and a conversation."""
+"""The commands ``generate``, ``infill`` and ``chat``: one answer, one gap, and a conversation."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict
+from math import isfinite
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
 from pydiffgguf.errors import DiffGGUFError
-from pydiffgguf.terminal import LiveCanvas, Output, PlainOutput, SilentOutput, is_live_terminal, summary
+from pydiffgguf.terminal import LiveCanvas, Output, PlainOutput, SilentOutput, infill_summary, is_live_terminal, summary
 
 if TYPE_CHECKING:
     from pydiffgguf.generate import Event, Generation
+    from pydiffgguf.infill import Fill, Infill
     from pydiffgguf.model import DiffusionModel
 
-__all__ = ["Chat", "follow", "generate_once"]
+__all__ = ["Chat", "fill_template", "follow", "generate_once", "infill_once"]
+
+_Result = TypeVar("_Result")
 
 CHAT_HELP = """\
 /clear  forget the conversation, keep the system turn
@@ -26,16 +31,24 @@ CHAT_HELP = """\
 /exit   leave; so does Ctrl-D. Ctrl-C stops an answer"""
 
 
-def follow(stream: Generator[Event, None, Generation], output: Output) -> Generation:
-    """Hands a generation's events to an output; returns the result. An exception, Ctrl-C too, closes both."""
-    from pydiffgguf.generate import DenoiseStep
+def follow(
+    stream: Generator[Event, None, _Result], output: Output, text_of: Callable[[_Result], str] | None = None
+) -> _Result:
+    """Hands a stream's events to an output; returns the result. An exception, Ctrl-C too, closes both.
+
+    Args:
+        text_of: the finished text, for streams that tell it with the result and not by blocks.
+    """
+    from pydiffgguf.generate import Block, DenoiseStep
 
     with contextlib.closing(stream), output:
         while True:
             try:
                 event = next(stream)
             except StopIteration as end:
-                result: Generation = end.value
+                result: _Result = end.value
+                if text_of is not None:
+                    output.block(Block(text_of(result), []))
                 return result
             if isinstance(event, DenoiseStep):
                 output.step(event)
@@ -43,11 +56,13 @@ def follow(stream: Generator[Event, None, Generation], output: Output) -> Genera
                 output.block(event)
 
 
-def make_output(model: DiffusionModel, live: bool) -> Output:
-    """The live canvas where stdout is a terminal that can show it, else plain text."""
+def make_output(model: DiffusionModel, live: bool, *, prefix: str = "", exact: bool = False) -> Output:
+    """The live canvas where stdout is a terminal that can show it, else plain text; `exact`: into a pipe without a
+    newline that is not the model's."""
     if live and is_live_terminal(sys.stdout):
-        return LiveCanvas(Console(highlight=False), model.tokenizer)
-    return PlainOutput(sys.stdout, escaped=sys.stdout.isatty())
+        return LiveCanvas(Console(highlight=False), model.tokenizer, prefix=prefix)
+    terminal = sys.stdout.isatty()
+    return PlainOutput(sys.stdout, escaped=terminal, newline=terminal or not exact)
 
 
 def generate_once(
@@ -73,6 +88,98 @@ def generate_once(
     if live and is_live_terminal(sys.stdout):
         _aside(summary(result))
     return 0
+
+
+def infill_once(
+    model: DiffusionModel,
+    prefix: str,
+    suffix: str,
+    *,
+    as_json: bool,
+    live: bool,
+    insert: Callable[[str], None] | None,
+    options: Mapping[str, Any],
+) -> int:
+    """Fills a gap and prints the filling alone, or one JSON object; returns the exit code.
+
+    Args:
+        insert: puts the filling where it belongs; then it is printed on the live canvas only.
+    """
+    stream = model.stream_infill(prefix, suffix, **options)
+    silent = as_json or (insert is not None and not (live and is_live_terminal(sys.stdout)))
+    output: Output = SilentOutput() if silent else make_output(model, live, prefix=prefix, exact=True)
+    result = follow(stream, output, lambda infill: infill.text)
+    if insert is not None:
+        insert(result.text)
+    if as_json:
+        print(json.dumps(infill_dict(result), allow_nan=False))
+    elif live and is_live_terminal(sys.stdout):
+        _aside(infill_summary([result]))
+    return 0
+
+
+def fill_template(
+    model: DiffusionModel, template: str, *, as_json: bool, live: bool, options: Mapping[str, Any]
+) -> int:
+    """Fills several gaps and prints each as a JSON string on a line, or one JSON object; returns the exit code."""
+    stream = model.stream_fill(template, **options)
+    output: Output = SilentOutput() if as_json else make_output(model, live)
+    result = follow(stream, output, lambda fill: "\n".join(json.dumps(gap.text) for gap in fill.gaps))
+    if as_json:
+        print(json.dumps(fill_dict(result), allow_nan=False))
+    elif live and is_live_terminal(sys.stdout):
+        _aside(infill_summary(result.gaps))
+    return 0
+
+
+def infill_dict(result: Infill) -> dict[str, Any]:
+    """An Infill in JSON types; a score without a value is null."""
+    stats = result.stats
+    candidates = [asdict(candidate) for candidate in result.candidates]
+    for candidate in candidates:
+        candidate["score"] = _finite(candidate["score"])
+    return {
+        "text": result.text,
+        "gap_tokens": result.gap_tokens,
+        "score": _finite(result.score),
+        "candidates": candidates,
+        "steps": stats.forwards,
+        "seconds": stats.prefill_s + stats.denoise_s + stats.score_s,
+        "finish_reason": result.finish_reason,
+        "seed": stats.seed,
+        "mode": stats.mode,
+        "stats": {
+            name: getattr(stats, name)
+            for name in (
+                "prompt_tokens",
+                "reused_tokens",
+                "encoded_tokens",
+                "dropped_tokens",
+                "candidates",
+                "forwards",
+                "rows",
+                "prefill_s",
+                "denoise_s",
+                "score_s",
+            )
+        },
+    }
+
+
+def fill_dict(result: Fill) -> dict[str, Any]:
+    """A Fill in JSON types: the whole text, and what an infill gives of each gap."""
+    gaps = [infill_dict(gap) for gap in result.gaps]
+    return {
+        "text": result.text,
+        "gaps": gaps,
+        "steps": sum(gap["steps"] for gap in gaps),
+        "seconds": sum(gap["seconds"] for gap in gaps),
+        "finish_reason": result.finish_reason,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
 
 
 def as_dict(result: Generation) -> dict[str, Any]:

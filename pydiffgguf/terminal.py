@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -25,6 +25,7 @@ from pydiffgguf.chat import split_reasoning
 if TYPE_CHECKING:
     from pydiffgguf.convert import ConvertProgress
     from pydiffgguf.generate import Block, DenoiseStep, Generation
+    from pydiffgguf.infill import Infill
     from pydiffgguf.tokenizer import Tokenizer
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "SilentOutput",
     "conversion_progress",
     "escape",
+    "infill_summary",
     "is_live_terminal",
     "summary",
 ]
@@ -42,6 +44,10 @@ ACCEPTED = Style()
 UNCERTAIN = Style(dim=True)
 PINNED = Style(bold=True, color="cyan")
 ASIDE = Style(dim=True, italic=True)
+
+#: So much of the text on either side of a gap is shown.
+CONTEXT_LINES = 3
+CONTEXT_CHARACTERS = 240
 
 #: Least time between two drawings: steps of a small model come faster than an eye or a terminal follows.
 FRAME_S = 0.04
@@ -99,6 +105,17 @@ def summary(generation: Generation) -> str:
     )
 
 
+def infill_summary(gaps: Sequence[Infill]) -> str:
+    """One line about filled gaps: tokens, what was tried, steps, time, and why it ended."""
+    costs = [gap.stats for gap in gaps]
+    seconds = sum(cost.prefill_s + cost.denoise_s + cost.score_s for cost in costs)
+    return (
+        f"{sum(gap.gap_tokens for gap in gaps)} tokens, {sum(cost.candidates for cost in costs)} candidates, "
+        f"{sum(cost.forwards for cost in costs)} steps, {seconds:.1f} s, "
+        f"{next((gap.finish_reason for gap in gaps if gap.finish_reason != 'stop'), 'stop')}"
+    )
+
+
 class Output(Protocol):
     """Where the events of one generation go; a context manager around them."""
 
@@ -137,11 +154,13 @@ class PlainOutput:
     Args:
         file: where to.
         escaped: escape control characters, for a terminal.
+        newline: False leaves out the newline at the end.
     """
 
-    def __init__(self, file: TextIO, *, escaped: bool = False) -> None:
+    def __init__(self, file: TextIO, *, escaped: bool = False, newline: bool = True) -> None:
         self._file = file
         self._escaped = escaped
+        self._newline = newline
         self._last = ""
 
     def __enter__(self) -> PlainOutput:
@@ -150,7 +169,7 @@ class PlainOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None or self._last:
+        if self._newline and (kind is None or self._last):
             self._write("" if self._last.endswith("\n") else "\n")
 
     def step(self, event: DenoiseStep) -> None:
@@ -174,13 +193,23 @@ class LiveCanvas:
         console: the terminal.
         tokenizer: to show tokens by.
         pace_s: least time a step stays on screen; the demo's model is too fast to watch.
+        prefix: the text before the canvas, of which the end is shown with the pinned rows.
         keep_last: leave the last step's canvas on screen at the end, for a canvas that no block follows.
     """
 
-    def __init__(self, console: Console, tokenizer: Tokenizer, *, pace_s: float = 0.0, keep_last: bool = False) -> None:
+    def __init__(
+        self,
+        console: Console,
+        tokenizer: Tokenizer,
+        *,
+        pace_s: float = 0.0,
+        prefix: str = "",
+        keep_last: bool = False,
+    ) -> None:
         self._console = console
         self._tokenizer = tokenizer
         self._pace_s = pace_s
+        self._prefix = prefix
         self._keep_last = keep_last
         self._step: DenoiseStep | None = None
         self._line = Text()  # the last, unfinished line of the finished text
@@ -248,11 +277,31 @@ class LiveCanvas:
             self._line = Text()
 
     def canvas_text(self, event: DenoiseStep) -> Text:
-        """The canvas as styled text, up to its first end token; tokens of structure are left out."""
+        """The canvas as styled text, up to its end; tokens of structure are left out. With a prefix, only the next
+        lines on both sides of the free rows."""
         text = Text(overflow="fold", tab_size=4)
+        filled = 0  # characters up to the end of the last free row
         for piece, style in self._pieces(event):
             text.append(escape(piece), style)
-        return text
+            if style is not PINNED:
+                filled = len(text)
+        if not self._prefix:
+            return text
+        tail = "".join(self._prefix.splitlines(keepends=True)[-CONTEXT_LINES:])[-CONTEXT_CHARACTERS:]
+        known = self._known(text.plain, filled, event.text)
+        behind = "".join(text.plain[max(filled, known) :].splitlines(keepends=True)[:CONTEXT_LINES])
+        shown = max(filled, known) + len(behind[:CONTEXT_CHARACTERS])
+        context = Text(overflow="fold", tab_size=4).append(escape(tail), PINNED)
+        return context.append_text(text[known:shown])
+
+    def _known(self, canvas: str, filled: int, draft: str) -> int:
+        """Characters at the canvas's beginning that the prefix ends with: its last word, which the gap may go on with.
+        What the draft leaves of the rows up to the gap's end; without a gap, the longest that fits."""
+        length = min(len(canvas), CONTEXT_CHARACTERS)
+        if filled:
+            length = max(0, filled - len(escape(draft)))
+            return length if self._prefix.endswith(canvas[:length]) else 0
+        return next(n for n in range(length, -1, -1) if self._prefix.endswith(canvas[:n]))
 
     def _pieces(self, event: DenoiseStep) -> Iterator[tuple[str, Style]]:
         """(text, style) by token; the bytes of one character are taken together."""
@@ -272,8 +321,12 @@ class LiveCanvas:
             at += n
 
     def _end(self, event: DenoiseStep) -> int:
-        """Where the canvas's first end token stands."""
-        ends = (i for i, token in enumerate(event.tokens) if int(token) in self._tokenizer.end_ids)
+        """Where the canvas's first end token stands; where rows are pinned, one of them is meant, and not a draft."""
+        ends = (
+            i
+            for i, token in enumerate(event.tokens)
+            if int(token) in self._tokenizer.end_ids and (event.pinned is None or event.pinned[i])
+        )
         return next(ends, len(event.tokens))
 
     def _status(self) -> str:

@@ -374,7 +374,7 @@ def test_generate_on_a_terminal_needs_a_prompt(
     assert "a prompt is needed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "chat", "convert", "inspect", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "generate", "infill", "chat", "convert", "inspect", "bench", "doctor"])
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     """Every command's help ends in a line that can be pasted, and every example is understood."""
     with pytest.raises(SystemExit) as info:

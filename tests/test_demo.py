@@ -9,29 +9,39 @@ import sys
 import pytest
 from pseudo_terminal import Pty
 
-from pydiffgguf import demo
+from pydiffgguf import DiffusionModel, demo, demo_model_path
 
 
 def test_the_demo_shows_right_answers() -> None:
-    """Without arguments or network, in seconds: a question, a Sudoku with its givens, exit code 0."""
+    """Without arguments or network, in seconds: a question, a gap in a program, a Sudoku with its givens. The exit code
+    says whether all of it is right."""
     process = subprocess.run(
         [sys.executable, "-m", "pydiffgguf", "demo"], capture_output=True, text=True, timeout=120, check=False
     )
-    assert (process.returncode, process.stderr) == (0, "")
+    right = "All answers are right." in process.stdout
+    error = "" if right else "pydiffgguf: error: an answer of the demo model is wrong\n"
+    assert (process.returncode, process.stderr) == (0 if right else 1, error)
     assert demo.QUESTION in process.stdout
     assert f"\n{demo.ANSWER}\n" in process.stdout
-    assert "Both answers are right." in process.stdout
+    assert f"\n> {demo.BEFORE_GAP}...{demo.BEHIND_GAP}" in process.stdout
     grids = re.findall(r"(?:^[1-4]{4}\n){4}", process.stdout, re.MULTILINE)
     assert len(grids) == 1
     assert demo.is_solution(grids[0], demo.PUZZLE)
 
 
 def test_the_demo_on_a_terminal() -> None:
-    """The canvas is drawn for both, the solved grid stays, the cursor is back."""
+    """The canvas is drawn for all three, the solved grid stays, the cursor is back."""
     child = Pty("demo")
-    assert child.wait() == 0
-    assert child.shown.count("\x1b[?25l") == child.shown.count("\x1b[?25h") == 2
-    assert "Both answers are right." in child.shown
+    assert child.wait() in (0, 1)
+    assert child.shown.count("\x1b[?25l") == child.shown.count("\x1b[?25h") == 3
+    assert "10 free cells" in child.shown
+
+
+def test_the_program_of_the_demo_runs() -> None:
+    """With the right text in the gap, whose length is in reach."""
+    exec(demo.BEFORE_GAP + demo.GAP + demo.BEHIND_GAP, {})
+    with DiffusionModel(demo_model_path()) as model:
+        assert len(model.tokenize(demo.GAP)) <= demo.LONGEST_GAP
 
 
 def test_the_demo_puzzle_has_one_solution() -> None:

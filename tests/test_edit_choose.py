@@ -99,9 +99,18 @@ def test_spans_that_cannot_be_edited_say_why(
         model.edit("hello world", spans, **changes)
 
 
-def test_a_span_longer_than_a_canvas_is_refused(model: DiffusionModel) -> None:
-    with pytest.raises(ContextOverflowError, match=r"a span takes .* tokens on the canvas, which has 32"):
-        model.edit("many words " * 40, [(0, 400)])
+def test_a_span_longer_than_a_canvas_takes_several(model: DiffusionModel) -> None:
+    text = "many words " * 12
+    result = model.edit(text, [(0, 110)], steps=2)
+    assert len(result.steps) == -(-len(model.tokenize(text[:110], special=False)) // 32) > 2
+    assert result.text == result.spans[0] + text[110:]
+
+
+def test_a_time_limit_leaves_the_rest_as_it_was(model: DiffusionModel) -> None:
+    text = "many words " * 12
+    result = model.edit(text, [(0, 4), (100, 110)], time_limit_s=1e-6)
+    assert result.finish_reason == "length" and len(result.steps) == 1
+    assert result.text == result.spans[0] + text[4:]
 
 
 # -------------------------------------------------------------------------------------------------------------- choose
@@ -161,5 +170,5 @@ def test_slots_that_cannot_be_asked_say_why(
 
 
 def test_a_template_longer_than_a_canvas_is_refused(model: DiffusionModel) -> None:
-    with pytest.raises(ContextOverflowError, match=r"the template up to slot 'y' takes .* tokens"):
+    with pytest.raises(ContextOverflowError, match=r"to the end of slot number 2 takes \d+ tokens"):
         model.choose("<x/>" + " word" * 60 + "<y/>", {"x": ["a"], "y": ["b"]})

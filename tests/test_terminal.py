@@ -6,6 +6,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -326,6 +327,38 @@ def test_the_last_canvas_can_stay(tokenizer: Tokenizer) -> None:
     with LiveCanvas(console, tokenizer, keep_last=True) as live:
         live.step(step(ids("\u2581the", "\u2581dog"), pinned=[0]))
     assert screen.text() == " the dog"
+
+
+def test_a_gap_stands_between_its_texts(tokenizer: Tokenizer) -> None:
+    """The prefix's last lines, the free rows without the word that they go on with, the suffix; a drafted end token
+    ends nothing. At the end the filling alone stays."""
+    console, screen = console_of(80)
+    rows = [*ids("\u2581the", "\u2581dog"), 1, *ids("\u2581sleeps", "\n", "\u2581the", "\n"), *ids("\n") * 9]
+    event = replace(step(rows, [1], pinned=[0, *range(3, 16)]), text=" dog")
+    prefix = "1\n2\n3\nin the"
+    with LiveCanvas(console, tokenizer, pace_s=1e-9, prefix=prefix) as live:
+        live.step(event)
+        assert live.canvas_text(event).plain == "2\n3\nin the dog sleeps\n the\n\n"
+        assert "step 1/48, 1 of 2 accepted" in screen.text()
+        live.block(Block(" dog", []))
+    assert screen.text() == " dog"
+    assert {"36"} <= {part for style in screen.styles for part in style.split(";")}
+
+
+def test_a_gap_of_no_tokens_shows_both_texts_once(tokenizer: Tokenizer) -> None:
+    """The canvas's first rows are the prefix's last word then, too."""
+    console, _ = console_of(80)
+    live = LiveCanvas(console, tokenizer, prefix="in the")
+    event = step(ids("\u2581the", "\u2581dog", "\n") + ids("\n") * 13, pinned=range(16))
+    assert live.canvas_text(event).plain == "in the dog\n\n\n"
+
+
+def test_plain_output_without_a_newline() -> None:
+    """For a text that goes on."""
+    file = io.StringIO()
+    with PlainOutput(file, newline=False) as output:
+        output.block(Block("a", []))
+    assert file.getvalue() == "a"
 
 
 def test_plain_output_writes_text_once() -> None:

@@ -1,0 +1,113 @@
+"""A text file with a place in it: read as the model sees it, and written with an insertion, all else byte for byte."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Document", "Position", "decode", "read_bytes"]
+
+BOM = b"\xef\xbb\xbf"
+
+
+def read_bytes(path: str) -> tuple[str, bytes]:
+    """(name for messages, contents) of a file, or of standard input for ``-``."""
+    if path == "-":
+        return "standard input", sys.stdin.buffer.read()
+    with open(path, "rb") as file:
+        return path, file.read()
+
+
+def decode(name: str, data: bytes) -> str:
+    """UTF-8 as text. Raises ValueError with the first byte that is not."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place before a character: line and column count from 1; no column is the end of the line."""
+
+    line: int
+    column: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """From ``LINE`` or ``LINE:COL``. Raises ValueError for anything else."""
+        line, colon, column = text.partition(":")
+        numbers = [line, column] if colon else [line]
+        if not all(part.isascii() and part.isdecimal() for part in numbers):
+            raise ValueError(f"{text!r} is no position: write LINE or LINE:COL, two numbers that count from 1")
+        return cls(int(line), int(column) if colon else None)
+
+
+class Document:
+    """A UTF-8 file. `text` is what a model reads: without a byte order mark, lines ended by a newline alone.
+
+    Args:
+        path: the file, or ``-`` for standard input.
+
+    Raises ValueError for bytes that are no UTF-8, OSError for what cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.name, self._data = read_bytes(path)
+        self._raw = decode(self.name, self._data).removeprefix("\ufeff")
+        self.text = _plain(self._raw)
+        #: What ends most lines, and will end those of an insertion.
+        self.newline = "\r\n" if 2 * self._raw.count("\r\n") > self._raw.count("\n") else "\n"
+
+    def offset(self, position: Position) -> int:
+        """Characters of `text` before a position. Raises ValueError with the range for one outside of the file."""
+        lines = self.text.split("\n")
+        if not 1 <= position.line <= len(lines):
+            raise ValueError(f"line {position.line} is not in {self.name}: lines are from 1 to {len(lines)}")
+        length = len(lines[position.line - 1])
+        column = length + 1 if position.column is None else position.column
+        if not 1 <= column <= length + 1:
+            raise ValueError(
+                f"column {column} is not in line {position.line} of {self.name}: columns are from 1 to {length + 1}"
+            )
+        return sum(len(line) + 1 for line in lines[: position.line - 1]) + column - 1
+
+    def insert(self, offset: int, text: str) -> None:
+        """Writes the file with `text` at an offset of `self.text`: whole or not at all, with its permissions, line ends
+        and byte order mark. Raises ValueError when the file has changed since it was read."""
+        if read_bytes(self.path)[1] != self._data:
+            raise ValueError(f"{self.name} has changed while its gap was filled: nothing is written")
+        # Every line end before the offset may be a character longer in the file.
+        line, column = self.text.count("\n", 0, offset), offset - (self.text.rfind("\n", 0, offset) + 1)
+        at = sum(len(part) + 1 for part in self._raw.split("\n")[:line]) + column
+        whole = self._raw[:at] + _plain(text).replace("\n", self.newline) + self._raw[at:]
+        bom = BOM if self._data.startswith(BOM) else b""
+        _replace(Path(self.path), bom + whole.encode("utf-8"))
+
+
+def _plain(text: str) -> str:
+    return text.replace("\r\n", "\n")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Puts a new file in the place of one, with its permissions; a link stays a link to it."""
+    path = path.resolve()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
