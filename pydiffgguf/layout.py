@@ -30,7 +30,8 @@ MOST_HEAD = 4
 CHAT_TAIL = 64
 SEPARATOR = "\n\n"
 
-_LAST_WORD = re.compile(r"\w+\Z")
+#: A trailing space belongs to the token of the word behind it: left in the cache, it keeps that token from being used.
+_LAST_WORD = re.compile(r"(?:\w+|[ \t]+)\Z")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def split_head(
 ) -> tuple[list[int], list[int], list[int], str]:
     """(ids before the last word, ids of the last word, ids that may stand in its place, its text).
 
-    A word that the tokenizer could go on with is left to the canvas: either as it stands, or as the beginning of one
+    A word, or the spaces at the end, that the tokenizer could go on with is left to the canvas: either as it stands, or as the beginning of one
     longer token. Without such a word, or with `heal` False, the last three are empty.
     """
     nothing: tuple[list[int], list[int], list[int], str] = (list(ids), [], [], "")
