@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Final
 
 import sandbox
 from infill_items import Item, ItemFile, ItemFileError, read_items
@@ -42,13 +42,15 @@ from rich.table import Table
 
 from pydiffgguf import DiffGGUFError, DiffusionModel
 from pydiffgguf.cli import MODEL_HELP, SAMPLING, _add_model_options, _flag, open_model
+from pydiffgguf.search import Gap
 
 __all__ = ["BUCKETS", "Answer", "Result", "judge", "parses", "run", "summarise"]
 
 #: Lengths of the right gap in tokens: least and most of each bucket.
 BUCKETS: tuple[tuple[int, int | None], ...] = ((1, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, None))
 
-KNOWN, AUTO = "known", "auto"
+KNOWN: Final = "known"
+AUTO: Final = "auto"
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def by_length(results: Sequence[Result]) -> dict[str, Summary]:
 # ----------------------------------------------------------------------------------------------------------- running
 
 
-def answer(model: DiffusionModel, item: Item, gap: int | str, options: dict[str, Any]) -> Answer:
+def answer(model: DiffusionModel, item: Item, gap: Gap, options: dict[str, Any]) -> Answer:
     """One call of `model.infill`; what it refuses becomes an Answer with an error."""
     began = time.perf_counter()
     try:

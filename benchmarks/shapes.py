@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,9 @@ class RandomCheckpoint:
 
     config: ModelConfig
     tensors: list[SourceTensor]
-    sampler: dict[str, int | float]
-    eos_ids: list[int]
-    infill_mode: None = None
+    sampler: dict[str, int | float] = field(default_factory=dict)
+    eos_ids: list[int] = field(default_factory=list)
+    infill_mode: str | None = None
 
 
 def plan(sources: Sequence[SourceTensor], recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> list[PlannedTensor]:
@@ -261,7 +261,7 @@ def write(
     """
     config = shape(name)
     recipe = Recipe(parse_type(type), file_type(parse_type(type)))
-    checkpoint: Any = RandomCheckpoint(config, tensors(config), {}, [])
+    checkpoint: Any = RandomCheckpoint(config, tensors(config))
     planned = plan(checkpoint.tensors, recipe, tensor_types)
     writer = header_writer(planned, metadata(checkpoint, None, recipe, f"random {name}"))
     total = sum(padded(p.n_bytes) for p in planned)
