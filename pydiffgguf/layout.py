@@ -74,8 +74,8 @@ def split_head(
 ) -> tuple[list[int], list[int], list[int], str]:
     """(ids before the last word, ids of the last word, ids that may stand in its place, its text).
 
-    A word, or the spaces at the end, that the tokenizer could go on with is left to the canvas: either as it stands, or as the beginning of one
-    longer token. Without such a word, or with `heal` False, the last three are empty.
+    A word, or the spaces at the end, that the tokenizer could go on with is left to the canvas: either as it stands, or
+    as the beginning of one longer token. Without such a word, or with `heal` False, the last three are empty.
     """
     nothing: tuple[list[int], list[int], list[int], str] = (list(ids), [], [], "")
     word = _LAST_WORD.search(prefix)
