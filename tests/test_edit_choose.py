@@ -87,6 +87,7 @@ def test_strength_is_the_share_of_rows_that_start_as_noise() -> None:
         ([(0, 99)], {}, ValueError, r"the end of spans\[0\] is 99: it must be from 0 to 11"),
         ([(-1, 2)], {}, ValueError, r"the start of spans\[0\] is -1"),
         ([3], {}, TypeError, r"spans\[0\] must be a pair"),
+        (3, {}, TypeError, r"spans must be a list of pairs \(start, end\), not int"),
         ([(0, 3)], {"strength": 0}, ValueError, r"strength is 0.0: it must be in \(0, 1\]"),
         ([(0, 3)], {"strength": 1.5}, ValueError, "strength is 1.5"),
         ([(0, 3)], {"stepz": 1}, TypeError, "unknown option 'stepz'"),
