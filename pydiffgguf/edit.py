@@ -50,7 +50,7 @@ def _prompt(model: DiffusionModel, before: Sequence[int]) -> list[int]:
     return ids
 
 
-def _check_spans(text: str, spans: Sequence[object]) -> list[tuple[int, int]]:
+def _check_spans(text: str, spans: object) -> list[tuple[int, int]]:
     if not isinstance(spans, Sequence):
         raise TypeError(f"spans must be a list of pairs (start, end), not {type(spans).__name__}")
     checked = []

@@ -88,7 +88,8 @@ class InfillStats:
 @dataclass(frozen=True)
 class Infill:
     """A filled gap: prefix + `text` + suffix is the document. `gap_tokens`, `score`: as in `Candidate`. `candidates`:
-    the best `n`, this one first. `finish_reason`: "stop"; "length" where time_limit_s ended it early; "cancelled"."""
+    at most `n`, the best first, no text twice; none after a cancel, when `text` is the last draft. `finish_reason`:
+    "stop"; "length" where time_limit_s ended it early; "cancelled"."""
 
     text: str
     gap_tokens: int
@@ -242,7 +243,11 @@ def _run(model: DiffusionModel, layout: Layout, options: _Options) -> Generator[
         except CancelledError:
             reason = "cancelled"
         stats.reused_tokens, stats.prefill_s = cost.reused_tokens, cost.prefill_s
-    candidates = [_candidate(tokenizer, layout, filled) for filled in found]
+    by_text: dict[str, Candidate] = {}  # other tokens may read the same: a word as typed and healed, say
+    for filled in found:
+        candidate = _candidate(tokenizer, layout, filled)
+        by_text.setdefault(candidate.text, candidate)
+    candidates = list(by_text.values())
     best = candidates[0] if candidates else Candidate(last, 0, float("-inf"), 0.0, False)
     return Infill(best.text, best.gap_tokens, best.score, candidates, reason, stats)
 

@@ -59,7 +59,7 @@ def resolve_mode(mode: str, file_mode: object, has_template: bool) -> Literal["r
     return "chat" if mode == "chat" else "raw"
 
 
-def check_extra(extra: Sequence[object]) -> list[tuple[str, str]]:
+def check_extra(extra: object) -> list[tuple[str, str]]:
     """Raises TypeError unless `extra` holds pairs of strings (name, text)."""
     if not isinstance(extra, Sequence) or isinstance(extra, str):
         raise TypeError(f"extra must be a list of pairs (name, text), not {type(extra).__name__}")

@@ -13,8 +13,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_checkpoint import make_checkpoint
 
-from pydiffgguf import ContextOverflowError, DenoiseStep, DiffusionModel, Infill, ModelClosedError, demo_model_path
+from pydiffgguf import (
+    ContextOverflowError,
+    DenoiseStep,
+    DiffusionModel,
+    Infill,
+    ModelClosedError,
+    UnsupportedError,
+    demo_model_path,
+)
+from pydiffgguf.convert import convert
 from pydiffgguf.layout import CHAT_TAIL, MOST_HEAD, lay_out, resolve_mode
 from pydiffgguf.search import FREE_ROWS, SUFFIX_ROWS, trial_lengths
 
@@ -360,6 +370,15 @@ def test_candidates_are_ranked_and_differ(demo: DiffusionModel) -> None:
     )
 
 
+def test_no_two_candidates_read_the_same(model: DiffusionModel) -> None:
+    """Single bytes are many of a small vocabulary's tokens: different ones, and all of them no text."""
+    result = model.infill("a b.", " c", gap=1, n=64, steps=1, mode="raw")
+    texts = [candidate.text for candidate in result.candidates]
+    assert 1 < len(texts) < 64 and len(set(texts)) == len(texts) and "" in texts
+    scores = [candidate.score for candidate in result.candidates]
+    assert scores == sorted(scores, reverse=True)
+
+
 def test_a_time_limit_returns_the_best_so_far(model: DiffusionModel) -> None:
     result = model.infill("one two", " three four", time_limit_s=1e-6)
     assert result.finish_reason == "length" and result.stats.forwards == 1 and len(result.candidates) == 1
@@ -532,8 +551,25 @@ def test_texts_that_tell_nothing_are_refused(model: DiffusionModel) -> None:
         model.infill("a", "")
     assert model.infill("a", "", **FAST).gap_tokens == 2
     assert model.infill("", "b", **FAST).gap_tokens == 2
+    assert model.infill("", "", **FAST, mode="raw").gap_tokens == 2
     with pytest.raises(TypeError, match="prefix must be a str, not list"):
         model.infill([1, 2], "b")  # type: ignore[arg-type]
+
+
+def test_a_file_without_tokenizer_or_template_says_so(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "net", canvas_length=32, num_hidden_layers=2, vocab_size=64)
+    convert(tmp_path / "net", tmp_path / "net.gguf", type="f32", allow_missing_tokenizer=True)
+    with DiffusionModel(tmp_path / "net.gguf", n_ctx=64, n_threads=1) as bare:
+        for use in (
+            lambda: bare.infill("a", "b"),
+            lambda: bare.fill("a<gap/>b"),
+            lambda: bare.edit("abc", [(0, 1)]),
+            lambda: bare.choose("<x/>", {"x": ["a"]}),
+        ):
+            with pytest.raises(UnsupportedError, match=r"net\.gguf holds no tokenizer: pass token ids"):
+                use()
+        with pytest.raises(ValueError, match="this file has no chat template; use mode='raw'"):
+            bare.infill("a", "b", mode="chat")
 
 
 def test_a_closed_model_says_so(tiny_gguf: Path) -> None:
