@@ -28,6 +28,10 @@ Graph make_graph(size_t n_nodes) {
     return graph;
 }
 
+ggml_tensor *rows_of_io(ggml_context *ctx, ggml_tensor *input, int64_t first, int64_t n) {
+    return ggml_view_2d(ctx, input, input->ne[0], n, input->nb[1], static_cast<size_t>(first) * input->nb[1]);
+}
+
 class PassBuilder {
   public:
     PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass)
@@ -93,7 +97,7 @@ class PassBuilder {
             return x;
         }
         if (c_.has_self_conditioning) {
-            ggml_tensor *soft = ggml_view_2d(ctx_, io_.soft, c_.n_embd, n_, io_.soft->nb[1], 0);
+            ggml_tensor *soft = rows_of_io(ctx_, io_.soft, pass_.first_row, n_);
             ggml_tensor *signal =
                 gated_mlp(norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
             x = ggml_add(ctx_, x, signal);
@@ -249,7 +253,7 @@ class PassBuilder {
     // shape).
     void head(ggml_tensor *x) const {
         ggml_tensor *logits = ggml_mul_mat(ctx_, model_.weights().token_embd, norm(x, model_.weights().output_norm));
-        logits->data = io_.logits->data;
+        logits->data = static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_row) * io_.logits->nb[1];
         logits->buffer = io_.logits->buffer;
         if (c_.logit_softcap > 0.0f) {
             logits = ggml_scale_inplace(ctx_, logits, 1.0f / c_.logit_softcap);
@@ -270,14 +274,14 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
     return PassBuilder(model, cache, io, pass).build();
 }
 
-Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t n_rows) {
+Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t n_rows) {
     const dg_config &c = model.config();
     ggml_tensor *embedding = model.weights().token_embd;
     const int64_t slice = std::clamp<int64_t>(SOFT_SLICE_FLOATS / c.n_embd, 32, c.n_vocab);
     const int64_t n_slices = (c.n_vocab + slice - 1) / slice;
     Graph graph = make_graph(static_cast<size_t>(n_slices) * 7 + 16);
     ggml_context *ctx = graph.context.get();
-    ggml_tensor *p = ggml_soft_max(ctx, ggml_view_2d(ctx, io.logits, c.n_vocab, n_rows, io.logits->nb[1], 0));
+    ggml_tensor *p = ggml_soft_max(ctx, rows_of_io(ctx, io.logits, first_row, n_rows));
     ggml_tensor *sum = nullptr;
     for (int64_t first = 0; first < c.n_vocab; first += slice) {
         const int64_t n = std::min<int64_t>(slice, c.n_vocab - first);
@@ -292,8 +296,7 @@ Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t n_rows
         sum = sum ? ggml_add(ctx, sum, product) : product;
     }
     sum = ggml_scale(ctx, sum, std::sqrt(static_cast<float>(c.n_embd)));
-    ggml_build_forward_expand(graph.nodes,
-                              ggml_cpy(ctx, sum, ggml_view_2d(ctx, io.soft, c.n_embd, n_rows, io.soft->nb[1], 0)));
+    ggml_build_forward_expand(graph.nodes, ggml_cpy(ctx, sum, rows_of_io(ctx, io.soft, first_row, n_rows)));
     return graph;
 }
 

@@ -23,9 +23,9 @@ struct GraphIo {
     ggml_tensor *slots_sliding = nullptr; // I32 [pass]
     ggml_tensor *mask_full = nullptr;     // F16, rows of visible_rows values; 0 where visible, -inf elsewhere
     ggml_tensor *mask_sliding = nullptr;  // F16
-    ggml_tensor *attended = nullptr;      // F32 [head_dim * n_head of the widest layer, R]: a pass of several segments
-    ggml_tensor *soft = nullptr;          // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
-    ggml_tensor *logits = nullptr;        // F32 [n_vocab, R]; R: the session's n_rows
+    ggml_tensor *attended = nullptr; // F32 [head_dim * n_head of the widest layer, pass]: several segments' outputs
+    ggml_tensor *soft = nullptr;     // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+    ggml_tensor *logits = nullptr;   // F32 [n_vocab, R]; R: the session's n_rows
 };
 
 // What a graph is built for; the shapes of all its tensors follow from it.
@@ -38,6 +38,7 @@ struct Pass {
     Mode mode = Mode::ENCODE;
     int32_t n_past = 0;            // positions in the cache before it
     std::vector<int32_t> segments; // rows of each
+    int32_t first_row = 0;         // its rows stand from here on in io.soft and io.logits
 
     bool causal() const { return mode != Mode::DENOISE; }
     bool has_logits() const { return mode != Mode::ENCODE; }
@@ -48,7 +49,8 @@ struct Pass {
     int32_t end(int32_t rows) const { return first_position() + rows; } // of a segment
     int32_t end() const;                                                // of the longest segment
     bool operator==(const Pass &other) const {
-        return mode == other.mode && n_past == other.n_past && segments == other.segments;
+        return mode == other.mode && n_past == other.n_past && segments == other.segments &&
+               first_row == other.first_row;
     }
 };
 
@@ -67,8 +69,8 @@ struct Graph {
 // whose rows are those of the segments, one after the other.
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass);
 
-// The first n_rows of io.logits (processed) -> io.soft: the softmax of each row times the embedding, over the whole
-// vocabulary, in slices that bound the memory for the transposed embedding.
-Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t n_rows);
+// n_rows of io.logits (processed) -> the same rows of io.soft: the softmax of each row times the embedding, over the
+// whole vocabulary, in slices that bound the memory for the transposed embedding.
+Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t n_rows);
 
 } // namespace dg

@@ -88,6 +88,7 @@ class Session {
     Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
     Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
     Graph soft_graph_;
+    int32_t soft_graph_first_ = 0; // the rows that soft_graph_ is for
     int32_t soft_graph_rows_ = 0;
     std::vector<int32_t> tokens_;
     std::atomic<int32_t> n_past_{0};
@@ -98,6 +99,7 @@ class Session {
     std::chrono::steady_clock::time_point last_poll_{};
 
     int32_t largest_segment() const;
+    int32_t canvas_pass() const; // the most rows of canvases that one graph takes
     int32_t largest_pass() const;
     void plan(bool allocate);
     void make_io(bool allocate);
