@@ -394,9 +394,10 @@ def fill_hole(
     if gap == "auto":
         found = [] if min_gap > room else (yield from _unknown(search, min_gap, min(max_gap, room), n))
         if max_gap > room and _goes_on(search, found):
-            found += yield from _beyond_one_canvas(search, min_gap, max_gap, n)
-            # Per token, since the two kinds differ in length by a canvas and more.
-            found.sort(key=lambda filled: -filled.score / (len(filled.tokens) + len(hole.known_suffix)))
+            longer = yield from _beyond_one_canvas(search, min_gap, max_gap, n)
+            found += longer
+            if longer:  # per token, since the two kinds differ in length by a canvas and more
+                found.sort(key=lambda filled: -filled.score / (len(filled.tokens) + len(hole.known_suffix)))
         if not found:
             raise _no_room(session, hole, min_gap)
         return found[:n]

@@ -359,6 +359,16 @@ def test_an_unknown_gap_may_take_more_than_one_canvas(model: DiffusionModel) -> 
     assert 40 <= long.gap_tokens <= 50
 
 
+def test_no_room_beyond_one_canvas_leaves_the_ranking_as_it_is(tiny_gguf: Path) -> None:
+    with DiffusionModel(tiny_gguf, n_ctx=56, n_threads=1) as small:
+        options: dict[str, Any] = {"n": 8, "steps": 2, "mode": "raw"}
+        within = small.infill("one (", " three four", max_gap=20, **options).candidates
+        beyond = small.infill("one (", " three four", max_gap=60, **options).candidates
+        assert max(candidate.gap_tokens for candidate in beyond) <= 32
+        scores = [candidate.score for candidate in beyond]
+        assert scores == sorted(scores, reverse=True) and len(beyond) == len(within)
+
+
 def test_candidates_are_ranked_and_differ(demo: DiffusionModel) -> None:
     result = demo.infill("On Sunday Emma", " to Mia.", n=5)
     scores = [candidate.score for candidate in result.candidates]
