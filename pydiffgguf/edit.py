@@ -50,7 +50,9 @@ def _prompt(model: DiffusionModel, before: Sequence[int]) -> list[int]:
     return ids
 
 
-def _check_spans(text: str, spans: Sequence[object]) -> list[tuple[int, int]]:
+def _check_spans(text: str, spans: object) -> list[tuple[int, int]]:
+    if not isinstance(spans, Sequence):
+        raise TypeError(f"spans must be a list of pairs (start, end), not {type(spans).__name__}")
     checked = []
     for i, span in enumerate(spans):
         if not isinstance(span, (tuple, list)) or len(span) != 2:

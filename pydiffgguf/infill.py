@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,8 @@ class InfillStats:
 @dataclass(frozen=True)
 class Infill:
     """A filled gap: prefix + `text` + suffix is the document. `gap_tokens`, `score`: as in `Candidate`. `candidates`:
-    the best `n`, this one first. `finish_reason`: "stop"; "length" where time_limit_s ended it early; "cancelled"."""
+    at most `n`, the best first, no text twice; none after a cancel, when `text` is the last draft. `finish_reason`:
+    "stop"; "length" where time_limit_s ended it early; "cancelled"."""
 
     text: str
     gap_tokens: int
@@ -100,7 +102,7 @@ class Infill:
 @dataclass(frozen=True)
 class Fill:
     """A filled template. `text`: all of it, markers replaced. `gaps`: the infill of each, in the template's order;
-    those that a time limit or a cancel left out are missing, and their markers stand in the text."""
+    those that a cancel left out are missing, and their markers stand in the text. `finish_reason`: as in `Infill`."""
 
     text: str
     gaps: list[Infill]
@@ -145,7 +147,7 @@ def check_options(
     if isinstance(gap, str):
         if gap != "auto":
             raise ValueError(f"gap is {gap!r}: it must be a number of tokens, or 'auto'")
-    elif int32("gap", gap) == 0:
+    elif (gap := int32("gap", gap)) == 0:
         raise ValueError(
             "gap is 0: there is nothing to fill between prefix and suffix; give the number of tokens, or gap='auto'"
         )
@@ -226,29 +228,33 @@ def _run(model: DiffusionModel, layout: Layout, options: _Options) -> Generator[
                 seed=options.seed,
                 deadline=options.deadline,
             )
-            while True:
-                try:
-                    draft = next(drafts)
-                except StopIteration as end:
-                    found = end.value
-                    break
-                event = _event(tokenizer, layout, draft, options.began)
-                last = event.text
-                yield event
+            with closing(drafts):  # before the session goes back to the pool
+                while True:
+                    try:
+                        draft = next(drafts)
+                    except StopIteration as end:
+                        found = end.value
+                        break
+                    event = _event(tokenizer, layout, draft, options.began)
+                    last = event.text
+                    yield event
             if stats.search.out_of_time:
                 reason = "length"
         except CancelledError:
             reason = "cancelled"
         stats.reused_tokens, stats.prefill_s = cost.reused_tokens, cost.prefill_s
-    candidates = [_candidate(tokenizer, layout, filled) for filled in found]
+    by_text: dict[str, Candidate] = {}  # other tokens may read the same: a word as typed and healed, say
+    for filled in found:
+        candidate = _candidate(tokenizer, layout, filled)
+        by_text.setdefault(candidate.text, candidate)
+    candidates = list(by_text.values())
     best = candidates[0] if candidates else Candidate(last, 0, float("-inf"), 0.0, False)
     return Infill(best.text, best.gap_tokens, best.score, candidates, reason, stats)
 
 
-def _text(tokenizer: Tokenizer, layout: Layout | None, tokens: Sequence[int]) -> str:
-    """A filling's text without the word that it begins with (which only the gap's first canvas does: None for later
-    ones); bytes that no character ends are left out."""
-    return tokenizer.decode(tokens, skip_special=True)[len(layout.head_text) if layout else 0 :]
+def _text(tokenizer: Tokenizer, layout: Layout, tokens: Sequence[int]) -> str:
+    """A filling's text without the word that it begins with; bytes that no character ends are left out."""
+    return tokenizer.decode(tokens, skip_special=True)[len(layout.head_text) :]
 
 
 def _candidate(tokenizer: Tokenizer, layout: Layout, filled: Filled) -> Candidate:
@@ -265,7 +271,7 @@ def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, began: float) -> 
         step.argmax,
         step.accepted,
         step.entropy,
-        _text(tokenizer, layout if draft.canvas == 0 else None, step.argmax[draft.start : draft.end].tolist()),
+        _text(tokenizer, layout, draft.tokens),
         time.monotonic() - began,
         draft.pinned,
     )

@@ -59,8 +59,10 @@ def resolve_mode(mode: str, file_mode: object, has_template: bool) -> Literal["r
     return "chat" if mode == "chat" else "raw"
 
 
-def check_extra(extra: Sequence[object]) -> list[tuple[str, str]]:
+def check_extra(extra: object) -> list[tuple[str, str]]:
     """Raises TypeError unless `extra` holds pairs of strings (name, text)."""
+    if not isinstance(extra, Sequence) or isinstance(extra, str):
+        raise TypeError(f"extra must be a list of pairs (name, text), not {type(extra).__name__}")
     pairs = []
     for i, pair in enumerate(extra):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
@@ -92,7 +94,7 @@ def split_head(
 def chat_message(prefix: str, suffix: str, extra: Sequence[tuple[str, str]]) -> str:
     """The user's turn of the chat form."""
     marker = "[MISSING]"
-    while marker in prefix or marker in suffix:
+    while any(marker in text for text in (prefix, suffix, *(text for _, text in extra))):
         marker = f"[{marker}]"
     parts = [f"{name}:\n```\n{text}\n```" for name, text in extra]
     parts.append(
@@ -144,28 +146,37 @@ def lay_out(
     end = tokenizer.turn_end_id if chat is not None else tokenizer.eos_id
     closing = [end] if ends and end is not None else []
     hole = Hole([*behind, *later, *closing], head, healed, tokenizer.end_ids)
-    room = n_ctx - canvas - len(start)
+    shortest = min_gap if gap == "auto" else gap
+    # A gap longer than one canvas goes through the cache.
+    encoded = len(head) + shortest if shortest > hole.longest_gap(canvas) else 0
+    room = n_ctx - canvas - encoded - len(start)
     if room < 1:
-        raise ContextOverflowError(f"n_ctx is {n_ctx}: a canvas of {canvas} leaves no room for a prefix")
+        gap_too = f"a gap of {shortest} tokens and " if encoded else ""
+        raise ContextOverflowError(
+            f"n_ctx is {n_ctx}: no room for a prefix beside {gap_too}a canvas of {canvas}; open the model with a "
+            "larger n_ctx"
+        )
     if chat is not None:
         return _chat_layout(tokenizer, prefix, suffix, before, hole, head_text, extra, chat, room)
 
     # The suffix behind the shortest gap does not fit onto the canvas: what is behind the longest gap's part is quoted.
     # It is the same for every keystroke in the prefix, so the cache keeps it.
     far: list[int] = []
-    if len(behind) + max(1, min_gap if gap == "auto" else gap) + MOST_HEAD > canvas:
+    if len(behind) + max(1, shortest) + MOST_HEAD > canvas:
         longest = max_gap if gap == "auto" else gap
         near = max(SUFFIX_ROWS, canvas - MOST_HEAD - longest)
         far = behind[near:]
     separator = tokenizer.encode(SEPARATOR, special=False)
     files = [tokenizer.encode(f"{name}:\n{text}{SEPARATOR}", special=False) for name, text in extra]
-    whole = sum(map(len, files)) + len(far) + (len(separator) if far else 0) + len(before)
-    # What is farthest from the gap goes first: other files, the suffix's end, the prefix's beginning.
-    while files and sum(map(len, files)) + len(far) + len(separator) + len(before) > room:
-        files.pop(0)
-    if far and len(far) + len(separator) + len(before) > room:
-        far = far[: max(0, room // 4 - len(separator))] if len(before) > room // 2 else far[: room // 2]
     quoted = [*far, *separator] if far else []
+    whole = sum(map(len, files)) + len(quoted) + len(before)
+    # What is farthest from the gap goes first: other files, the suffix's end, the prefix's beginning.
+    while files and sum(map(len, files)) + len(quoted) + len(before) > room:
+        files.pop(0)
+    if len(quoted) + len(before) > room:
+        share = room // 4 if len(before) > room // 2 else room // 2
+        far = far[: max(0, share - len(separator))]
+        quoted = [*far, *separator] if far else []
     if len(quoted) + len(before) > room:
         # In whole canvases, so that the next keystrokes find the same beginning in the cache.
         over = len(quoted) + len(before) - room

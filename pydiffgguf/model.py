@@ -387,7 +387,7 @@ class DiffusionModel:
             prefix, suffix: the text around the gap. Never changed; markup in it stays text.
             gap: tokens of the gap, or "auto": lengths from `min_gap` to `max_gap` are tried, and the causal pass over
                 the fillings chooses.
-            n: how many ranked candidates are wanted.
+            n: how many ranked candidates are wanted; there may be fewer, as none has the text of another.
             extra: (name, text) of other files, put before the prefix.
             seed: keys all draws.
             mode: "raw": the prefix as a document; "chat": the file with a marked hole in the user's turn, the answer
@@ -528,7 +528,8 @@ class DiffusionModel:
             strength: in (0, 1]: the share of a span's tokens that starts as random ids; the rest starts as it stands,
                 and may change as well.
 
-        Raises ValueError for spans that are empty, overlap or leave the text; TypeError for an unknown option.
+        Raises ValueError for spans that are empty, overlap or leave the text; TypeError for an unknown option;
+        CancelledError after `cancel()`.
         """
         self._check_open()
         return edit(self, text, spans, strength=strength, seed=seed, **sampling)
@@ -542,7 +543,8 @@ class DiffusionModel:
         by side: the option's log-probability under the first step's logits, its tokens taken as independent, the other
         slots being noise; the mean of the probabilities over the draws, normalised.
 
-        Raises ValueError for an unknown slot, one without options, a marker that is missing or stands twice.
+        Raises ValueError for an unknown slot, one without options, a marker that is missing or stands twice;
+        ContextOverflowError for slots that do not lie within one canvas; CancelledError after `cancel()`.
         """
         self._check_open()
         return choose(self, template, slots, draws=draws, seed=seed)

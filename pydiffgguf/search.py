@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from pydiffgguf._records import BoolArray, Float64Array, RawStep, Sampling
+from pydiffgguf._records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
@@ -63,6 +63,10 @@ class Hole:
         """The suffix's first ids, up to SUFFIX_ROWS, before a later gap."""
         return list(itertools.takewhile(lambda id_: id_ >= 0, self.suffix[:SUFFIX_ROWS]))
 
+    def longest_gap(self, canvas: int) -> int:
+        """Tokens of a gap that one canvas of so many rows holds together with the suffix's first ones."""
+        return canvas - len(self.head) - min(len(self.suffix), SUFFIX_ROWS)
+
 
 @dataclass(frozen=True)
 class Filled:
@@ -84,13 +88,13 @@ class Filled:
 @dataclass(frozen=True)
 class Draft:
     """One denoise step of the candidate that looks best so far. `canvas` counts the canvases that a gap takes, from 0.
-    `pinned` bool [n_rows]. `start`, `end`: the rows of the filling (the head, or what heals it, and the gap)."""
+    `pinned` bool [n_rows]: the head and the suffix, which stand in `step` as they are known even where a probe left
+    them free. `tokens`: the filling so far, as in Filled, from the gap's first canvas on."""
 
     canvas: int
     step: RawStep
     pinned: BoolArray
-    start: int
-    end: int
+    tokens: list[int]
 
 
 @dataclass
@@ -129,18 +133,23 @@ class _Candidate:
     def rows(self, most: int) -> int:
         return min(self.end + len(self.hole.suffix), most)
 
+    def known(self, most: int) -> Int32Array:
+        """The id of each row on a canvas of at most `most` rows, -1 where it is to be found."""
+        n = self.rows(most)
+        ids: Int32Array = np.full(n, -1, dtype=np.int32)
+        ids[: self.start] = self.hole.head[: self.start]
+        ids[self.end :] = self.hole.suffix[: n - self.end]
+        return ids
+
     def spec(self, most: int, seed: int, canvas: int, free: int) -> CanvasSpec:
         """On a canvas of at most `most` rows, the suffix's first `free` rows watched instead of pinned. Its draws
         depend on the layout alone, not on who else is tried."""
-        n = self.rows(most)
-        pinned = np.full(n, -1, dtype=np.int32)
-        pinned[: self.start] = self.hole.head[: self.start]
-        pinned[self.end :] = self.hole.suffix[: n - self.end]
-        watched = np.full(n, -1, dtype=np.int32)
+        pinned = self.known(most)
+        watched = np.full(len(pinned), -1, dtype=np.int32)
         watched[self.end :] = pinned[self.end :]
         pinned[self.end : self.end + free] = -1
         return CanvasSpec(
-            n_rows=n,
+            n_rows=len(pinned),
             pinned=pinned,
             watched=watched,
             allowed={0: self.hole.healed} if self.healed else None,
@@ -178,10 +187,17 @@ class _State:
         assert self.step.logprob is not None
         return float(self.step.logprob[self.free.stop : self.free.stop + FREE_ROWS].sum())
 
-    def draft(self, canvas: int) -> Draft:
-        pinned: BoolArray = np.ones(self.rows, dtype=np.bool_)
-        pinned[self.free] = False
-        return Draft(canvas, self.step, pinned, 0, self.candidate.end)
+    def draft(self, canvas: int, before: Sequence[int]) -> Draft:
+        """`before`: tokens of the gap's earlier canvases."""
+        known = self.candidate.known(self.rows)
+        pinned: BoolArray = known >= 0
+        step = replace(
+            self.step,
+            argmax=np.where(pinned, known, self.step.argmax),
+            accepted=self.step.accepted & ~pinned,
+            entropy=np.where(pinned, 0.0, self.step.entropy),
+        )
+        return Draft(canvas, step, pinned, [*before, *self.tokens])
 
 
 class _Search:
@@ -196,6 +212,7 @@ class _Search:
         deadline: float | None,
         stats: SearchStats,
         canvas: int = 0,
+        before: Sequence[int] = (),
     ) -> None:
         self.session = session
         self.hole = hole
@@ -204,11 +221,20 @@ class _Search:
         self.deadline = deadline
         self.stats = stats
         self.canvas = canvas
+        self.before = before  # tokens of the gap's earlier canvases
         self.longest_race: int | None = None  # steps that are left to the slower candidates
 
-    def following(self, hole: Hole) -> _Search:
-        """The search on the gap's next canvas."""
-        return _Search(self.session, hole, self.sampling, self.seed, self.deadline, self.stats, self.canvas + 1)
+    def _on(self, hole: Hole, canvas: int, before: Sequence[int]) -> _Search:
+        return _Search(self.session, hole, self.sampling, self.seed, self.deadline, self.stats, canvas, before)
+
+    def without_suffix(self) -> _Search:
+        """The search on the same canvas, all of which is gap."""
+        return self._on(replace(self.hole, suffix=()), self.canvas, self.before)
+
+    def following(self, tokens: Sequence[int]) -> _Search:
+        """The search on the gap's next canvas, behind a canvas of `tokens`."""
+        hole = Hole(self.hole.suffix, end_ids=self.hole.end_ids)
+        return self._on(hole, self.canvas + 1, [*self.before, *tokens])
 
     def late(self) -> bool:
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -262,7 +288,8 @@ class _Search:
             self.stats.forwards += 1
             self.stats.rows += sum(rows)
             states = [_State(*each) for each in zip(group, steps, rows, strict=True)]
-            yield max(states, key=lambda state: state.joint if free else state.confidence).draft(self.canvas)
+            best = max(states, key=lambda state: state.joint if free else state.confidence)
+            yield best.draft(self.canvas, self.before)
             if self.longest_race is not None:
                 converged = [s.step.step + 1 for s in states if s.step.converged]
                 self.longest_race = min([self.longest_race, *(RACE * n for n in converged)])
@@ -363,13 +390,14 @@ def fill_hole(
         CancelledError: the prefix is as it was, unless the gap is longer than one canvas; see `session.n_past`.
     """
     search = _Search(session, hole, sampling, seed, deadline, stats)
-    room = longest_gap(session, hole)
+    room = hole.longest_gap(session.config.canvas_length)
     if gap == "auto":
         found = [] if min_gap > room else (yield from _unknown(search, min_gap, min(max_gap, room), n))
-        if max_gap > room and not any(filled.converged for filled in found) and not search.late():
-            found += yield from _beyond_one_canvas(search, min_gap, max_gap, n)
-            # Per token, since the two kinds differ in length by a canvas and more.
-            found.sort(key=lambda filled: -filled.score / (len(filled.tokens) + len(hole.known_suffix)))
+        if max_gap > room and _goes_on(search, found):
+            longer = yield from _beyond_one_canvas(search, min_gap, max_gap, n)
+            found += longer
+            if longer:  # per token, since the two kinds differ in length by a canvas and more
+                found.sort(key=lambda filled: -filled.score / (len(filled.tokens) + len(hole.known_suffix)))
         if not found:
             raise _no_room(session, hole, min_gap)
         return found[:n]
@@ -379,9 +407,9 @@ def fill_hole(
     return search.judge(states)[:n]
 
 
-def longest_gap(session: Session, hole: Hole) -> int:
-    """Tokens of a gap that one canvas holds together with the suffix's first ones."""
-    return session.config.canvas_length - len(hole.head) - min(len(hole.suffix), SUFFIX_ROWS)
+def _goes_on(search: _Search, found: Sequence[Filled]) -> bool:
+    """Whether to look at gaps longer than those of `found`: one filling at least is always made."""
+    return not found or not (any(filled.converged for filled in found) or search.late())
 
 
 def _unknown(search: _Search, least: int, most: int, n: int) -> Generator[Draft, None, list[Filled]]:
@@ -399,22 +427,22 @@ def _unknown(search: _Search, least: int, most: int, n: int) -> Generator[Draft,
 
 def _over_several(search: _Search, gap: int) -> Generator[Draft, None, list[Filled]]:
     """A gap longer than one canvas: whole canvases of it are denoised and encoded, then the rest before the suffix."""
-    session, hole, canvas = search.session, search.hole, search.session.config.canvas_length
+    session, canvas = search.session, search.session.config.canvas_length
     kept = session.n_past
-    if kept + len(hole.head) + gap + canvas > session.n_ctx:
-        raise _no_room(session, hole, gap)
+    if kept + len(search.hole.head) + gap + canvas > session.n_ctx:
+        raise _no_room(session, search.hole, gap)
     done: list[Filled] = []
     try:
         left = gap
-        while left > (room := longest_gap(session, search.hole)):
+        while left > (room := search.hole.longest_gap(canvas)):
             # The last canvas keeps some gap: rows that see the suffix.
             take = min(canvas - len(search.hole.head), left - max(1, room // 2))
-            whole = search.following(replace(search.hole, suffix=()))
+            whole = search.without_suffix()
             states = yield from whole.finish(whole.forms(take))
             done.append(whole.judge(states)[0])
             session.encode(done[-1].tokens)
             left -= take
-            search = search.following(Hole(hole.suffix, end_ids=hole.end_ids))
+            search = search.following(done[-1].tokens)
         states = yield from search.finish(search.forms(left))
         done.append(search.judge(states)[0])
     finally:
@@ -425,21 +453,21 @@ def _over_several(search: _Search, gap: int) -> Generator[Draft, None, list[Fill
 def _beyond_one_canvas(search: _Search, least: int, most: int, n: int) -> Generator[Draft, None, list[Filled]]:
     """Fillings of more tokens than one canvas holds beside the suffix, up to `most`: as many as it would hold are
     denoised on a canvas of their own and encoded, and the rest is looked for behind them."""
-    session = search.session
+    session, canvas = search.session, search.session.config.canvas_length
     kept = session.n_past
-    size = min(longest_gap(session, search.hole), most - 1)
-    if kept + len(search.hole.head) + size + session.config.canvas_length > session.n_ctx:
+    size = min(search.hole.longest_gap(canvas), most - 1)
+    if kept + len(search.hole.head) + size + canvas > session.n_ctx:
         return []
-    whole = search.following(replace(search.hole, suffix=()))
+    whole = search.without_suffix()
     states = yield from whole.finish(whole.forms(size))
     first = whole.judge(states)[0]
     try:
         session.encode(first.tokens)
-        rest = search.following(Hole(search.hole.suffix, end_ids=search.hole.end_ids))
+        rest = search.following(first.tokens)
         least, left = max(1, least - first.gap_tokens), most - first.gap_tokens
-        room = longest_gap(session, rest.hole)
+        room = rest.hole.longest_gap(canvas)
         found = [] if least > room else (yield from _unknown(rest, least, min(left, room), n))
-        if left > room and not any(filled.converged for filled in found) and not search.late():
+        if left > room and _goes_on(rest, found):
             found += yield from _beyond_one_canvas(rest, least, left, n)
     finally:
         session.truncate(kept)

@@ -61,6 +61,23 @@ def test_spans_on_several_canvases(model: DiffusionModel) -> None:
     assert result.text[len(result.spans[0]) :].startswith(text[4:100])
 
 
+def test_an_edit_goes_by_the_seed_and_the_rows_it_keeps(model: DiffusionModel) -> None:
+    """One step from the present tokens of all rows but one, against the same canvas at the low level."""
+    text, span = "(1 + 2) * 3", (1, 6)
+    result = model.edit(text, [span], strength=0.01, seed=4, steps=1)
+    assert result == model.edit(text, [span], strength=0.01, seed=4, steps=1)
+    before, inside, behind = (model.tokenize(part, special=False) for part in (text[:1], text[1:6], text[6:]))
+    ids = np.array([*inside, *behind], dtype=np.int32)
+    free = np.arange(len(ids)) < len(inside)
+    with model.session() as session:
+        session.encode([2, *before])
+        start = _renoised(ids, free, 0.01, 4, 0, 512)
+        pinned = np.where(free, -1, ids)
+        canvas = session.run_canvas(seed=4, steps=1, n_rows=len(ids), canvas=start, pinned=pinned)
+    assert np.count_nonzero(start != ids) <= 1
+    assert result.spans == [model.tokenizer.decode(canvas.tokens[free].tolist(), skip_special=True)]
+
+
 def test_strength_is_the_share_of_rows_that_start_as_noise() -> None:
     ids = np.arange(100, 140, dtype=np.int32)
     free = np.zeros(40, dtype=bool)
@@ -87,6 +104,7 @@ def test_strength_is_the_share_of_rows_that_start_as_noise() -> None:
         ([(0, 99)], {}, ValueError, r"the end of spans\[0\] is 99: it must be from 0 to 11"),
         ([(-1, 2)], {}, ValueError, r"the start of spans\[0\] is -1"),
         ([3], {}, TypeError, r"spans\[0\] must be a pair"),
+        (3, {}, TypeError, r"spans must be a list of pairs \(start, end\), not int"),
         ([(0, 3)], {"strength": 0}, ValueError, r"strength is 0.0: it must be in \(0, 1\]"),
         ([(0, 3)], {"strength": 1.5}, ValueError, "strength is 1.5"),
         ([(0, 3)], {"stepz": 1}, TypeError, "unknown option 'stepz'"),
@@ -131,6 +149,26 @@ def test_a_one_token_option_has_the_softmax_of_its_row(model: DiffusionModel) ->
     weights = np.exp([row[i[0]] - row.max() for i in ids])
     assert list(chosen) == options
     np.testing.assert_allclose(list(chosen.values()), weights / weights.sum(), rtol=1e-5)
+
+
+def test_draws_are_averaged_as_probabilities(model: DiffusionModel) -> None:
+    """Two slots: for one the other is noise, as long as its first option; the draws' probabilities are averaged."""
+    template, slots = "x<a/>(<b/>)", {"b": [".", ":"], "a": ["0", "1", "2"]}
+    chosen = model.choose(template, slots, draws=3, seed=9)
+    assert list(chosen) == ["a", "b"] and [list(chosen[name]) for name in "ab"] == [slots["a"], slots["b"]]
+    between, behind = model.tokenize("(", special=False), model.tokenize(")", special=False)
+    rows = {"a": 0, "b": 1 + len(between)}
+    with model.session() as session:
+        session.encode([2, *model.tokenize("x", special=False)])
+        for name, row in rows.items():
+            ids = [model.tokenize(option, special=False)[0] for option in slots[name]]
+            mean = np.zeros(len(ids))
+            for draw in range(3):
+                canvas = noise_canvas(9, draw, 2 + len(between) + len(behind), 512)
+                canvas[1 : 1 + len(between)], canvas[2 + len(between) :] = between, behind
+                z = session.denoise(canvas, n_rows=len(canvas))[row].astype(np.float64)
+                mean += np.exp(z[ids] - np.log(np.exp(z).sum()))
+            np.testing.assert_allclose(list(chosen[name].values()), mean / mean.sum(), rtol=1e-4)
 
 
 def test_the_demo_model_knows_the_answer(demo: DiffusionModel) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydiffgguf import DiffusionModel, demo_model_path
 from pydiffgguf.infill import parse_template
 
-LITERAL = st.text(st.characters(codec="utf-8", exclude_characters="<>"), min_size=1, max_size=25)
+LITERAL = st.text(st.characters(codec="utf-8"), min_size=1, max_size=25).filter(lambda text: "<gap" not in text)
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def model(tiny_gguf: Path) -> Iterator[DiffusionModel]:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(parts=st.lists(LITERAL, min_size=2, max_size=4), length=st.integers(1, 3))
-def test_text_between_gaps_stays_as_it_is(model: DiffusionModel, parts: list[str], length: int) -> None:
-    result = model.fill(f"<gap len={length}/>".join(parts), steps=2, mode="raw")
+@given(parts=st.lists(LITERAL, min_size=2, max_size=4), length=st.integers(1, 3), mode=st.sampled_from(["raw", "chat"]))
+def test_text_between_gaps_stays_as_it_is(model: DiffusionModel, parts: list[str], length: int, mode: str) -> None:
+    result = model.fill(f"<gap len={length}/>".join(parts), steps=2, mode=mode)
     assert len(result.gaps) == len(parts) - 1 and result.finish_reason == "stop"
     expected = parts[0] + "".join(gap.text + part for gap, part in zip(result.gaps, parts[1:], strict=True))
     assert result.text == expected
@@ -37,6 +37,29 @@ def test_the_demo_model_fills_two_gaps() -> None:
     with DiffusionModel(demo_model_path(), n_threads=1) as demo:
         result = demo.fill(text + " that Sunday and never went back to the school.", max_gap=8)
     assert [gap.text for gap in result.gaps] == [" white cup", " Mia"]
+
+
+def test_text_that_only_looks_like_a_marker_is_text(model: DiffusionModel) -> None:
+    result = model.fill("a < b <gapped/> <gap> </gap><gap len=1/>/> <gap", steps=1)
+    assert result.text == f"a < b <gapped/> <gap> </gap>{result.gaps[0].text}/> <gap"
+
+
+def test_a_time_limit_fills_all_gaps(model: DiffusionModel) -> None:
+    result = model.fill("a<gap len=3/>b<gap/>c", time_limit_s=1e-6)
+    assert result.finish_reason == "length" and len(result.gaps) == 2
+    assert result.text == f"a{result.gaps[0].text}b{result.gaps[1].text}c"
+
+
+def test_a_cancel_leaves_the_other_markers_in_the_text(model: DiffusionModel) -> None:
+    stream = model.stream_fill("a<gap len=3/>b<gap len=2/>c", steps=3, mode="raw", confidence_threshold=0.0)
+    while (event := next(stream)).pinned is None or (~event.pinned).sum() != 2:
+        pass
+    model.cancel()
+    with pytest.raises(StopIteration) as end:
+        next(stream)
+    result = end.value.value
+    assert result.finish_reason == "cancelled" and len(result.gaps) == 1
+    assert result.text == f"a{result.gaps[0].text}b<gap len=2/>c"
 
 
 def test_markers_say_their_lengths() -> None:

@@ -13,8 +13,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_checkpoint import make_checkpoint
 
-from pydiffgguf import ContextOverflowError, DenoiseStep, DiffusionModel, Infill, ModelClosedError, demo_model_path
+from pydiffgguf import (
+    ContextOverflowError,
+    DenoiseStep,
+    DiffusionModel,
+    Infill,
+    ModelClosedError,
+    UnsupportedError,
+    demo_model_path,
+)
+from pydiffgguf.convert import convert
 from pydiffgguf.layout import CHAT_TAIL, MOST_HEAD, lay_out, resolve_mode
 from pydiffgguf.search import FREE_ROWS, SUFFIX_ROWS, trial_lengths
 
@@ -139,7 +149,7 @@ def test_what_n_ctx_has_no_room_for_is_dropped_from_afar_and_counted(model: Diff
         seen.append(placed.dropped)
         assert prefix.endswith(model.detokenize([*placed.prompt[1:][-4:], *placed.hole.head]))
     assert seen == sorted(seen) and seen[0] < seen[-1]
-    with pytest.raises(ContextOverflowError, match="leaves no room for a prefix"):
+    with pytest.raises(ContextOverflowError, match="no room for a prefix beside a canvas of 32"):
         layout(model, prefix, suffix, n_ctx=33)
 
 
@@ -241,8 +251,104 @@ def test_a_gap_longer_than_one_canvas(model: DiffusionModel, gap: int) -> None:
     with model.session_for([2]) as session:
         assert session.n_past == result.stats.prompt_tokens
     small = DiffusionModel(model.path, n_ctx=64, n_threads=1)
-    with small, pytest.raises(ContextOverflowError, match=f"a gap of {gap} tokens after"):
+    with small, pytest.raises(ContextOverflowError, match=f"no room for a prefix beside a gap of {gap} tokens"):
         small.infill("one two", " three four", gap=gap, mode="raw")
+
+
+@pytest.mark.parametrize("options", [{"gap": 40}, {"min_gap": 40, "max_gap": 50}, {"gap": 150}])
+@pytest.mark.parametrize("mode", ["raw", "chat"])
+def test_context_makes_room_for_a_long_gap(model: DiffusionModel, options: dict[str, Any], mode: str) -> None:
+    """What is encoded of the gap takes positions too: as much of the prefix as they need is left out."""
+    with DiffusionModel(model.path, n_ctx=450 if mode == "chat" else 300, n_threads=1) as small:
+        result = small.infill("one two three " * 200, " four", steps=1, mode=mode, **options)
+    least = options.get("gap", 40)
+    assert least <= result.gap_tokens <= options.get("gap", 50)
+    assert result.stats.dropped_tokens > 0 and result.stats.prompt_tokens > 30
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prefix=st.tuples(TEXT, st.integers(1, 12)).map(lambda t: t[0] * t[1]),
+    suffix=st.tuples(TEXT, st.integers(1, 12)).map(lambda t: t[0] * t[1]),
+    extra=st.lists(st.tuples(TEXT, TEXT), max_size=3),
+    lengths=st.tuples(st.integers(1, 60), st.integers(0, 60)),
+    known=st.booleans(),
+    chat=st.booleans(),
+    heal=st.booleans(),
+    n_ctx=st.integers(33, 600),
+)
+def test_any_layout_fits_n_ctx_and_ends_with_the_prefix(
+    model: DiffusionModel,
+    prefix: str,
+    suffix: str,
+    extra: list[tuple[str, str]],
+    lengths: tuple[int, int],
+    known: bool,
+    chat: bool,
+    heal: bool,
+    n_ctx: int,
+) -> None:
+    """Whatever the texts and however small n_ctx: a refusal that says so, or a prompt that leaves room for the canvas
+    and for what of the gap is encoded, and that ends with the prefix; the canvas goes on from there to the suffix."""
+    canvas, tokenizer = model.config.canvas_length, model.tokenizer
+    least = lengths[0] if known else lengths[1]
+    options = {
+        "gap": lengths[0] if known else "auto",
+        "min_gap": lengths[1],
+        "max_gap": max(lengths),
+        "extra": extra,
+        "heal": heal,
+    }
+    try:
+        placed = layout(model, prefix, suffix, **options, n_ctx=n_ctx, chat=model.chat_ids_of if chat else None)
+    except ContextOverflowError as error:
+        assert "larger n_ctx" in str(error) and (chat or n_ctx < canvas + least + 2 + MOST_HEAD)
+        return
+    hole = placed.hole
+    encoded = len(hole.head) + least if least > canvas - len(hole.head) - min(len(hole.suffix), SUFFIX_ROWS) else 0
+    assert 1 <= len(placed.prompt) <= n_ctx - canvas - encoded
+    ids = tokenizer.encode(prefix, special=False)
+    before = ids[: len(ids) - len(hole.head)]
+    assert [*before, *hole.head] == ids and tokenizer.decode(hole.head) == placed.head_text
+    assert prefix.endswith(placed.head_text) and len(hole.head) <= MOST_HEAD and (heal or not hole.head)
+    kept = min(len(before), 1 if not chat else CHAT_TAIL)
+    assert placed.prompt[len(placed.prompt) - kept :] == before[len(before) - kept :]
+    assert hole.suffix[:-1] == tokenizer.encode(suffix, special=False)
+    special = tokenizer.special_ids
+    assert chat or not special.intersection(placed.prompt[1:])
+    if not chat:
+        whole = layout(model, prefix, suffix, **options, n_ctx=10**6)
+        assert placed.dropped == len(whole.prompt) - len(placed.prompt) and whole.dropped == 0
+
+
+def test_a_quoted_suffix_does_not_push_a_prefix_out_that_fits(model: DiffusionModel) -> None:
+    """The suffix's share of n_ctx includes the empty line behind it; a file that fits to the token stays."""
+    n_ctx = 300
+    room = n_ctx - 32 - 1
+    suffix = "s t u " * 200
+    for n in range(room // 2 - 3, room // 2 + 1):
+        placed = layout(model, "(" * n, suffix, n_ctx=n_ctx)
+        assert placed.prompt[-n:] == model.tokenize("(" * n, special=False)
+    whole = layout(model, "((", " x", extra=[("f", "text")])
+    assert layout(model, "((", " x", extra=[("f", "text")], n_ctx=len(whole.prompt) + 32).dropped == 0
+    assert layout(model, "((", " x", extra=[("f", "text")], n_ctx=len(whole.prompt) + 31).dropped > 0
+
+
+def test_the_mark_of_the_chat_form_is_in_no_text(model: DiffusionModel) -> None:
+    extra = [("f", "a [MISSING] b [[MISSING]] c")]
+    text = model.detokenize(layout(model, "x[", "]y", extra=extra, chat=model.chat_ids_of).prompt)
+    assert text.count("[[[MISSING]]]") == 2 and "x[[[[MISSING]]]]y" in text
+
+
+def test_keystrokes_in_the_chat_form_keep_what_stands_before_them(model: DiffusionModel) -> None:
+    """What is typed stands in the user's turn, so that what follows is encoded again: the suffix, the turn's end and
+    the tail of the prefix."""
+    prefix, suffix = "alpha beta gamma delta. " * 20, " omega" * 10
+    model.infill(prefix, suffix, mode="chat", **FAST)
+    grown = model.infill(prefix + "a b c ", suffix, mode="chat", **FAST).stats
+    behind = len(model.tokenize(suffix, special=False)) + CHAT_TAIL
+    assert behind < grown.encoded_tokens < behind + 60
+    assert grown.reused_tokens > 400
 
 
 def test_an_unknown_gap_may_take_more_than_one_canvas(model: DiffusionModel) -> None:
@@ -251,6 +357,16 @@ def test_an_unknown_gap_may_take_more_than_one_canvas(model: DiffusionModel) -> 
     assert any(candidate.gap_tokens > 32 for candidate in result.candidates)
     long = model.infill("one two", " three four", min_gap=40, max_gap=50, steps=2, mode="raw")
     assert 40 <= long.gap_tokens <= 50
+
+
+def test_no_room_beyond_one_canvas_leaves_the_ranking_as_it_is(tiny_gguf: Path) -> None:
+    with DiffusionModel(tiny_gguf, n_ctx=56, n_threads=1) as small:
+        options: dict[str, Any] = {"n": 8, "steps": 2, "mode": "raw"}
+        within = small.infill("one (", " three four", max_gap=20, **options).candidates
+        beyond = small.infill("one (", " three four", max_gap=60, **options).candidates
+        assert max(candidate.gap_tokens for candidate in beyond) <= 32
+        scores = [candidate.score for candidate in beyond]
+        assert scores == sorted(scores, reverse=True) and len(beyond) == len(within)
 
 
 def test_candidates_are_ranked_and_differ(demo: DiffusionModel) -> None:
@@ -264,9 +380,32 @@ def test_candidates_are_ranked_and_differ(demo: DiffusionModel) -> None:
     )
 
 
+def test_no_two_candidates_read_the_same(model: DiffusionModel) -> None:
+    """Single bytes are many of a small vocabulary's tokens: different ones, and all of them no text."""
+    result = model.infill("a b.", " c", gap=1, n=64, steps=1, mode="raw")
+    texts = [candidate.text for candidate in result.candidates]
+    assert 1 < len(texts) < 64 and len(set(texts)) == len(texts) and "" in texts
+    scores = [candidate.score for candidate in result.candidates]
+    assert scores == sorted(scores, reverse=True)
+
+
 def test_a_time_limit_returns_the_best_so_far(model: DiffusionModel) -> None:
     result = model.infill("one two", " three four", time_limit_s=1e-6)
     assert result.finish_reason == "length" and result.stats.forwards == 1 and len(result.candidates) == 1
+
+
+@pytest.mark.parametrize("options", [{"gap": 70}, {"min_gap": 60, "max_gap": 70}])
+def test_a_time_limit_makes_all_of_a_long_gap(model: DiffusionModel, options: dict[str, Any]) -> None:
+    """One denoise pass for each canvas, and no error that speaks of n_ctx."""
+    result = model.infill("one two", " three four", time_limit_s=1e-6, mode="raw", **options)
+    assert result.finish_reason == "length" and 60 <= result.gap_tokens <= 70
+    assert result.stats.forwards == 3
+
+
+def test_numbers_of_numpy_are_numbers(model: DiffusionModel) -> None:
+    result = model.infill("a", "b", gap=np.int64(2), seed=np.uint64(7), steps=1)  # type: ignore[arg-type]
+    assert type(result.gap_tokens) is int and type(result.stats.seed) is int
+    assert result.text == model.infill("a", "b", gap=2, seed=7, steps=1).text
 
 
 # --------------------------------------------------------------------------------------------------- events, cancelling
@@ -288,6 +427,82 @@ def test_events_tell_free_rows_from_pinned_ones(model: DiffusionModel) -> None:
         suffix = model.tokenize(" three four", special=False)
         assert event.tokens[-len(suffix) - 1 : -1].tolist() == suffix
     assert not any(event.accepted[event.pinned].any() for event in events if event.pinned is not None)
+
+
+def drain(stream: Any) -> tuple[list[DenoiseStep], Any]:
+    events: list[DenoiseStep] = []
+    while True:
+        try:
+            events.append(next(stream))
+        except StopIteration as end:
+            return events, end.value
+
+
+def test_pinned_rows_of_an_event_are_the_document(model: DiffusionModel) -> None:
+    """Also while a length is looked for, when the suffix's first rows are free in truth."""
+    events, _ = drain(model.stream_infill("one (", " three four", max_gap=6, steps=3, mode="raw"))
+    known = [*model.tokenize(" three four", special=False), model.tokenizer.eos_id]
+    for event in events:
+        assert event.pinned is not None
+        assert event.tokens[event.pinned].tolist() == known
+        assert not event.accepted[event.pinned].any() and not event.entropy[event.pinned].any()
+
+
+def test_rows_of_later_gaps_are_free(model: DiffusionModel) -> None:
+    events, _ = drain(model.stream_fill("(<gap len=3/>) + (<gap len=2/>)", steps=2, mode="raw"))
+    free = {int((~event.pinned).sum()) for event in events if event.pinned is not None}
+    assert free == {5, 2}
+
+
+@pytest.mark.parametrize("options", [{"gap": 70}, {"min_gap": 60, "max_gap": 64}])
+def test_events_of_a_long_gap_tell_all_of_it(model: DiffusionModel, options: dict[str, Any]) -> None:
+    """Canvases count from 0; a draft has what earlier canvases wrote, and never the word that the prefix ends with."""
+    stream = model.stream_infill("one tw", " three four", steps=2, mode="raw", **options)
+    events, result = drain(stream)
+    assert sorted({event.canvas for event in events}) == list(range(1 + max(event.canvas for event in events)))
+    assert events[0].canvas == 0 and events[-1].canvas >= 1
+    for before, after in pairwise(events):
+        assert before.canvas <= after.canvas
+    last = [event.text for event in events if event.canvas == events[-1].canvas]
+    assert any(result.text == text for text in last)
+    start = len(events[0].text) // 4
+    assert start and len({text[:start] for text in last}) == 1
+
+
+def test_a_cancelled_long_gap_returns_all_of_the_draft(model: DiffusionModel) -> None:
+    stream = model.stream_infill("one (", " three", gap=70, steps=2, mode="raw")
+    event = next(stream)
+    while event.canvas < 2:
+        event = next(stream)
+    model.cancel()
+    with pytest.raises(StopIteration) as end:
+        next(stream)
+    result: Infill = end.value.value
+    assert result.finish_reason == "cancelled" and result.candidates == [] and result.text == event.text
+    with model.session_for([2]) as session:
+        assert session.n_past == result.stats.prompt_tokens
+
+
+def test_a_closed_stream_of_a_long_gap_gives_its_session_back_as_it_was(model: DiffusionModel) -> None:
+    """What was encoded of the gap is taken back before another call may have the session."""
+    stream = model.stream_infill("one (", " three", gap=70, steps=2, mode="raw")
+    while next(stream).canvas < 1:
+        pass
+    [session] = model._active
+    prompt = 1 + len(model.tokenize("one (", special=False))
+    assert session.n_past > prompt
+    lengths: list[int] = []
+
+    class Idle(list[Any]):
+        def append(self, given: Any) -> None:
+            lengths.append(given.n_past)
+            super().append(given)
+
+    model._idle = Idle()
+    stream.close()
+    model._idle = list(model._idle)
+    assert lengths == [prompt] and model._idle == [session]
+    assert model.infill("one", " two", **FAST).finish_reason == "stop"
 
 
 def test_cancelling_from_another_thread(model: DiffusionModel) -> None:
@@ -326,6 +541,8 @@ def test_closing_the_iterator_cancels(model: DiffusionModel) -> None:
         ({"n": 0}, ValueError, "n is 0: it must be from 1 to 64"),
         ({"mode": "fim"}, ValueError, "mode is 'fim': it must be 'auto', 'raw' or 'chat'"),
         ({"extra": ["x"]}, TypeError, r"extra\[0\] must be a pair of strings"),
+        ({"extra": None}, TypeError, r"extra must be a list of pairs \(name, text\), not NoneType"),
+        ({"extra": "ab"}, TypeError, r"extra must be a list of pairs \(name, text\), not str"),
         ({"seed": -1}, ValueError, "seed is -1"),
         ({"stepz": 3}, TypeError, "unknown option 'stepz'"),
         ({"steps": 0}, ValueError, "steps is 0"),
@@ -344,8 +561,25 @@ def test_texts_that_tell_nothing_are_refused(model: DiffusionModel) -> None:
         model.infill("a", "")
     assert model.infill("a", "", **FAST).gap_tokens == 2
     assert model.infill("", "b", **FAST).gap_tokens == 2
+    assert model.infill("", "", **FAST, mode="raw").gap_tokens == 2
     with pytest.raises(TypeError, match="prefix must be a str, not list"):
         model.infill([1, 2], "b")  # type: ignore[arg-type]
+
+
+def test_a_file_without_tokenizer_or_template_says_so(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "net", canvas_length=32, num_hidden_layers=2, vocab_size=64)
+    convert(tmp_path / "net", tmp_path / "net.gguf", type="f32", allow_missing_tokenizer=True)
+    with DiffusionModel(tmp_path / "net.gguf", n_ctx=64, n_threads=1) as bare:
+        for use in (
+            lambda: bare.infill("a", "b"),
+            lambda: bare.fill("a<gap/>b"),
+            lambda: bare.edit("abc", [(0, 1)]),
+            lambda: bare.choose("<x/>", {"x": ["a"]}),
+        ):
+            with pytest.raises(UnsupportedError, match=r"net\.gguf holds no tokenizer: pass token ids"):
+                use()
+        with pytest.raises(ValueError, match="this file has no chat template; use mode='raw'"):
+            bare.infill("a", "b", mode="chat")
 
 
 def test_a_closed_model_says_so(tiny_gguf: Path) -> None:
