@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
-from pydiffgguf.search import SUFFIX_ROWS, Gap, Hole
+from pydiffgguf.search import Gap, Hole, suffix_rows
 from pydiffgguf.tokenizer import Tokenizer
 
 __all__ = ["Layout", "Mode", "chat_message", "check_extra", "lay_out", "resolve_mode"]
@@ -24,7 +24,7 @@ __all__ = ["Layout", "Mode", "chat_message", "check_extra", "lay_out", "resolve_
 #: How a gap is put to the model; "auto" goes by the file.
 Mode = Literal["auto", "raw", "chat"]
 
-#: A word longer than so many tokens is not healed.
+#: A word longer than so many tokens is not healed, nor one that takes more than a quarter of the canvas.
 MOST_HEAD = 4
 #: Tokens of the prefix that open the answer in the chat form.
 CHAT_TAIL = 64
@@ -72,18 +72,21 @@ def check_extra(extra: object) -> list[tuple[str, str]]:
 
 
 def split_head(
-    tokenizer: Tokenizer, prefix: str, ids: Sequence[int], heal: bool
+    tokenizer: Tokenizer, prefix: str, ids: Sequence[int], most: int
 ) -> tuple[list[int], list[int], list[int], str]:
     """(ids before the last word, ids of the last word, ids that may stand in its place, its text).
 
     A word, or the spaces at the end, that the tokenizer could go on with is left to the canvas: either as it stands, or
-    as the beginning of one longer token. Without such a word, or with `heal` False, the last three are empty.
+    as the beginning of one longer token. Without such a word of at most `most` tokens, the last three are empty.
     """
     nothing: tuple[list[int], list[int], list[int], str] = (list(ids), [], [], "")
-    word = _LAST_WORD.search(prefix)
-    if not heal or word is None:
+    most = min(most, len(ids))
+    # One character more than so many tokens hold tells that a word is longer. The whole prefix is not searched: a long
+    # run of letters without a space (base64, say) takes the square of its length, 6 s for 16,000.
+    word = _LAST_WORD.search(prefix[-1 - len(tokenizer.decode(ids[len(ids) - most :])) :])
+    if word is None:
         return nothing
-    for n in range(1, min(MOST_HEAD, len(ids)) + 1):
+    for n in range(1, most + 1):
         text = tokenizer.decode(ids[-n:])
         if len(text) >= len(word[0]):
             longer = tokenizer.extending(text) if prefix.endswith(text) else []
@@ -136,7 +139,7 @@ def lay_out(
     start = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
     before = tokenizer.encode(prefix, special=False)
     behind = tokenizer.encode(suffix, special=False)
-    before, head, healed, head_text = split_head(tokenizer, prefix, before, heal)
+    before, head, healed, head_text = split_head(tokenizer, prefix, before, min(MOST_HEAD, canvas // 4) if heal else 0)
     if not start and not before and not chat:
         if not head:
             raise ValueError(
@@ -164,7 +167,7 @@ def lay_out(
     far: list[int] = []
     if len(behind) + max(1, shortest) + MOST_HEAD > canvas:
         longest = max_gap if gap == "auto" else gap
-        near = max(SUFFIX_ROWS, canvas - MOST_HEAD - longest)
+        near = max(suffix_rows(canvas), canvas - MOST_HEAD - longest)
         far = behind[near:]
     separator = tokenizer.encode(SEPARATOR, special=False)
     files = [tokenizer.encode(f"{name}:\n{text}{SEPARATOR}", special=False) for name, text in extra]

@@ -23,7 +23,7 @@ from pydiffgguf._records import BoolArray, Float64Array, Int32Array, RawStep, Sa
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
-__all__ = ["Draft", "Filled", "Gap", "Hole", "SearchStats", "fill_hole"]
+__all__ = ["Draft", "Filled", "Gap", "Hole", "SearchStats", "fill_hole", "suffix_rows"]
 
 #: Tokens of the gap, or "auto": to be found.
 Gap = int | Literal["auto"]
@@ -43,6 +43,11 @@ RACE = 2
 #: the surroundings of the best are looked at afterwards.
 DENSE_LENGTHS = 32
 GROWTH = 1.25
+
+
+def suffix_rows(canvas: int) -> int:
+    """Rows of a canvas that are kept for the suffix's first tokens, however long the gap: half of a small one."""
+    return min(SUFFIX_ROWS, canvas // 2)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Hole:
 
     def longest_gap(self, canvas: int) -> int:
         """Tokens of a gap that one canvas of so many rows holds together with the suffix's first ones."""
-        return canvas - len(self.head) - min(len(self.suffix), SUFFIX_ROWS)
+        return canvas - len(self.head) - min(len(self.suffix), suffix_rows(canvas))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pydiffgguf import (
     demo_model_path,
 )
 from pydiffgguf.convert import convert
-from pydiffgguf.layout import CHAT_TAIL, MOST_HEAD, lay_out, resolve_mode
+from pydiffgguf.layout import CHAT_TAIL, MOST_HEAD, lay_out, resolve_mode, split_head
 from pydiffgguf.search import FREE_ROWS, SUFFIX_ROWS, trial_lengths
 
 # What a str may hold but UTF-8 cannot write is refused by the tokenizer's own test.
@@ -232,7 +232,27 @@ def test_a_whole_word_is_left_alone(demo: DiffusionModel) -> None:
     assert result.text == " white cup" and not result.candidates[0].healed
 
 
+def test_a_long_run_of_letters_is_no_word_to_heal(demo: DiffusionModel) -> None:
+    """Encoded data, say. A search of the whole prefix took the square of its length: a quarter of an hour here."""
+    for text in ("a" * 200_000, "a" * 200_000 + "."):
+        began = time.monotonic()
+        assert split_head(demo.tokenizer, text, demo.tokenize(text[-50:], special=False), MOST_HEAD)[1] == []
+        assert time.monotonic() - began < 5
+
+
 # -------------------------------------------------------------------------------------------------- lengths and limits
+
+
+@pytest.mark.parametrize("canvas", [4, 16])
+def test_a_canvas_may_be_small(tmp_path: Path, canvas: int) -> None:
+    """Half of it is left to the gap, whatever stands around it."""
+    make_checkpoint(tmp_path / "checkpoint", canvas_length=canvas, sc_scale=0.3, tokenizer=True)
+    convert(tmp_path / "checkpoint", tmp_path / "small.gguf", type="f32")
+    with DiffusionModel(tmp_path / "small.gguf", n_ctx=256, n_threads=1) as small:
+        for gap in (1, canvas, 3 * canvas):
+            result = small.infill("one two", " three" * canvas, gap=gap, steps=2, mode="raw")
+            assert result.gap_tokens == gap
+        assert small.infill("one two", " three" * canvas, max_gap=canvas, steps=2, mode="raw").gap_tokens <= canvas
 
 
 def test_lengths_are_tried_densely_then_sparsely() -> None:
