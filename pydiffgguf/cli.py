@@ -150,8 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--template",
         metavar="TEXT",
-        help="text with gaps: <gap/>, <gap max=8/>, <gap min=2 max=8/>, <gap len=3/>; of several gaps each is printed "
-        "as a JSON string on its own line",
+        help="text with gaps: <gap/>, <gap max=8/>, <gap min=2 max=8/>, <gap len=3/> (<\\gap/> is the text <gap/>); of "
+        "several gaps each is printed as a JSON string on its own line",
     )
     group = sub.add_argument_group("the gap")
     group.add_argument("--gap", type=_gap, metavar="N|auto", help="its length in tokens (auto: lengths are tried)")
@@ -430,7 +430,7 @@ def _check_infill(args: argparse.Namespace) -> None:
 
 def _template_parts(args: argparse.Namespace) -> tuple[tuple[str, str] | None, dict[str, Any]]:
     """(prefix and suffix, options) of a template with one gap; (None, {}) of one with more."""
-    from pydiffgguf.infill import parse_template
+    from pydiffgguf.infill import literal, parse_template
 
     try:
         markers = parse_template(args.template, **_given(args, "min_gap", "max_gap"))
@@ -450,7 +450,7 @@ def _template_parts(args: argparse.Namespace) -> tuple[tuple[str, str] | None, d
         args.command.error(f"the template says that its gap has {marker.gap} tokens: leave out --gap")
     gap = args.gap if marker.gap == "auto" and args.gap is not None else marker.gap
     bounds = {"gap": gap, "min_gap": marker.min_gap, "max_gap": marker.max_gap}
-    return (args.template[: marker.start], args.template[marker.end :]), bounds | _given(args, "n")
+    return (literal(args.template[: marker.start]), literal(args.template[marker.end :])), bounds | _given(args, "n")
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -154,6 +154,8 @@ def check_options(
     min_gap, max_gap = int32("min_gap", min_gap), int32("max_gap", max_gap, 1)
     if min_gap > max_gap:
         raise ValueError(f"min_gap is {min_gap}: it must be at most max_gap, {max_gap}")
+    if not isinstance(gap, str) and min_gap > gap:
+        raise ValueError(f"min_gap is {min_gap}, but the gap is to have {gap} tokens: leave it out, or give gap='auto'")
     chosen, limit = resolve_sampling(model.sampling, sampling)
     began = time.monotonic()
     return _Options(
@@ -280,6 +282,7 @@ def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, began: float) -> 
 # ------------------------------------------------------------------------------------------------------ many gaps
 
 _MARKER = re.compile(r"<gap\b([^<>]*?)/>")
+_ESCAPED = re.compile(r"<\\(\\*gap\b[^<>]*?/>)")
 _ATTRIBUTE = re.compile(r"\s*(\w+)=(\S+?)(?=\s|\Z)")
 
 
@@ -299,9 +302,9 @@ class _Marker:
 
 
 def parse_template(template: str, min_gap: int = 0, max_gap: int = 128) -> list[_Marker]:
-    """The markers ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``, ``<gap len=3/>`` of a template. Raises
-    ValueError
-    for a template without one, two that touch, an unknown attribute, or a length that is no number."""
+    """The markers ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``, ``<gap len=3/>`` of a template; a ``<\\gap/>``
+    is none (`literal`). Raises ValueError for a template without a marker, two that touch, an attribute that is
+    unknown, doubled or at odds with another one, or a length that is no number."""
     if not isinstance(template, str):
         raise TypeError(f"template must be a str, not {type(template).__name__}")
     markers: list[_Marker] = []
@@ -312,12 +315,18 @@ def parse_template(template: str, min_gap: int = 0, max_gap: int = 128) -> list[
             raise ValueError(
                 f"{found[0]}: {rest.strip()!r} is no attribute; write <gap/>, <gap max=8/> or <gap len=3/>"
             )
+        given: set[str] = set()
         for name, value in _ATTRIBUTE.findall(found[1]):
             if name not in ("min", "max", "len"):
                 raise ValueError(f"{found[0]}: unknown attribute {name!r}; there are min, max and len")
             if not value.isdecimal():
                 raise ValueError(f"{found[0]}: {name} is {value!r}: it must be a number of tokens")
+            if name in given:
+                raise ValueError(f"{found[0]}: {name} is given twice")
+            given.add(name)
             values[name] = int32(f"{name} of {found[0]}", int(value), 0 if name == "min" else 1)
+        if "len" in given and len(given) > 1:
+            raise ValueError(f"{found[0]}: len says how long the gap is; leave out min and max")
         if values["min"] > values["max"]:
             raise ValueError(f"{found[0]}: min is {values['min']}: it must be at most max, {values['max']}")
         if markers and markers[-1].end == found.start():
@@ -326,6 +335,11 @@ def parse_template(template: str, min_gap: int = 0, max_gap: int = 128) -> list[
     if not markers:
         raise ValueError("the template has no gap: mark it with <gap/>")
     return markers
+
+
+def literal(text: str) -> str:
+    """What stands between markers, as it is meant: ``<\\gap/>`` is the text ``<gap/>``, one more backslash one more."""
+    return _ESCAPED.sub(r"<\1", text)
 
 
 def stream_fill(model: DiffusionModel, template: str, **arguments: Any) -> Generator[DenoiseStep, None, Fill]:
@@ -343,16 +357,16 @@ def _fill(
     model: DiffusionModel, template: str, markers: list[_Marker], options: _Options
 ) -> Generator[DenoiseStep, None, Fill]:
     encode = model.tokenizer.encode
-    text = template[: markers[0].start]
+    text = literal(template[: markers[0].start])
     gaps: list[Infill] = []
     reason: FinishReason = "stop"
     for i, marker in enumerate(markers):
         following = [*markers[i + 1 :], None]
-        suffix = template[marker.end : markers[i + 1].start if i + 1 < len(markers) else None]
+        suffix = literal(template[marker.end : markers[i + 1].start if i + 1 < len(markers) else None])
         later: list[int] = []
         for here, after in pairwise(following):
             assert here is not None  # the last one alone is
-            between = template[here.end : after.start if after else None]
+            between = literal(template[here.end : after.start if after else None])
             later += [-1] * here.nominal + encode(between, special=False)
         mine = replace(options, gap=marker.gap, min_gap=marker.min_gap, max_gap=marker.max_gap)
         infill = yield from _run(model, _lay_out(model, text, suffix, mine, later), mine)

@@ -469,12 +469,13 @@ class DiffusionModel:
         **sampling: Any,
     ) -> Fill:
         """Many gaps in one text, from left to right, each marked ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``
-        or ``<gap len=3/>``; lengths in tokens. Where an earlier gap is filled, later ones are free rows on the canvas.
+        or ``<gap len=3/>``; lengths in tokens. ``<\\gap/>`` stands for the text ``<gap/>``. Where an earlier gap is
+        filled, later ones are free rows on the canvas.
 
         The arguments are those of `infill`; `min_gap` and `max_gap` hold where a marker says nothing.
 
         Raises ValueError for a template without a gap, one that ends with a gap of unknown length, two gaps that touch,
-        an unknown attribute; and what `infill` raises.
+        an attribute that is unknown or contradicts another; and what `infill` raises.
         """
         return _drain(
             self.stream_fill(

@@ -71,6 +71,13 @@ def test_markers_say_their_lengths() -> None:
     assert "a<gap/>b"[one.start : one.end] == "<gap/>"
 
 
+def test_a_text_may_hold_a_marker_of_its_own(model: DiffusionModel) -> None:
+    """With a backslash before it; one with a backslash already takes another."""
+    result = model.fill(r"<\gap/> is <gap len=2/>, not <\\gap max=x/> and <gap len=1/>.", steps=2, mode="raw")
+    first, second = (gap.text for gap in result.gaps)
+    assert result.text == rf"<gap/> is {first}, not <\gap max=x/> and {second}."
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -81,6 +88,9 @@ def test_markers_say_their_lengths() -> None:
         ("a<gap len=0/>b", "len of <gap len=0/> is 0: it must be from 1"),
         ("a<gap min=9 max=3/>b", "min is 9: it must be at most max, 3"),
         ("a<gap/><gap/>b", "two gaps stand side by side"),
+        ("a<gap len=3 max=5/>b", "<gap len=3 max=5/>: len says how long the gap is; leave out min and max"),
+        ("a<gap max=3 max=5/>b", "max is given twice"),
+        ("a<\\gap/>b", "the template has no gap"),
         ("a<gap/>", "ends with a gap, so nothing tells how long it is: write <gap len=N/>"),
     ],
 )

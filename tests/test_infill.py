@@ -557,6 +557,7 @@ def test_closing_the_iterator_cancels(model: DiffusionModel) -> None:
         ({"gap": "x"}, ValueError, "gap is 'x': it must be a number of tokens, or 'auto'"),
         ({"gap": 1.5}, TypeError, "gap must be an integer"),
         ({"min_gap": 9, "max_gap": 8}, ValueError, "min_gap is 9: it must be at most max_gap, 8"),
+        ({"gap": 5, "min_gap": 6}, ValueError, "min_gap is 6, but the gap is to have 5 tokens: leave it out"),
         ({"max_gap": 0}, ValueError, "max_gap is 0: it must be from 1"),
         ({"n": 0}, ValueError, "n is 0: it must be from 1 to 64"),
         ({"mode": "fim"}, ValueError, "mode is 'fim': it must be 'auto', 'raw' or 'chat'"),
