@@ -99,11 +99,14 @@ def chat_message(prefix: str, suffix: str, extra: Sequence[tuple[str, str]]) -> 
     marker = "[MISSING]"
     while any(marker in text for text in (prefix, suffix, *(text for _, text in extra))):
         marker = f"[{marker}]"
-    parts = [f"{name}:\n```\n{text}\n```" for name, text in extra]
+    # Longer than any run of backquotes in the texts, so that none of them ends its block.
+    runs = re.findall("`{3,}", "\n".join([prefix, suffix, *(text for _, text in extra)]))
+    fence = "`" * (max(map(len, runs), default=2) + 1)
+    parts = [f"{name}:\n{fence}\n{text}\n{fence}" for name, text in extra]
     parts.append(
         f"A part of this file is missing, at the place marked {marker}. Write the file again from shortly before the "
         "mark, with the missing part in its place; change nothing else, explain nothing.\n"
-        f"```\n{prefix}{marker}{suffix}\n```"
+        f"{fence}\n{prefix}{marker}{suffix}\n{fence}"
     )
     return SEPARATOR.join(parts)
 

@@ -25,7 +25,7 @@ from pydiffgguf import (
     demo_model_path,
 )
 from pydiffgguf.convert import convert
-from pydiffgguf.layout import CHAT_TAIL, MOST_HEAD, lay_out, resolve_mode, split_head
+from pydiffgguf.layout import CHAT_TAIL, MOST_HEAD, chat_message, lay_out, resolve_mode, split_head
 from pydiffgguf.search import FREE_ROWS, SUFFIX_ROWS, trial_lengths
 
 # What a str may hold but UTF-8 cannot write is refused by the tokenizer's own test.
@@ -165,6 +165,12 @@ def test_the_chat_form_opens_the_answer_with_the_prefix_tail(model: DiffusionMod
         layout(model, prefix, suffix, chat=model.chat_ids_of, n_ctx=90)
     small = layout(model, prefix * 3, suffix, chat=model.chat_ids_of, n_ctx=512)
     assert small.dropped > 0 and len(small.prompt) <= 512 - 32
+
+
+def test_backquotes_in_a_file_do_not_end_its_block() -> None:
+    message = chat_message("a\n```py\nb\n```", "\nc", [("notes.md", "`````\nd")])
+    assert message.count("``````") == 4 and "```````" not in message
+    assert chat_message("a", "b", []).count("```") == 2
 
 
 @pytest.mark.parametrize(
