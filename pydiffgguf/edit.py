@@ -29,25 +29,27 @@ __all__ = ["Edit", "choose", "edit"]
 @dataclass(frozen=True)
 class Edit:
     """A text with spans written anew. `text`: all of it. `spans`: what stands in each now, in the order of the text.
-    `steps`: denoise steps of each canvas. `finish_reason`: "stop", or "length" where time_limit_s ended it early."""
+    `steps`: denoise steps of each canvas. `finish_reason`: "stop", or "length" where time_limit_s ended it early.
+    `dropped_tokens`: of the text's beginning, as many as n_ctx had no room for before the last canvas."""
 
     text: str
     spans: list[str]
     steps: list[int]
     finish_reason: str
     seed: int
+    dropped_tokens: int = 0
 
 
-def _prompt(model: DiffusionModel, before: Sequence[int]) -> list[int]:
+def _prompt(model: DiffusionModel, before: Sequence[int]) -> tuple[list[int], int]:
+    """What is encoded before a canvas, and how many tokens of the text's head n_ctx has no room for: they are the
+    farthest from what is asked."""
     tokenizer = model.tokenizer
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = [*start, *before]
     if not ids:
         raise ValueError("nothing stands before the canvas, and this vocabulary has no bos token: begin with some text")
-    room = model.n_ctx - model.config.canvas_length
-    if len(ids) > room:  # the head of a long text is the farthest from what is asked
-        ids = [*start, *ids[len(ids) - room + len(start) :]]
-    return ids
+    over = max(0, len(ids) - model.n_ctx + model.config.canvas_length)
+    return [*start, *before[over:]], over
 
 
 def _check_spans(text: str, spans: object) -> list[tuple[int, int]]:
@@ -85,7 +87,9 @@ def edit(
     options, limit = resolve_sampling(model.sampling, sampling)
     deadline = None if limit is None else time.monotonic() + limit
     ids, places = _cut(model.tokenizer, text, where)
+    given = ids.copy()
     steps: list[int] = []
+    dropped = 0
     in_time = True
     for first, end, free in _windows(places, len(ids), model.config.canvas_length):
         if not in_time:
@@ -97,7 +101,8 @@ def edit(
             seed=seed,
             canvas_index=len(steps),
         )
-        with model.session_for(prompt := _prompt(model, ids[:first].tolist())) as session:
+        prompt, dropped = _prompt(model, ids[:first].tolist())
+        with model.session_for(prompt) as session:
             encode_prompt(session, prompt, Stats(seed=seed, prompt_tokens=len(prompt)))
             batch = CanvasBatch(session, [spec], options)
             while True:
@@ -108,12 +113,15 @@ def edit(
         in_time = in_time or step.finished
         steps.append(step.step + 1)
         ids[first:end] = step.argmax
-    texts = [model.tokenizer.decode(ids[slice(*place)].tolist(), skip_special=True) for place in places]
+    texts: list[str] = []
     result, at = "", 0
-    for (start, stop), new in zip(where, texts, strict=True):
-        result += text[at:start] + new
+    for (start, stop), (row, end) in zip(where, places, strict=True):
+        # A vocabulary that lacks characters has one token for all of them: what did not change is not read back.
+        same = np.array_equal(ids[row:end], given[row:end])
+        texts.append(text[start:stop] if same else model.tokenizer.decode(ids[row:end].tolist(), skip_special=True))
+        result += text[at:start] + texts[-1]
         at = stop
-    return Edit(result + text[at:], texts, steps, "stop" if in_time else "length", seed)
+    return Edit(result + text[at:], texts, steps, "stop" if in_time else "length", seed, dropped)
 
 
 def _cut(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Int32Array, list[tuple[int, int]]]:
@@ -185,7 +193,13 @@ def choose(
         between.append(tokenizer.encode(template[end:following], special=False))
     sampling = replace(model.sampling, max_steps=1)
     result: dict[str, dict[str, float]] = {}
-    with model.session_for(prompt := _prompt(model, before)) as session:
+    prompt, over = _prompt(model, before)
+    if over:
+        raise ContextOverflowError(
+            f"the text before the first slot has {len(prompt) + over} tokens, but n_ctx {model.n_ctx} leaves room for "
+            f"{len(prompt)} before a canvas of {canvas}; shorten it, or open the model with a larger n_ctx"
+        )
+    with model.session_for(prompt) as session:
         encode_prompt(session, prompt, Stats(seed=seed, prompt_tokens=len(prompt)))
         for asked, (name, _, _) in enumerate(found):
             scores: list[float] = []

@@ -545,7 +545,8 @@ class DiffusionModel:
         slots being noise; the mean of the probabilities over the draws, normalised.
 
         Raises ValueError for an unknown slot, one without options, a marker that is missing or stands twice;
-        ContextOverflowError for slots that do not lie within one canvas; CancelledError after `cancel()`.
+        ContextOverflowError for slots that do not lie within one canvas, or text before them that does not fit into
+        n_ctx; CancelledError after `cancel()`.
         """
         self._check_open()
         return choose(self, template, slots, draws=draws, seed=seed)

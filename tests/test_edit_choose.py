@@ -131,6 +131,18 @@ def test_a_time_limit_leaves_the_rest_as_it_was(model: DiffusionModel) -> None:
     assert result.text == result.spans[0] + text[4:]
 
 
+def test_text_that_n_ctx_has_no_room_for_is_counted(model: DiffusionModel) -> None:
+    """An edit leaves the text's beginning out, and says so; probabilities would be of another text than was asked."""
+    text = "many words " * 100
+    assert model.edit("words words", [(0, 5)], steps=1).dropped_tokens == 0
+    result = model.edit(text, [(len(text) - 6, len(text))], steps=1)
+    before = len(model.tokenize(text[:-6], special=False))
+    assert result.dropped_tokens == 1 + before - (model.n_ctx - 32) > 0
+    assert result.text == text[:-6] + result.spans[0]
+    with pytest.raises(ContextOverflowError, match=r"before the first slot has .* tokens, but n_ctx 512 leaves room"):
+        model.choose(text + "<x/>", {"x": ["a", "b"]})
+
+
 # -------------------------------------------------------------------------------------------------------------- choose
 
 
