@@ -146,9 +146,9 @@ class _Candidate:
         ids[self.end :] = self.hole.suffix[: n - self.end]
         return ids
 
-    def spec(self, most: int, seed: int, canvas: int, free: int) -> CanvasSpec:
+    def spec(self, most: int, seed: int, canvas: int, free: int, healed: Int32Array) -> CanvasSpec:
         """On a canvas of at most `most` rows, the suffix's first `free` rows watched instead of pinned. Its draws
-        depend on the layout alone, not on who else is tried."""
+        depend on the layout alone, not on who else is tried. `healed`: the hole's, int32."""
         pinned = self.known(most)
         watched = np.full(len(pinned), -1, dtype=np.int32)
         watched[self.end :] = pinned[self.end :]
@@ -157,7 +157,7 @@ class _Candidate:
             n_rows=len(pinned),
             pinned=pinned,
             watched=watched,
-            allowed={0: self.hole.healed} if self.healed else None,
+            allowed={0: healed} if self.healed else None,
             seed=seed,
             canvas_index=(canvas << 24) + (self.draw << 12) + (self.length << 1) + self.healed,
         )
@@ -221,6 +221,8 @@ class _Search:
     ) -> None:
         self.session = session
         self.hole = hole
+        # Once: behind a space it is half of the vocabulary, and every length has a healed form.
+        self.healed = np.asarray(hole.healed, dtype=np.int32)
         self.sampling = sampling
         self.seed = seed
         self.deadline = deadline
@@ -283,7 +285,7 @@ class _Search:
         self, group: Sequence[_Candidate], suffix_rows: int, sampling: Sampling, free: int
     ) -> Generator[Draft, None, list[_State]]:
         most = self.session.config.canvas_length
-        specs = [c.spec(min(most, c.end + suffix_rows), self.seed, self.canvas, free) for c in group]
+        specs = [c.spec(min(most, c.end + suffix_rows), self.seed, self.canvas, free, self.healed) for c in group]
         batch = CanvasBatch(self.session, specs, sampling)
         rows = [spec.rows(most) for spec in specs]
         while True:

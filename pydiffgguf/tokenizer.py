@@ -14,6 +14,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ class Tokenizer:
     _byte_values: dict[int, int]
     _with_special: tokenizers.Tokenizer
     _plain: tokenizers.Tokenizer
-    _sorted: list[tuple[str, int]] | None
+    _sorted: tuple[list[str], npt.NDArray[np.int32]] | None
 
     def __init__(self) -> None:
         raise TypeError("a Tokenizer is made by Tokenizer.from_gguf()")
@@ -197,15 +200,18 @@ class Tokenizer:
 
     def extending(self, text: str) -> list[int]:
         """Ids of the ordinary tokens whose text begins with `text` and is longer, ascending: what may stand where a
-        word was broken off. The first call sorts the vocabulary (0.15 s for 262,144 tokens), later ones take
-        microseconds."""
+        word was broken off. The first call sorts the vocabulary (0.5 s for 262,144 tokens), later ones take
+        microseconds, or 7 ms where half of the vocabulary begins so, as with a space."""
         if self._sorted is None:
-            pieces = [(token.replace(SPACE, " "), id_) for id_, token in enumerate(self._tokens)]
             hidden = self.special_ids | self._byte_values.keys()
-            self._sorted = sorted((piece, id_) for piece, id_ in pieces if id_ not in hidden)
-        first = bisect.bisect_right(self._sorted, (text, self.n_vocab))
-        last = bisect.bisect_left(self._sorted, (text + chr(sys.maxunicode), 0), first)
-        return sorted(id_ for _, id_ in self._sorted[first:last])
+            pieces = ((token.replace(SPACE, " "), id_) for id_, token in enumerate(self._tokens) if id_ not in hidden)
+            in_order = sorted(pieces)
+            self._sorted = [piece for piece, _ in in_order], np.array([id_ for _, id_ in in_order], dtype=np.int32)
+        texts, ids = self._sorted
+        first = bisect.bisect_right(texts, text)
+        last = bisect.bisect_left(texts, text + chr(sys.maxunicode), first)
+        found: list[int] = np.sort(ids[first:last]).tolist()
+        return found
 
     @property
     def turn_end_id(self) -> int | None:
