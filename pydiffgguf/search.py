@@ -268,24 +268,24 @@ class _Search:
         return self._run(candidates, self.session.config.canvas_length, self.sampling, 0)
 
     def _run(
-        self, candidates: Sequence[_Candidate], suffix_rows: int, sampling: Sampling, free: int
+        self, candidates: Sequence[_Candidate], behind: int, sampling: Sampling, free: int
     ) -> Generator[Draft, None, list[_State]]:
-        """As many candidates at a time as the session has rows for; those that time ran out on are missing, but for the
-        first."""
+        """With `behind` rows of suffix, as many candidates at a time as the session has rows for; those that time ran
+        out on are missing, but for the first."""
         most = self.session.config.canvas_length
         states: list[_State] = []
         self.stats.candidates += len(candidates)
-        for group in _groups(candidates, lambda c: c.rows(min(most, c.end + suffix_rows)), self.session.n_rows):
+        for group in _groups(candidates, lambda c: c.rows(min(most, c.end + behind)), self.session.n_rows):
             if states and self.late():
                 break
-            states += yield from self._run_group(group, suffix_rows, sampling, free)
+            states += yield from self._run_group(group, behind, sampling, free)
         return states
 
     def _run_group(
-        self, group: Sequence[_Candidate], suffix_rows: int, sampling: Sampling, free: int
+        self, group: Sequence[_Candidate], behind: int, sampling: Sampling, free: int
     ) -> Generator[Draft, None, list[_State]]:
         most = self.session.config.canvas_length
-        specs = [c.spec(min(most, c.end + suffix_rows), self.seed, self.canvas, free, self.healed) for c in group]
+        specs = [c.spec(min(most, c.end + behind), self.seed, self.canvas, free, self.healed) for c in group]
         batch = CanvasBatch(self.session, specs, sampling)
         rows = [spec.rows(most) for spec in specs]
         while True:
