@@ -436,7 +436,7 @@ dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, cha
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 2; }
+int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 

@@ -34,8 +34,8 @@ def main(folder: Path) -> None:
 
     def picture(name: str) -> None:
         root.update()
-        command = ["import", "-window", "root", "-strip", "-depth", "8", "+dither", "-colors", "64", str(folder / f"{name}.png")]
-        subprocess.run(command, check=True)
+        options = ["-strip", "-depth", "8", "+dither", "-colors", "64"]
+        subprocess.run(["import", "-window", "root", *options, str(folder / f"{name}.png")], check=True)
 
     until(lambda: "Ctrl+Space" in editor.status.get())
     picture("before")
