@@ -5,6 +5,7 @@
 #include "log_capture.h"
 #include "loop.h"
 #include "model.h"
+#include "quantize.h"
 #include "random.h"
 #include "sampler.h"
 #include "session.h"
@@ -432,11 +433,27 @@ dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, cha
     return inside(session, err, err_size, [&] { session->session.set_poll(poll, user); });
 }
 
+// -------------------------------------------------------------------------------------------------- quantizing
+
+size_t dg_row_bytes(int32_t type, int64_t row) {
+    dg::initialize_ggml();
+    return dg::row_bytes(type, row);
+}
+
+dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, void *dst, int64_t n_rows, int64_t row,
+                           const float *importance, int32_t n_threads, char *err, size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(src, "src");
+        require(dst, "dst");
+        dg::quantize_rows(src_type, src, dst_type, dst, {n_rows, row}, importance, n_threads);
+    });
+}
+
 // ------------------------------------------------------------------------------------------------------- build
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 2; }
+int32_t dg_abi_version(void) { return 3; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 

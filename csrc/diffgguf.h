@@ -316,6 +316,20 @@ DG_API void dg_session_clear_cancel(dg_session *session);
 typedef int (*dg_poll)(void *user);
 DG_API dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size);
 
+/* ------------------------------------------------------------------------------------------- quantizing */
+
+/* Bytes of a row of `row` elements in a ggml type (its number, as in GGUF files); 0 when there is no such type, or the
+ * row does not divide into its blocks. */
+DG_API size_t dg_row_bytes(int32_t type, int64_t row);
+
+/* Turns `n_rows` rows of `row` weights from one ggml type into another, with ggml's own row functions; rows that have
+ * the type already are copied. `importance` [row]: the mean square of what each column is multiplied by (an importance
+ * matrix's row), or NULL; types that take none ignore it. n_threads 0: as many as there are; the result does not
+ * depend on it. DG_ERROR_FORMAT: a NaN or infinity. DG_ERROR_UNSUPPORTED: a value beyond the type's range, a type
+ * that ggml cannot write, or one that needs an importance and got none. A failed call leaves `dst` undefined. */
+DG_API dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, void *dst, int64_t n_rows,
+                                  int64_t row, const float *importance, int32_t n_threads, char *err, size_t err_size);
+
 /* ------------------------------------------------------------------------------------------------ build */
 
 DG_API const char *dg_version(void);      /* of this library, MAJOR.MINOR.PATCH */
