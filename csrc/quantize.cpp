@@ -37,9 +37,8 @@ ggml_type checked_type(const char *name, int32_t type, int64_t length, bool targ
     }
     const auto kind = static_cast<ggml_type>(type);
     if (target ? !is_target(kind) : !holds_weights(kind)) {
-        throw Error(DG_ERROR_UNSUPPORTED,
-                    format("%s: ggml cannot turn %s %s rows of weights", name, target ? "rows of floats into" : "into",
-                           ggml_type_name(kind)));
+        throw Error(DG_ERROR_UNSUPPORTED, format("%s: ggml cannot turn %s %s rows of weights", name,
+                                                 target ? "rows of floats into" : "into", ggml_type_name(kind)));
     }
     if (row_bytes(type, length) == 0) {
         throw Error(DG_ERROR_ARGUMENT, format("a row of %lld elements does not divide into the blocks of %s",
@@ -82,9 +81,8 @@ void check_row(const float *x, int64_t n, ggml_type type) {
         throw Error(DG_ERROR_FORMAT, "a weight is NaN or infinity");
     }
     if (most > largest(type)) {
-        throw Error(DG_ERROR_UNSUPPORTED,
-                    format("a weight of %g is beyond the range of %s; use bf16 or f32", static_cast<double>(most),
-                           ggml_type_name(type)));
+        throw Error(DG_ERROR_UNSUPPORTED, format("a weight of %g is beyond the range of %s; use bf16 or f32",
+                                                 static_cast<double>(most), ggml_type_name(type)));
     }
 }
 
@@ -126,21 +124,20 @@ void quantize_rows(int32_t src_type, const void *src, int32_t dst_type, void *ds
     ggml_quantize_init(to);
     const size_t src_row = ggml_row_size(from, rows.length);
     const size_t dst_row = ggml_row_size(to, rows.length);
-    parallel_rows(
-        static_cast<int32_t>(rows.count), static_cast<int32_t>(rows.length), n_threads, [&](int32_t row) {
-            const AbortGuard no_abort;
-            static thread_local std::vector<float> buffer;
-            buffer.resize(static_cast<size_t>(rows.length));
-            const char *in = static_cast<const char *>(src) + static_cast<size_t>(row) * src_row;
-            char *out = static_cast<char *>(dst) + static_cast<size_t>(row) * dst_row;
-            const float *x = as_floats(from, in, buffer);
-            check_row(x, rows.length, to);
-            if (from == to) {
-                std::memcpy(out, in, src_row);
-            } else {
-                ggml_quantize_chunk(to, x, out, 0, 1, rows.length, importance);
-            }
-        });
+    parallel_rows(static_cast<int32_t>(rows.count), static_cast<int32_t>(rows.length), n_threads, [&](int32_t row) {
+        const AbortGuard no_abort;
+        static thread_local std::vector<float> buffer;
+        buffer.resize(static_cast<size_t>(rows.length));
+        const char *in = static_cast<const char *>(src) + static_cast<size_t>(row) * src_row;
+        char *out = static_cast<char *>(dst) + static_cast<size_t>(row) * dst_row;
+        const float *x = as_floats(from, in, buffer);
+        check_row(x, rows.length, to);
+        if (from == to) {
+            std::memcpy(out, in, src_row);
+        } else {
+            ggml_quantize_chunk(to, x, out, 0, 1, rows.length, importance);
+        }
+    });
 }
 
 } // namespace dg
