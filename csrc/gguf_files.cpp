@@ -13,7 +13,7 @@
 namespace dg {
 namespace {
 
-// llama.cpp's tools count in five digits.
+// The names of parts count in five digits.
 constexpr int32_t MAX_PARTS = 99999;
 
 [[noreturn]] void fail_format(const std::string &path, const std::string &what) {
@@ -86,8 +86,8 @@ void GgufFiles::add_tensors(const std::string &path, const Part &part) {
 
 void GgufFiles::add_other_parts(const std::string &path) {
     const GgufKeys first(path, keys());
-    const int32_t count = first.integer_or(names::KEY_SPLIT_COUNT, 0, MAX_PARTS, 1);
-    if (count <= 1) {
+    const int32_t count = first.integer_or(names::KEY_SPLIT_COUNT, 1, MAX_PARTS, 1);
+    if (count == 1) {
         return;
     }
     const int32_t index = first.integer(names::KEY_SPLIT_NO, 0, count - 1);

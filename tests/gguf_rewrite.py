@@ -26,13 +26,15 @@ def rewrite(
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
     rename: Callable[[str], str] = lambda name: name,
+    part_tensors: int = 0,
 ) -> None:
     """Copies `source` to `target`. `keys`: new values by name (DROP, Typed or a plain value of the same type; unknown
-    names are added as Typed). `tensors`: by name DROP or a float32 array. `rename`: new tensor names."""
+    names are added as Typed). `tensors`: by name DROP or a float32 array. `rename`: new tensor names. `part_tensors`: split
+    into files of so many tensors, target-00001-of-0000N.gguf ..., the first of which has keys only."""
     keys, tensors = dict(keys or {}), dict(tensors or {})
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(target, architecture)
+    writer = gguf.GGUFWriter(target, architecture, split_max_tensors=part_tensors, small_first_shard=part_tensors > 0)
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or (name == "general.architecture" and name not in keys):
             continue
