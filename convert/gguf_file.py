@@ -198,8 +198,8 @@ def read_head(path: Path) -> GGUFHead:
     expected = split_key(first, "split.tensors.count", 0, 2**31 - 1)
     if expected != len(tensors):
         raise ModelFormatError(
-            f"{path}: its {count} parts hold {len(tensors)} tensors, but key 'split.tensors.count' is {expected}: parts "
-            "of different models are mixed"
+            f"{path}: its {count} parts hold {len(tensors)} tensors, but key 'split.tensors.count' is {expected}: "
+            "parts of different models are mixed"
         )
     return replace(
         first, parts=tuple(part.path for part in parts), size=sum(part.size for part in parts), tensors=tensors
