@@ -109,9 +109,50 @@ BLOCKS: dict[GGMLQuantizationType, Blocks] = {
     T.Q5_K: Blocks(0, 2, 15.5),
     T.Q6_K: Blocks(208),
     T.IQ4_NL: Blocks(0),
+    T.IQ4_XS: Blocks(0),
+    T.IQ3_S: Blocks(0),
+    T.IQ3_XXS: Blocks(0),
+    T.IQ2_S: Blocks(0),
+    T.IQ2_XS: Blocks(0),
+    T.IQ2_XXS: Blocks(0),
+    T.IQ1_S: Blocks(0),
+    T.TQ1_0: Blocks(52),
+    T.TQ2_0: Blocks(64),
 }
+
+
+def set_exponents(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
+    """MXFP4 begins with the scale's exponent alone: the nearest power of two."""
+    blocks[:, 0] = np.rint(np.log2(scales)) + 128
+
+
+def set_small_floats(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
+    """NVFP4 begins with four scales of 4 bits of exponent and 3 of mantissa, without a sign: the nearest below."""
+    exponents, mantissas = np.divmod(np.arange(0x7F), 8)
+    values = np.where(exponents == 0, mantissas / 512, (1 + mantissas / 8) * 2.0 ** (exponents - 7))
+    blocks[:, :4] = (np.searchsorted(values, scales, side="right") - 1).clip(1)[:, None]
+
+
+def set_scattered(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
+    """IQ1_M keeps the four digits of its float16 scale in the highest ones of its last four 16-bit numbers."""
+    halves = scales.astype("<f2").view("<u2").astype(np.uint16)
+    tail = np.ascontiguousarray(blocks[:, 48:56]).view("<u2") & 0x0FFF
+    for i in range(4):
+        tail[:, i] |= (halves >> 4 * i & 0xF) << 12
+    blocks[:, 48:56] = tail.view(np.uint8)
+
+
+# Types whose scale is no float16 in one place.
+ODD_SCALES: dict[GGMLQuantizationType, Callable[[npt.NDArray[np.uint8], npt.NDArray[np.float32]], None]] = {
+    T.MXFP4: set_exponents,
+    T.NVFP4: set_small_floats,
+    T.IQ1_M: set_scattered,
+}
+
 FLOATS = (T.F32, T.F16, T.BF16)
-TYPES = {kind.name.lower(): kind for kind in (*FLOATS, *BLOCKS)}
+# What a file can be written in. Not the types of ODD_SCALES, whose scales are too coarse for a given deviation, and not
+# TQ2_0, whose four quants stand for -1, 0, 1 and 2: their mean is not zero.
+TYPES = {kind.name.lower(): kind for kind in (*FLOATS, *BLOCKS) if kind != T.TQ2_0}
 
 
 def shape(name: str) -> ModelConfig:
@@ -196,6 +237,9 @@ def unit_blocks(rng: np.random.Generator, kind: GGMLQuantizationType, n: int) ->
 
 def set_scales(blocks: npt.NDArray[np.uint8], kind: GGMLQuantizationType, scales: npt.NDArray[np.float32]) -> None:
     """Writes a scale, and the minimum that belongs to it, into each block."""
+    if kind in ODD_SCALES:
+        ODD_SCALES[kind](blocks, scales)
+        return
     layout = BLOCKS[kind]
     blocks[:, layout.scale : layout.scale + 2] = scales.astype("<f2")[:, None].view(np.uint8)
     if layout.at is not None:

@@ -90,7 +90,7 @@ template <typename Body> dg_status inside(dg_session *session, char *err, size_t
     });
 }
 
-const gguf_context *metadata(const dg_model *model) { return model->model->gguf(); }
+const gguf_context *metadata(const dg_model *model) { return model->model->files().keys(); }
 
 bool valid_kv(const dg_model *model, int64_t index) { return index >= 0 && index < gguf_get_n_kv(metadata(model)); }
 
@@ -202,25 +202,22 @@ size_t dg_model_kv_strings(const dg_model *model, int64_t index, char *out, size
     return needed;
 }
 
-int64_t dg_model_n_tensors(const dg_model *model) { return gguf_get_n_tensors(metadata(model)); }
+int64_t dg_model_n_tensors(const dg_model *model) {
+    return static_cast<int64_t>(model->model->files().tensors().size());
+}
 
 dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
-    const gguf_context *g = metadata(model);
     dg_tensor_info info = {};
-    if (index < 0 || index >= gguf_get_n_tensors(g)) {
+    if (index < 0 || index >= dg_model_n_tensors(model)) {
         return info;
     }
-    const ggml_type type = gguf_get_tensor_type(g, index);
-    info.name = gguf_get_tensor_name(g, index);
-    info.type = static_cast<int32_t>(type);
-    info.type_name = ggml_type_name(type);
-    const int64_t *ne = gguf_get_tensor_ne(g, index);
-    info.n_dims = 1;
-    for (int32_t i = 0; i < 4; ++i) {
-        info.ne[i] = ne[i];
-        info.n_dims = ne[i] > 1 ? i + 1 : info.n_dims;
-    }
-    info.n_bytes = gguf_get_tensor_size(g, index);
+    const ggml_tensor *tensor = model->model->files().tensors()[static_cast<size_t>(index)].tensor;
+    info.name = tensor->name;
+    info.type = static_cast<int32_t>(tensor->type);
+    info.type_name = ggml_type_name(tensor->type);
+    info.n_dims = ggml_n_dims(tensor);
+    std::copy(tensor->ne, tensor->ne + 4, info.ne);
+    info.n_bytes = ggml_nbytes(tensor);
     return info;
 }
 

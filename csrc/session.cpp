@@ -166,8 +166,8 @@ void Session::plan(bool allocate) {
         const Graph graph = build_soft_embedding(*model_, io_, 0, canvas_pass());
         memory_.compute += reserve(soft_allocator_.get(), graph, allocate);
     }
-    memory_.weights = model_->weight_bytes();
-    memory_.weights_mapped = model_->mapped() ? model_->weight_bytes() : 0;
+    memory_.weights = model_->files().n_bytes();
+    memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
     memory_.logits = logits_size(n_rows_);
 }
