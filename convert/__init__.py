@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from .collect import CollectProgress, CollectReport, collect
 from .conversion import convert
 from .inspect import FileReport, Finding, inspect_file
 from .writing import ConversionReport, ConvertProgress, Fallback
 
-__all__ = ["ConversionReport", "ConvertProgress", "Fallback", "FileReport", "Finding", "convert", "inspect_file"]
+__all__ = [
+    "CollectProgress",
+    "CollectReport",
+    "ConversionReport",
+    "ConvertProgress",
+    "Fallback",
+    "FileReport",
+    "Finding",
+    "collect",
+    "convert",
+    "inspect_file",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class GgufTensor:
 
 
 class GgufSource:
-    """An open GGUF file. Use it as a context manager, or call close()."""
+    """An open GGUF file, or all parts of a split one, by its first. Use it as a context manager, or call close()."""
 
     def __init__(self, path: Path) -> None:
         """Reads and checks the head. OSError, ModelFormatError as `read_head`; UnsupportedError for another
@@ -70,10 +71,14 @@ class GgufSource:
             found = "none" if architecture is None else repr(architecture.value)
             raise UnsupportedError(f"{path}: general.architecture is {found:.60}: expected '{ARCHITECTURE}'")
         self.tensors = [GgufTensor(info) for info in self.head.tensors.values()]
-        self.file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self.files: dict[Path, BinaryIO] = {}
+        with contextlib.ExitStack() as stack:
+            for part in self.head.parts:
+                self.files[part] = stack.enter_context(open(part, "rb", buffering=0))
+            self.stack = stack.pop_all()
 
     def close(self) -> None:
-        self.file.close()
+        self.stack.close()
 
     def __enter__(self) -> GgufSource:
         return self
@@ -92,7 +97,8 @@ class GgufSource:
         row = tensor.shape[-1] // block * size
         for span in spans(tensor.shape):
             offset = tensor.info.offset + span.first * row
-            data = read_bytes(self.head.path, self.file, offset, span.count * row, tensor.info.name)
+            path = tensor.info.path
+            data = read_bytes(path, self.files[path], offset, span.count * row, tensor.info.name)
             yield Piece(tensor.info.type, data, span.matrix)
 
     def quantized(self) -> str:
@@ -102,8 +108,9 @@ class GgufSource:
 
     def kept_keys(self, without: Set[str]) -> tuple[bytes, int]:
         """(bytes, number) of the entries of all keys but those in REPLACED and `without`, as they stand in the file."""
-        self.file.seek(0)
-        cursor = Cursor(self.head.path, self.file)
+        file = self.files[self.head.path]
+        file.seek(0)
+        cursor = Cursor(self.head.path, file)
         cursor.take(16, "the header")
         kept = []
         for i in range(cursor.number("<Q", "the header")):
@@ -112,7 +119,5 @@ class GgufSource:
             read_value(cursor, f"key '{name:.100}'")
             if name not in REPLACED and name not in without:
                 kept.append((first, cursor.tell()))
-        return b"".join(self._bytes(*span) for span in kept), len(kept)
-
-    def _bytes(self, first: int, end: int) -> bytes:
-        return read_bytes(self.head.path, self.file, first, end - first, "the keys").tobytes()
+        entries = [read_bytes(self.head.path, file, at, end - at, "the keys").tobytes() for at, end in kept]
+        return b"".join(entries), len(entries)

@@ -318,6 +318,17 @@ DG_API dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *us
 
 /* ------------------------------------------------------------------------------------------- quantizing */
 
+/* While this is on, every pass of the session adds the squares of what each weight matrix is multiplied by, column by
+ * column, from zero: what importance matrices are made of. Off: the sums are dropped. A canvas that was under way is
+ * dropped. */
+DG_API dg_status dg_session_collect(dg_session *session, bool on, char *err, size_t err_size);
+
+/* The sums of a matrix by its tensor's name: `squares` [n, ne[0]] and how many rows were summed, `counts` [n], with n =
+ * ne[2] of the tensor, the experts, or 1. Zeros for what no pass has met. DG_ERROR_ARGUMENT: no such tensor, or
+ * collecting is off. */
+DG_API dg_status dg_session_importance(dg_session *session, const char *tensor, double *squares, int64_t *counts,
+                                       char *err, size_t err_size);
+
 /* Bytes of a row of `row` elements in a ggml type (its number, as in GGUF files); 0 when there is no such type, or the
  * row does not divide into its blocks. */
 DG_API size_t dg_row_bytes(int32_t type, int64_t row);

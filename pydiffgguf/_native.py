@@ -464,6 +464,24 @@ class NativeSession:
         )
         return np.split(out, np.cumsum(lengths)[:-1])
 
+    def collect(self, on: bool) -> None:
+        """From here on passes add up the squares of what each matrix is multiplied by, from zero; or no longer."""
+        _call(lib.dg_session_collect, self._open_pointer(), bool(on))
+
+    def importance(self, tensor: str, n_matrices: int, row: int) -> tuple[Float64Array, npt.NDArray[np.int64]]:
+        """What `collect` has added up for a tensor of `n_matrices` matrices with rows of `row`: squares float64
+        [n_matrices, row], and how many rows were summed, int64 [n_matrices]. ValueError while nothing is collected."""
+        squares = np.empty((n_matrices, row), dtype=np.float64)
+        counts = np.empty(n_matrices, dtype=np.int64)
+        _call(
+            lib.dg_session_importance,
+            self._open_pointer(),
+            tensor.encode(),
+            _pointer_to("double[]", squares),
+            _pointer_to("int64_t[]", counts),
+        )
+        return squares, counts
+
     def denoise(
         self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None, n_rows: int | None = None
     ) -> Float32Array:

@@ -218,6 +218,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--allow-missing-tokenizer", action="store_true", help="a folder without tokenizer.json will do")
 
     sub = command(
+        "imatrix",
+        "collect an importance matrix, by which convert spends the bits of small types where they matter",
+        _imatrix,
+        "pydiffgguf imatrix model-bf16.gguf -f text.txt -o imatrix.gguf",
+        "pydiffgguf convert model-bf16.gguf -o small.gguf --type dg4 --imatrix imatrix.gguf",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument(
+        "-f", "--file", metavar="FILE", required=True, help="UTF-8 text like what the model will write; - is stdin"
+    )
+    sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="in llama.cpp's imatrix GGUF format")
+    sub.add_argument("--chunks", type=_at_least(1), metavar="N", help="run at most so many chunks of the text (all)")
+    sub.add_argument("--seed", type=int, metavar="N", default=0, help="of the random tokens on the canvases (0)")
+    _add_model_options(sub)
+
+    sub = command(
         "inspect",
         "what a GGUF file holds, what memory it needs, what it lacks",
         _inspect,
@@ -511,6 +527,25 @@ def _convert(args: argparse.Namespace) -> int:
         print(
             f"note: rows of {row} do not divide into blocks of {wanted}; {written} in {len(names)}: {', '.join(names)}"
         )
+    return 0
+
+
+def _imatrix(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert import collect
+    from pydiffgguf.document import Document
+    from pydiffgguf.terminal import chunk_progress
+
+    text = Document(args.file).text
+    name = "stdin" if args.file == "-" else os.path.basename(args.file)
+    with open_model(args) as model, chunk_progress(sys.stderr) as progress:
+        report = collect(model, text, args.out, chunks=args.chunks, seed=args.seed, dataset=name, progress=progress)
+    print(
+        f"{report.path}: {report.tensors} matrices over {report.tokens} tokens in {report.chunks} chunks, "
+        f"{report.seconds:.1f} s"
+    )
+    if report.idle:
+        idle = sum(report.idle.values())
+        print(f"note: {idle} experts in {len(report.idle)} tensors were never chosen; other text may reach them")
     return 0
 
 
