@@ -67,10 +67,14 @@ if(PYDIFFGGUF_CUBLAS_DIR)
     set_target_properties(CUDA::cublas PROPERTIES IMPORTED_LOCATION "${cublas}"
         INTERFACE_INCLUDE_DIRECTORIES "${PYDIFFGGUF_CUBLAS_DIR}/include")
 elseif(NOT TARGET CUDA::cublas)
+    set(package nvidia-cublas)
+    if(CUDAToolkit_VERSION_MAJOR LESS 13)
+        string(APPEND package "-cu${CUDAToolkit_VERSION_MAJOR}")
+    endif()
     message(FATAL_ERROR
         "GGML_CUDA is on and nvcc ${CUDAToolkit_VERSION} is there, but cuBLAS is not.\n"
         "  Install the toolkit's package for it (libcublas-dev), or take it from PyPI:\n"
-        "      pip install nvidia-cublas \"scikit-build-core>=1.0\" \"cffi>=2.1\" ninja\n"
+        "      pip install ${package} \"scikit-build-core>=1.0\" \"cffi>=2.1\" ninja\n"
         "      CMAKE_ARGS=\"-DGGML_CUDA=on\" pip install --no-build-isolation .\n"
         "  or name a folder that has include/ and lib/ of it: -DPYDIFFGGUF_CUBLAS_DIR=/path")
 endif()
