@@ -239,12 +239,18 @@ def _parser() -> argparse.ArgumentParser:
         _inspect,
         "pydiffgguf inspect model.gguf",
         "pydiffgguf inspect model.gguf --tensors --json",
+        "pydiffgguf inspect model.gguf --fit 16GB --ctx 32768",
     )
     sub.add_argument("file", metavar="FILE", help=MODEL_HELP)
     sub.add_argument("--tensors", action="store_true", help="list every tensor")
     sub.add_argument("--json", action="store_true", help="print one object")
     sub.add_argument("--ctx", type=int, metavar="N", help="positions to reckon the memory for")
     sub.add_argument("--type-kv", metavar="TYPE", default="f16", help="type of the cache to reckon with (f16)")
+    sub.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="what goes onto a device with so much memory free (16GB is 10^9 bytes each, 16GiB 2^30), and what stays",
+    )
 
     sub = command(
         "bench",
@@ -550,15 +556,21 @@ def _imatrix(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert import fit
     from pydiffgguf.convert.inspect import inspect_file
     from pydiffgguf.convert.report import render, to_dict
     from pydiffgguf.hub import resolve_model
 
+    device = None if args.fit is None else fit.parse_size(args.fit)
     report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv)
+    plan = None if device is None else fit.plan(report, device)
     if args.json:
-        _print_json(to_dict(report, tensors=args.tensors))
+        out = to_dict(report, tensors=args.tensors)
+        _print_json(out if plan is None else {**out, "fit": plan.to_dict()})
     else:
         _print_rich(render(report, tensors=args.tensors))
+        if plan is not None:
+            _print_rich(fit.render(plan))
     return 0
 
 
