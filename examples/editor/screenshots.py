@@ -34,7 +34,8 @@ def main(folder: Path) -> None:
 
     def picture(name: str) -> None:
         root.update()
-        command = ["import", "-window", "root", "-strip", "-depth", "8", "+dither", "-colors", "64", str(folder / f"{name}.png")]
+        colours = ["-strip", "-depth", "8", "+dither", "-colors", "64"]
+        command = ["import", "-window", "root", *colours, str(folder / f"{name}.png")]
         subprocess.run(command, check=True)
 
     until(lambda: "Ctrl+Space" in editor.status.get())
