@@ -34,8 +34,9 @@ def main(folder: Path) -> None:
 
     def picture(name: str) -> None:
         root.update()
-        options = ["-strip", "-depth", "8", "+dither", "-colors", "64"]
-        subprocess.run(["import", "-window", "root", *options, str(folder / f"{name}.png")], check=True)
+        colours = ["-strip", "-depth", "8", "+dither", "-colors", "64"]
+        command = ["import", "-window", "root", *colours, str(folder / f"{name}.png")]
+        subprocess.run(command, check=True)
 
     until(lambda: "Ctrl+Space" in editor.status.get())
     picture("before")
