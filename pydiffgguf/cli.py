@@ -199,16 +199,21 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         "inspect",
-        "what a GGUF file holds, what memory it needs, what it lacks",
+        "what a GGUF file holds, what memory it needs, what it lacks; or what sets two files apart",
         _inspect,
         "pydiffgguf inspect model.gguf",
         "pydiffgguf inspect model.gguf --tensors --json",
+        "pydiffgguf inspect --diff a.gguf b.gguf --data",
     )
-    sub.add_argument("file", metavar="FILE", help=MODEL_HELP)
+    sub.add_argument("file", metavar="FILE", nargs="?", help=MODEL_HELP)
+    sub.add_argument(
+        "--diff", nargs=2, metavar=("A", "B"), help="compare two files, in place of FILE: keys and tensors"
+    )
+    sub.add_argument("--data", action="store_true", help="with --diff: the weights too, byte for byte")
     sub.add_argument("--tensors", action="store_true", help="list every tensor")
     sub.add_argument("--json", action="store_true", help="print one object")
     sub.add_argument("--ctx", type=int, metavar="N", help="positions to reckon the memory for")
-    sub.add_argument("--type-kv", metavar="TYPE", default="f16", help="type of the cache to reckon with (f16)")
+    sub.add_argument("--type-kv", metavar="TYPE", help="type of the cache to reckon with (f16)")
 
     sub = command(
         "bench",
@@ -493,11 +498,32 @@ def _inspect(args: argparse.Namespace) -> int:
     from pydiffgguf.convert.report import render, to_dict
     from pydiffgguf.hub import resolve_model
 
-    report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv)
+    if (args.file is None) == (args.diff is None):
+        args.command.error("give one FILE, or two files behind --diff")
+    if args.diff is not None:
+        return _inspect_diff(args)
+    if args.data:
+        args.command.error("--data goes with --diff")
+    report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv or "f16")
     if args.json:
         _print_json(to_dict(report, tensors=args.tensors))
     else:
         _print_rich(render(report, tensors=args.tensors))
+    return 0
+
+
+def _inspect_diff(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert.diff import compare_files
+    from pydiffgguf.convert.report import diff_to_dict, render_diff
+    from pydiffgguf.hub import resolve_model
+
+    if args.tensors or args.ctx is not None or args.type_kv is not None:
+        args.command.error("--tensors, --ctx and --type-kv do not go with --diff")
+    diff = compare_files(*(resolve_model(name) for name in args.diff), data=args.data)
+    if args.json:
+        _print_json(diff_to_dict(diff))
+    else:
+        _print_rich(render_diff(diff))
     return 0
 
 
