@@ -283,10 +283,16 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
 // Graph and inputs of a pass, but for its ids.
 void Session::prepare(const Pass &pass) {
     ready_ = {};
-    pass_graph_ = build_pass(*model_, *cache_, io_, pass);
+    pass_graph_ = build_pass(*model_, *cache_, io_, pass, importance_.get());
     place(pass_allocator_.get(), pass_graph_);
     set_pass_inputs(pass);
     cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
+}
+
+void Session::collect(bool on) {
+    ready_ = {}; // its graph points to the sums that go
+    pass_graph_ = {};
+    importance_ = on ? std::make_unique<Importance>() : nullptr;
 }
 
 bool Session::should_stop() {
