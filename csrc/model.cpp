@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include "error.h"
+#include "gguf_header.h"
 #include "log_capture.h"
 #include "names.h"
 
@@ -133,6 +134,7 @@ class ModelReader {
         if (file.size() < 4 || std::memcmp(file.data(), "GGUF", 4) != 0) {
             fail_format("not a GGUF file (its first four bytes are not \"GGUF\")");
         }
+        check_gguf_header(file.data(), file.size(), path_);
         LogCapture log;
         ggml_context *context = nullptr;
         gguf_init_params params = {};

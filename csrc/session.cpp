@@ -24,14 +24,14 @@ constexpr int32_t MOST_ROWS = 1 << 16;
 constexpr int32_t PASS_ROWS = 256;
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
 
-ggml_type cache_type(dg_kv_type type) {
+ggml_type cache_type(int32_t type) {
     switch (type) {
         case DG_KV_F32: return GGML_TYPE_F32;
         case DG_KV_F16: return GGML_TYPE_F16;
         case DG_KV_BF16: return GGML_TYPE_BF16;
         case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
     }
-    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", static_cast<int>(type)));
+    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
 }
 
 int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
@@ -348,6 +348,9 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
     if (n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a text is scored after a prefix of at least one token");
     }
+    if (n_texts < 0) {
+        throw Error(DG_ERROR_ARGUMENT, format("n_texts is %d: it must be 0 or more", n_texts));
+    }
     const int32_t most = n_ctx_ - n_past();
     for (int32_t i = 0; i < n_texts; ++i) {
         if (lengths[i] < 1 || lengths[i] > model_->config().canvas_length) {
@@ -511,7 +514,7 @@ void Session::load(const std::string &path) {
         if (size > file->size() - at) {
             throw Error(DG_ERROR_FORMAT, format("%s: cut short: not a whole saved session", path.c_str()));
         }
-        std::memcpy(out, file->data() + at, size);
+        std::copy_n(file->data() + at, size, static_cast<unsigned char *>(out));
         at += size;
     };
     SavedHeader header = {};
@@ -532,7 +535,11 @@ void Session::load(const std::string &path) {
     }
     std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
     take(tokens.data(), tokens.size() * sizeof(int32_t));
-    check_ids("saved tokens", tokens.data(), header.n_past);
+    try {
+        check_ids("saved tokens", tokens.data(), header.n_past);
+    } catch (const Error &error) {
+        throw Error(DG_ERROR_FORMAT, path + ": " + error.what());
+    }
     for (const CacheLayer &layer : cache_->layers()) {
         for (ggml_tensor *t : {layer.k, layer.v}) {
             if (layer.sliding) { // slots before the window stay unwritten: a masked NaN would still spoil the sums
