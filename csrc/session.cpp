@@ -2,6 +2,7 @@
 
 #include "error.h"
 #include "parallel.h"
+#include "process.h"
 #include "sampler.h"
 
 #include "ggml-alloc.h"
@@ -102,11 +103,23 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
     : Session(std::move(model), options, DryRun{}) {
+    plan(false);
+    check_memory(format("a session (KV cache %zu bytes, intermediate tensors %zu, logits and inputs %zu)",
+                        memory_.kv_cache, memory_.compute, io_bytes()),
+                 memory_.kv_cache + memory_.compute + io_bytes());
+    plan(true);
+    start_threads();
+    tokens_.reserve(static_cast<size_t>(n_ctx_));
+}
+
+Session::~Session() { stop_threads(); }
+
+void Session::start_threads() {
+    process_ = process_id();
     backend_.reset(ggml_backend_cpu_init());
     if (!backend_) {
         throw Error(DG_ERROR_MEMORY, "memory for ggml's CPU backend was refused");
     }
-    plan(true);
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
     params.poll = 1; // idle threads sleep after some 2 ms instead of ggml's 100: a desktop program is mostly idle
     threadpool_ = ggml_threadpool_new(&params);
@@ -117,14 +130,18 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     ggml_backend_cpu_set_n_threads(backend_.get(), n_threads_);
     ggml_backend_cpu_set_abort_callback(
         backend_.get(), [](void *self) { return static_cast<Session *>(self)->should_stop(); }, this);
-    tokens_.reserve(static_cast<size_t>(n_ctx_));
 }
 
-Session::~Session() {
-    if (threadpool_) {
+// In a fork, the parent's threads do not exist, and waiting for their end would take for ever: what is left of them is
+// given up.
+void Session::stop_threads() {
+    if (process_ != process_id()) {
+        backend_.release();
+    } else if (threadpool_) {
         ggml_backend_cpu_set_threadpool(backend_.get(), nullptr);
         ggml_threadpool_free(threadpool_);
     }
+    threadpool_ = nullptr;
 }
 
 dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_session_options &options) {
@@ -166,10 +183,18 @@ void Session::plan(bool allocate) {
         const Graph graph = build_soft_embedding(*model_, io_, 0, canvas_pass());
         memory_.compute += reserve(soft_allocator_.get(), graph, allocate);
     }
-    memory_.weights = model_->weight_bytes();
-    memory_.weights_mapped = model_->mapped() ? model_->weight_bytes() : 0;
+    memory_.weights = model_->files().n_bytes();
+    memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
     memory_.logits = logits_size(n_rows_);
+}
+
+size_t Session::io_bytes() const {
+    size_t bytes = 0;
+    for (ggml_tensor *t = ggml_get_first_tensor(io_context_.get()); t; t = ggml_get_next_tensor(io_context_.get(), t)) {
+        bytes += ggml_nbytes(t);
+    }
+    return bytes;
 }
 
 void Session::make_io(bool allocate) {
@@ -283,10 +308,16 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
 // Graph and inputs of a pass, but for its ids.
 void Session::prepare(const Pass &pass) {
     ready_ = {};
-    pass_graph_ = build_pass(*model_, *cache_, io_, pass);
+    pass_graph_ = build_pass(*model_, *cache_, io_, pass, importance_.get());
     place(pass_allocator_.get(), pass_graph_);
     set_pass_inputs(pass);
     cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
+}
+
+void Session::collect(bool on) {
+    ready_ = {}; // its graph points to the sums that go
+    pass_graph_ = {};
+    importance_ = on ? std::make_unique<Importance>() : nullptr;
 }
 
 bool Session::should_stop() {
@@ -307,6 +338,11 @@ bool Session::should_stop() {
 }
 
 void Session::compute(const Graph &graph) {
+    model_->files().check_unchanged();
+    if (process_ != process_id()) {
+        stop_threads();
+        start_threads();
+    }
     const ggml_status status =
         should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), graph.nodes);
     switch (status) {

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -201,9 +202,12 @@ int main(int argc, char **argv) {
     };
     const auto report = [&](const char *when) {
         const auto points = std::count(std::begin(reached), std::end(reached), 1);
-        std::fprintf(stderr, "%s: %llu runs in %lld s, %lld points of code reached, %zu inputs, seed %llu\n", when,
-                     static_cast<unsigned long long>(runs), static_cast<long long>(passed()),
-                     static_cast<long long>(points), corpus.size(), static_cast<unsigned long long>(seed));
+        std::fprintf(stderr,
+                     "%s: %llu runs in %lld s (%ld s of processor time), %lld points of code reached, %zu inputs, seed "
+                     "%llu\n",
+                     when, static_cast<unsigned long long>(runs), static_cast<long long>(passed()),
+                     static_cast<long>(std::clock() / CLOCKS_PER_SEC), static_cast<long long>(points), corpus.size(),
+                     static_cast<unsigned long long>(seed));
     };
     const size_t committed = corpus.size();
     long long next_report = 60;
