@@ -168,11 +168,11 @@ DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
 /* ---------------------------------------------------------------------------------------------- session */
 
 typedef struct dg_session_options {
-    int32_t n_ctx;      /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
-    int32_t n_batch;    /* a prompt is encoded in chunks of so many tokens; default 512 */
-    int32_t n_threads;  /* 0: as many as this process may use and a step is worth */
-    dg_kv_type type_kv; /* default DG_KV_F16 */
-    int32_t n_rows;     /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    int32_t n_ctx;     /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
+    int32_t n_batch;   /* a prompt is encoded in chunks of so many tokens; default 512 */
+    int32_t n_threads; /* 0: as many as this process may use and a step is worth */
+    int32_t type_kv;   /* a dg_kv_type; default DG_KV_F16 */
+    int32_t n_rows;    /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
 } dg_session_options;
 
 DG_API dg_session_options dg_session_options_default(void);
