@@ -570,3 +570,17 @@ def test_the_device_says_when_the_signal_is_dense(kernels: ctypes.CDLL) -> None:
     with pytest.raises(RuntimeError, match="NaN"):
         loop.step()
     loop.close()
+
+
+def test_what_the_device_cannot_take_is_refused(kernels: ctypes.CDLL) -> None:
+    """A canvas of more rows than one block sorts, and more rows than the session has, are told before anything runs; no
+    canvas is under way then."""
+    loop = DeviceLoop(kernels, 1100, np.ones((8, 4), dtype=np.float32), capacity=8, backwards=False)
+    sampling = Sampling(4, 0, 1, 0.5, 0.5, 0.1, 0.005)
+    with pytest.raises(RuntimeError, match="1025 rows: the device's sampler takes 1024"):
+        loop.begin([CanvasSpec(n_rows=1025, canvas=np.zeros(1025))], sampling)
+    with pytest.raises(RuntimeError, match="more rows than the session's 1100"):
+        loop.begin([CanvasSpec(n_rows=n, canvas=np.zeros(n)) for n in (1000, 101)], sampling)
+    with pytest.raises(RuntimeError, match="canvas 0 is not under way"):
+        loop.read(0, 1000)
+    loop.close()
