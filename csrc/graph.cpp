@@ -1,6 +1,9 @@
 #include "graph.h"
 
+#include "attention.h"
 #include "error.h"
+#include "product.h"
+#include "soft.h"
 
 #include <algorithm>
 #include <cmath>
@@ -84,12 +87,41 @@ class PassBuilder {
         return ggml_swiglu_split(ctx_, ggml_mul(ctx_, gate, w), ggml_div(ctx_, up, w));
     }
 
-    ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) const {
-        return ggml_mul_mat(ctx_, down, gelu_mul(ggml_mul_mat(ctx_, gate, x), ggml_mul_mat(ctx_, up, x)));
+#if DG_HAS_TILES
+    bool own_operators() const { return io_.scratch != nullptr; }
+    ProductOps own() { return {ctx_, graph_.work, io_.scratch}; }
+#endif
+
+    Operand operand(ggml_tensor *x) const { return {x, n_, nullptr, nullptr}; }
+
+    // -> [n_out, n]
+    ggml_tensor *multiply(ggml_tensor *w, Operand &x) {
+#if DG_HAS_TILES
+        if (own_operators()) {
+            return own().multiply(w, x);
+        }
+#endif
+        return ggml_mul_mat(ctx_, w, x.rows);
+    }
+
+    ggml_tensor *multiply(ggml_tensor *w, ggml_tensor *x) {
+        Operand in = operand(x);
+        return multiply(w, in);
+    }
+
+    ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) {
+        Operand in = operand(x);
+#if DG_HAS_TILES
+        if (own_operators()) {
+            Operand hidden = own().gated(gate, up, in);
+            return own().multiply(down, hidden);
+        }
+#endif
+        return multiply(down, gelu_mul(multiply(gate, in), multiply(up, in)));
     }
 
     // -> [n_embd, n]
-    ggml_tensor *embed() const {
+    ggml_tensor *embed() {
         const Weights &w = model_.weights();
         ggml_tensor *x = ggml_get_rows(ctx_, w.token_embd, ids_);
         x = ggml_scale(ctx_, x, std::sqrt(static_cast<float>(c_.n_embd)));
@@ -141,7 +173,19 @@ class PassBuilder {
     }
 
     // q: [head_dim, n_head, n] -> [head_dim * n_head, n]. Scale 1: the norms of q and k take its place.
-    ggml_tensor *attend(const Segment &s, const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) const {
+    ggml_tensor *attend(const Segment &s, const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) {
+#if DG_HAS_TILES
+        if (own_operators()) {
+            Visible visible;
+            visible.first = pass_.first_position();
+            visible.end = s.end;
+            visible.slots = cache_.slots(l.sliding);
+            visible.window = l.sliding ? c_.sliding_window : 0;
+            visible.causal = pass_.causal();
+            visible.n_past = pass_.n_past;
+            return attention_op(ctx_, graph_.work, io_.scratch, q, cache.k, cache.v, l.n_head_kv, visible);
+        }
+#endif
         ggml_tensor *k = read_cache(s, l, cache.k);
         ggml_tensor *v = read_cache(s, l, cache.v);
         if (v->type != GGML_TYPE_F32) {
@@ -162,17 +206,17 @@ class PassBuilder {
         return ggml_reshape_2d(ctx_, out, l.head_dim * c_.n_head, s.n);
     }
 
-    ggml_tensor *attention(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) const {
-        ggml_tensor *h = norm(x, l.attn_norm);
-        ggml_tensor *k = ggml_mul_mat(ctx_, l.attn_k, h);
-        ggml_tensor *v = l.attn_v ? ggml_mul_mat(ctx_, l.attn_v, h) : k; // the raw projection, before k_norm and rope
+    ggml_tensor *attention(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) {
+        Operand h = operand(norm(x, l.attn_norm));
+        ggml_tensor *k = multiply(l.attn_k, h);
+        ggml_tensor *v = l.attn_v ? multiply(l.attn_v, h) : k; // the raw projection, before k_norm and rope
         k = ggml_reshape_3d(ctx_, k, l.head_dim, l.n_head_kv, n_);
         v = ggml_reshape_3d(ctx_, v, l.head_dim, l.n_head_kv, n_);
         k = rope(l, norm(k, l.attn_k_norm));
         v = norm(v);
         ggml_tensor *q = nullptr;
         if (!only_cache) {
-            q = ggml_reshape_3d(ctx_, ggml_mul_mat(ctx_, l.attn_q, h), l.head_dim, c_.n_head, n_);
+            q = ggml_reshape_3d(ctx_, multiply(l.attn_q, h), l.head_dim, c_.n_head, n_);
             q = rope(l, norm(q, l.attn_q_norm));
         }
         ggml_tensor *attended = nullptr;
@@ -198,14 +242,13 @@ class PassBuilder {
         if (only_cache) {
             return nullptr;
         }
-        return norm(ggml_mul_mat(ctx_, l.attn_output, attended), l.post_attention_norm);
+        return norm(multiply(l.attn_output, attended), l.post_attention_norm);
     }
 
     // Both inputs come from the raw residual x: the router has a norm of its own, without a weight.
-    ggml_tensor *experts(const LayerWeights &l, ggml_tensor *x) const {
+    ggml_tensor *experts(const LayerWeights &l, ggml_tensor *x) {
         const int64_t n_used = c_.n_expert_used;
-        ggml_tensor *probabilities =
-            ggml_soft_max(ctx_, ggml_mul_mat(ctx_, l.router, norm(x, l.router_scale))); // [n_expert, n]
+        ggml_tensor *probabilities = ggml_soft_max(ctx_, multiply(l.router, norm(x, l.router_scale))); // [n_expert, n]
         ggml_tensor *selected =
             ggml_cont(ctx_, ggml_argsort_top_k(ctx_, probabilities, static_cast<int>(n_used))); // [n_used, n]
         ggml_tensor *weights = ggml_get_rows(ctx_, ggml_reshape_3d(ctx_, probabilities, 1, c_.n_expert, n_),
@@ -215,7 +258,13 @@ class PassBuilder {
         ggml_tensor *scales = ggml_get_rows(ctx_, l.down_exps_scale, ggml_reshape_1d(ctx_, selected, n_used * n_));
         weights = ggml_mul(ctx_, weights, ggml_reshape_2d(ctx_, scales, n_used, n_));
 
-        ggml_tensor *h = ggml_reshape_3d(ctx_, norm(x, l.pre_ffw_norm_2), c_.n_embd, 1, n_);
+        ggml_tensor *h = norm(x, l.pre_ffw_norm_2);
+#if DG_HAS_TILES
+        if (own_operators()) {
+            return own().experts(h, selected, weights, l.gate_up_exps, l.gate_exps, l.up_exps, l.down_exps);
+        }
+#endif
+        h = ggml_reshape_3d(ctx_, h, c_.n_embd, 1, n_);
         ggml_tensor *gate = nullptr;
         ggml_tensor *up = nullptr; // both [n_ff_exp, n_used, n]
         if (l.gate_up_exps) {
@@ -237,7 +286,7 @@ class PassBuilder {
         return n_used == 1 ? ggml_cont(ctx_, sum) : sum;
     }
 
-    ggml_tensor *layer(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) const {
+    ggml_tensor *layer(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) {
         ggml_tensor *attended = attention(l, cache, x, only_cache);
         if (only_cache) {
             return nullptr;
@@ -251,11 +300,18 @@ class PassBuilder {
 
     // The product is placed in io.logits and softcapped there: a canvas of logits exists once (268 MB at the released
     // shape).
-    void head(ggml_tensor *x) const {
-        ggml_tensor *logits = ggml_mul_mat(ctx_, model_.weights().token_embd, norm(x, model_.weights().output_norm));
+    void head(ggml_tensor *x) {
+        Operand h = operand(norm(x, model_.weights().output_norm));
+        ggml_tensor *embedding = model_.weights().token_embd;
+#if DG_HAS_TILES
+        ggml_tensor *logits =
+            own_operators() ? own().multiply(embedding, h, c_.logit_softcap) : ggml_mul_mat(ctx_, embedding, h.rows);
+#else
+        ggml_tensor *logits = ggml_mul_mat(ctx_, embedding, h.rows);
+#endif
         logits->data = static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_row) * io_.logits->nb[1];
         logits->buffer = io_.logits->buffer;
-        if (c_.logit_softcap > 0.0f) {
+        if (c_.logit_softcap > 0.0f && !io_.scratch) {
             logits = ggml_scale_inplace(ctx_, logits, 1.0f / c_.logit_softcap);
             logits = ggml_tanh_inplace(ctx_, logits);
             logits = ggml_scale_inplace(ctx_, logits, c_.logit_softcap);
@@ -270,6 +326,22 @@ int32_t Pass::rows() const { return std::accumulate(segments.begin(), segments.e
 
 int32_t Pass::end() const { return end(*std::max_element(segments.begin(), segments.end())); }
 
+bool has_own_operators() { return DG_HAS_TILES != 0; }
+
+int64_t scratch_floats(const Model &model) {
+#if DG_HAS_TILES
+    int64_t n = product_scratch(model.config().n_embd, model.config().n_ff_exp);
+    n = std::max(n, soft_scratch(model.config().n_embd));
+    for (const LayerWeights &layer : model.weights().layers) {
+        n = std::max(n, attention_scratch(layer.head_dim));
+    }
+    return (n + 15) / 16 * 16; // each thread's part begins at a vector
+#else
+    (void)model;
+    return 0;
+#endif
+}
+
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass) {
     return PassBuilder(model, cache, io, pass).build();
 }
@@ -277,6 +349,15 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t n_rows) {
     const dg_config &c = model.config();
     ggml_tensor *embedding = model.weights().token_embd;
+#if DG_HAS_TILES
+    if (io.scratch) {
+        Graph own = make_graph(static_cast<size_t>(soft_nodes(c.n_vocab)));
+        soft_embedding_ops(own.context.get(), own.nodes, own.work, io.scratch, embedding,
+                           rows_of_io(own.context.get(), io.logits, first_row, n_rows),
+                           rows_of_io(own.context.get(), io.soft, first_row, n_rows), &io.longest_embedding);
+        return own;
+    }
+#endif
     const int64_t slice = std::clamp<int64_t>(SOFT_SLICE_FLOATS / c.n_embd, 32, c.n_vocab);
     const int64_t n_slices = (c.n_vocab + slice - 1) / slice;
     Graph graph = make_graph(static_cast<size_t>(n_slices) * 7 + 16);

@@ -3,6 +3,7 @@
 #include "error.h"
 #include "parallel.h"
 #include "sampler.h"
+#include "soft.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -191,8 +192,12 @@ void Session::make_io(bool allocate) {
     for (const LayerWeights &layer : model_->weights().layers) {
         widest = std::max(widest, layer.head_dim * c.n_head);
     }
-    io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
-    io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
+    if (has_own_operators()) {
+        io_.scratch = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, scratch_floats(*model_), n_threads_);
+    } else {
+        io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
+        io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
+    }
     io_.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
     io_.soft = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_embd, n_rows_);
     io_.logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_vocab, n_rows_);
@@ -246,7 +251,7 @@ void Session::set_pass_inputs(const Pass &pass) {
             slots_sliding[first + i] = cache_->slot(true, written);
         }
         for (const bool sliding : {false, true}) {
-            if (needs_mask(*model_, pass, sliding)) {
+            if (!io_.scratch && needs_mask(*model_, pass, sliding)) {
                 set_mask(pass, first, rows, sliding);
             }
         }
@@ -307,6 +312,9 @@ bool Session::should_stop() {
 }
 
 void Session::compute(const Graph &graph) {
+    for (const std::unique_ptr<Work> &work : graph.work) {
+        work->next.store(0, std::memory_order_relaxed);
+    }
     const ggml_status status =
         should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), graph.nodes);
     switch (status) {
@@ -424,6 +432,9 @@ void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) 
 void Session::condition_on_logits(int32_t n_rows) {
     if (!model_->config().has_self_conditioning) {
         return;
+    }
+    if (io_.scratch && io_.longest_embedding == 0.0f) {
+        io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
     }
     for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
