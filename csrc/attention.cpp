@@ -223,7 +223,8 @@ ggml_tensor *attention_op(ggml_context *ctx, WorkList &list, ggml_tensor *scratc
     auto *work = add_work<AttentionWork>(list);
     work->visible = visible;
     work->n_head_kv = n_head_kv;
-    return custom(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], {q, k, v, scratch}, run_attention, work);
+    return custom(ctx, Part::ATTENTION, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], {q, k, v, scratch}, run_attention,
+                  work);
 }
 
 } // namespace dg

@@ -160,6 +160,7 @@ typedef struct dg_tensor_info {
     int32_t n_dims;
     int64_t ne[4]; /* ggml's order: ne[0] is contiguous */
     size_t n_bytes;
+    const char *kernel; /* what products with it are computed in on the CPU: "8-bit integers", "float32" or "ggml" */
 } dg_tensor_info;
 
 DG_API int64_t dg_model_n_tensors(const dg_model *model);
@@ -168,11 +169,12 @@ DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
 /* ---------------------------------------------------------------------------------------------- session */
 
 typedef struct dg_session_options {
-    int32_t n_ctx;      /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
-    int32_t n_batch;    /* a prompt is encoded in chunks of so many tokens; default 512 */
-    int32_t n_threads;  /* 0: as many as this process may use and a step is worth */
-    dg_kv_type type_kv; /* default DG_KV_F16 */
-    int32_t n_rows;     /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    int32_t n_ctx;       /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
+    int32_t n_batch;     /* a prompt is encoded in chunks of so many tokens; default 512 */
+    int32_t n_threads;   /* 0: as many as this process may use and a step is worth */
+    dg_kv_type type_kv;  /* default DG_KV_F16 */
+    int32_t n_rows;      /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    bool ggml_operators; /* compute with ggml's operators alone, as devices other than the CPU do; default false */
 } dg_session_options;
 
 DG_API dg_session_options dg_session_options_default(void);
@@ -182,7 +184,7 @@ typedef struct dg_memory {
     size_t weights;        /* tensor bytes of the file */
     size_t weights_mapped; /* of which are file pages, shared and reclaimable */
     size_t kv_cache;
-    size_t compute; /* intermediate tensors, for the largest graph */
+    size_t compute; /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
     size_t logits;  /* the logits of a step, V * R floats */
 } dg_memory;
 
@@ -204,6 +206,21 @@ DG_API dg_memory dg_session_memory(const dg_session *session);
 DG_API int32_t dg_session_n_ctx(const dg_session *session);
 DG_API int32_t dg_session_n_threads(const dg_session *session);
 DG_API int32_t dg_session_n_rows(const dg_session *session);
+/* Seconds of computing by what they went into, since dg_session_profile. */
+typedef struct dg_timings {
+    double products; /* by the layers' dense matrices */
+    double experts;  /* products, routing and gathering */
+    double attention;
+    double head;              /* the product that makes logits */
+    double self_conditioning; /* probabilities times the embedding; the MLP behind it counts among the products */
+    double sampling;
+    double other; /* norms, rotations, router, cache */
+} dg_timings;
+
+/* From here on (`on`) operators run one at a time and are timed, from zero; a step takes about 2 % longer. */
+DG_API dg_status dg_session_profile(dg_session *session, bool on, char *err, size_t err_size);
+DG_API dg_timings dg_session_timings(const dg_session *session);
+
 /* Positions in the cache. Safe from any thread. */
 DG_API int32_t dg_session_n_past(const dg_session *session);
 
@@ -315,6 +332,31 @@ DG_API void dg_session_clear_cancel(dg_session *session);
 /* Called on the computing thread between operators, at most every 20 ms; nonzero cancels. NULL: none. */
 typedef int (*dg_poll)(void *user);
 DG_API dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size);
+
+/* ------------------------------------------------------------------------------------------- quantizing */
+
+/* While this is on, every pass of the session adds the squares of what each weight matrix is multiplied by, column by
+ * column, from zero: what importance matrices are made of. Off: the sums are dropped. A canvas that was under way is
+ * dropped. */
+DG_API dg_status dg_session_collect(dg_session *session, bool on, char *err, size_t err_size);
+
+/* The sums of a matrix by its tensor's name: `squares` [n, ne[0]] and how many rows were summed, `counts` [n], with n =
+ * ne[2] of the tensor, the experts, or 1. Zeros for what no pass has met. DG_ERROR_ARGUMENT: no such tensor, or
+ * collecting is off. */
+DG_API dg_status dg_session_importance(dg_session *session, const char *tensor, double *squares, int64_t *counts,
+                                       char *err, size_t err_size);
+
+/* Bytes of a row of `row` elements in a ggml type (its number, as in GGUF files); 0 when there is no such type, or the
+ * row does not divide into its blocks. */
+DG_API size_t dg_row_bytes(int32_t type, int64_t row);
+
+/* Turns `n_rows` rows of `row` weights from one ggml type into another, with ggml's own row functions; rows that have
+ * the type already are copied. `importance` [row]: the mean square of what each column is multiplied by (an importance
+ * matrix's row), or NULL; types that take none ignore it. n_threads 0: as many as there are; the result does not
+ * depend on it. DG_ERROR_FORMAT: a NaN or infinity. DG_ERROR_UNSUPPORTED: a value beyond the type's range, a type
+ * that ggml cannot write, or one that needs an importance and got none. A failed call leaves `dst` undefined. */
+DG_API dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, void *dst, int64_t n_rows,
+                                  int64_t row, const float *importance, int32_t n_threads, char *err, size_t err_size);
 
 /* ------------------------------------------------------------------------------------------------ build */
 

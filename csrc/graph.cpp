@@ -2,6 +2,7 @@
 
 #include "attention.h"
 #include "error.h"
+#include "int8.h"
 #include "product.h"
 #include "soft.h"
 
@@ -37,12 +38,12 @@ ggml_tensor *rows_of_io(ggml_context *ctx, ggml_tensor *input, int64_t first, in
 
 class PassBuilder {
   public:
-    PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass)
-        : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass), n_(pass.rows()),
-          graph_(make_graph(static_cast<size_t>(c_.n_layer) *
-                                (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
-                                 NODES_PER_SEGMENT * pass.segments.size()) +
-                            NODES_BESIDES)),
+    PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass, Importance *importance)
+        : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass), importance_(importance),
+          n_(pass.rows()), graph_(make_graph(static_cast<size_t>(c_.n_layer) *
+                                                 (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
+                                                  NODES_PER_SEGMENT * pass.segments.size()) +
+                                             NODES_BESIDES)),
           ctx_(graph_.context.get()) {}
 
     Graph build() {
@@ -66,7 +67,8 @@ class PassBuilder {
     const KvCache &cache_;
     const GraphIo &io_;
     const Pass pass_;
-    const int64_t n_; // rows of all segments
+    Importance *importance_; // nullptr unless it is collected
+    const int64_t n_;        // rows of all segments
     Graph graph_;
     ggml_context *ctx_;
     ggml_tensor *ids_ = nullptr;
@@ -78,6 +80,40 @@ class PassBuilder {
     ggml_tensor *norm(ggml_tensor *x) const { return ggml_rms_norm(ctx_, x, c_.norm_eps); }
     ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight) const { return ggml_mul(ctx_, norm(x), weight); }
 
+#if DG_HAS_TILES
+    bool own_operators() const { return io_.scratch != nullptr; }
+    ProductOps own() { return {ctx_, graph_.work, io_.scratch}; }
+#endif
+
+    // Every product with a weight matrix goes through these three, or is one with the operators around it in gated_mlp
+    // and experts. -> [n_out, n]
+    ggml_tensor *multiply(ggml_tensor *weight, Operand &x, float softcap = 0.0f) {
+        if (importance_) {
+            importance_->watch(ctx_, graph_.nodes, weight, x.rows, nullptr);
+        }
+#if DG_HAS_TILES
+        if (own_operators()) {
+            return own().multiply(weight, x, softcap);
+        }
+#endif
+        ggml_tensor *product = mark(ggml_mul_mat(ctx_, weight, x.rows), Part::PRODUCTS);
+        if (softcap > 0.0f) {
+            product = ggml_tanh_inplace(ctx_, ggml_scale_inplace(ctx_, product, 1.0f / softcap));
+            product = ggml_scale_inplace(ctx_, product, softcap);
+        }
+        return product;
+    }
+    ggml_tensor *multiply(ggml_tensor *weight, ggml_tensor *x) {
+        Operand in = {x, n_, nullptr, nullptr};
+        return multiply(weight, in);
+    }
+    ggml_tensor *multiply_experts(ggml_tensor *weights, ggml_tensor *x, ggml_tensor *selected) const {
+        if (importance_) {
+            importance_->watch(ctx_, graph_.nodes, weights, x, selected);
+        }
+        return mark(ggml_mul_mat_id(ctx_, weights, x, selected), Part::EXPERTS);
+    }
+
     // gelu_tanh(gate) * up, in float32: gelu_tanh(g) = g * sigmoid(g * w) with w = 2 sqrt(2/pi) (1 + 0.044715 g^2), and
     // swiglu_split(a, b) = a * sigmoid(a) * b. ggml's own CPU gelu reads a half-precision table, which costs 3e-4 in
     // the logits; this form costs 6e-7 and runs on every device.
@@ -87,37 +123,16 @@ class PassBuilder {
         return ggml_swiglu_split(ctx_, ggml_mul(ctx_, gate, w), ggml_div(ctx_, up, w));
     }
 
-#if DG_HAS_TILES
-    bool own_operators() const { return io_.scratch != nullptr; }
-    ProductOps own() { return {ctx_, graph_.work, io_.scratch}; }
-#endif
-
-    Operand operand(ggml_tensor *x) const { return {x, n_, nullptr, nullptr}; }
-
-    // -> [n_out, n]
-    ggml_tensor *multiply(ggml_tensor *w, Operand &x) {
-#if DG_HAS_TILES
-        if (own_operators()) {
-            return own().multiply(w, x);
-        }
-#endif
-        return ggml_mul_mat(ctx_, w, x.rows);
-    }
-
-    ggml_tensor *multiply(ggml_tensor *w, ggml_tensor *x) {
-        Operand in = operand(x);
-        return multiply(w, in);
-    }
-
     ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) {
-        Operand in = operand(x);
+        Operand in = {x, n_, nullptr, nullptr};
 #if DG_HAS_TILES
-        if (own_operators()) {
+        if (own_operators() && !importance_) {
             Operand hidden = own().gated(gate, up, in);
             return own().multiply(down, hidden);
         }
 #endif
-        return multiply(down, gelu_mul(multiply(gate, in), multiply(up, in)));
+        ggml_tensor *gated = gelu_mul(multiply(gate, in), multiply(up, in));
+        return multiply(down, gated);
     }
 
     // -> [n_embd, n]
@@ -189,9 +204,9 @@ class PassBuilder {
         ggml_tensor *k = read_cache(s, l, cache.k);
         ggml_tensor *v = read_cache(s, l, cache.v);
         if (v->type != GGML_TYPE_F32) {
-            v = ggml_cast(ctx_, v, GGML_TYPE_F32);
+            v = mark(ggml_cast(ctx_, v, GGML_TYPE_F32), Part::ATTENTION);
         }
-        v = ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 0, 2, 3)); // [rows, head_dim, n_head_kv]
+        v = mark(ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 0, 2, 3)), Part::ATTENTION); // [rows, head_dim, n_head_kv]
         ggml_tensor *mask = nullptr;
         if (needs_mask(model_, pass_, l.sliding)) {
             ggml_tensor *input = l.sliding ? io_.mask_sliding : io_.mask_full;
@@ -200,14 +215,15 @@ class PassBuilder {
             mask = ggml_view_2d(ctx_, input, rows, s.n, ggml_row_size(input->type, rows), first);
         }
         ggml_tensor *scores = ggml_mul_mat(ctx_, k, ggml_permute(ctx_, q, 0, 2, 1, 3)); // [rows, n, n_head]
-        scores = ggml_soft_max_ext(ctx_, scores, mask, 1.0f, 0.0f);
-        ggml_tensor *out = ggml_mul_mat(ctx_, v, scores); // [head_dim, n, n_head]
-        out = ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3));
+        mark(scores, Part::ATTENTION);
+        scores = mark(ggml_soft_max_ext(ctx_, scores, mask, 1.0f, 0.0f), Part::ATTENTION);
+        ggml_tensor *out = mark(ggml_mul_mat(ctx_, v, scores), Part::ATTENTION); // [head_dim, n, n_head]
+        out = mark(ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3)), Part::ATTENTION);
         return ggml_reshape_2d(ctx_, out, l.head_dim * c_.n_head, s.n);
     }
 
     ggml_tensor *attention(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) {
-        Operand h = operand(norm(x, l.attn_norm));
+        Operand h = {norm(x, l.attn_norm), n_, nullptr, nullptr};
         ggml_tensor *k = multiply(l.attn_k, h);
         ggml_tensor *v = l.attn_v ? multiply(l.attn_v, h) : k; // the raw projection, before k_norm and rope
         k = ggml_reshape_3d(ctx_, k, l.head_dim, l.n_head_kv, n_);
@@ -260,7 +276,7 @@ class PassBuilder {
 
         ggml_tensor *h = norm(x, l.pre_ffw_norm_2);
 #if DG_HAS_TILES
-        if (own_operators()) {
+        if (own_operators() && !importance_) {
             return own().experts(h, selected, weights, l.gate_up_exps, l.gate_exps, l.up_exps, l.down_exps);
         }
 #endif
@@ -268,15 +284,15 @@ class PassBuilder {
         ggml_tensor *gate = nullptr;
         ggml_tensor *up = nullptr; // both [n_ff_exp, n_used, n]
         if (l.gate_up_exps) {
-            ggml_tensor *both = ggml_mul_mat_id(ctx_, l.gate_up_exps, h, selected);
+            ggml_tensor *both = multiply_experts(l.gate_up_exps, h, selected);
             gate = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2], 0);
             up = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2],
                               static_cast<size_t>(c_.n_ff_exp) * both->nb[0]);
         } else {
-            gate = ggml_mul_mat_id(ctx_, l.gate_exps, h, selected);
-            up = ggml_mul_mat_id(ctx_, l.up_exps, h, selected);
+            gate = multiply_experts(l.gate_exps, h, selected);
+            up = multiply_experts(l.up_exps, h, selected);
         }
-        ggml_tensor *out = ggml_mul_mat_id(ctx_, l.down_exps, gelu_mul(gate, up), selected); // [n_embd, n_used, n]
+        ggml_tensor *out = multiply_experts(l.down_exps, gelu_mul(gate, up), selected); // [n_embd, n_used, n]
         out = ggml_mul(ctx_, out, ggml_reshape_3d(ctx_, weights, 1, n_used, n_));
         ggml_tensor *sum = nullptr;
         for (int64_t i = 0; i < n_used; ++i) {
@@ -301,21 +317,12 @@ class PassBuilder {
     // The product is placed in io.logits and softcapped there: a canvas of logits exists once (268 MB at the released
     // shape).
     void head(ggml_tensor *x) {
-        Operand h = operand(norm(x, model_.weights().output_norm));
-        ggml_tensor *embedding = model_.weights().token_embd;
-#if DG_HAS_TILES
-        ggml_tensor *logits =
-            own_operators() ? own().multiply(embedding, h, c_.logit_softcap) : ggml_mul_mat(ctx_, embedding, h.rows);
-#else
-        ggml_tensor *logits = ggml_mul_mat(ctx_, embedding, h.rows);
-#endif
-        logits->data = static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_row) * io_.logits->nb[1];
-        logits->buffer = io_.logits->buffer;
-        if (c_.logit_softcap > 0.0f && !io_.scratch) {
-            logits = ggml_scale_inplace(ctx_, logits, 1.0f / c_.logit_softcap);
-            logits = ggml_tanh_inplace(ctx_, logits);
-            logits = ggml_scale_inplace(ctx_, logits, c_.logit_softcap);
-        }
+        Operand h = {norm(x, model_.weights().output_norm), n_, nullptr, nullptr};
+        ggml_tensor *logits = multiply(model_.weights().token_embd, h, c_.logit_softcap);
+        ggml_tensor *product = mark(logits->view_src ? logits->view_src : logits, Part::HEAD);
+        product->data =
+            static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_row) * io_.logits->nb[1];
+        product->buffer = io_.logits->buffer;
         ggml_build_forward_expand(graph_.nodes, logits);
     }
 };
@@ -327,6 +334,15 @@ int32_t Pass::rows() const { return std::accumulate(segments.begin(), segments.e
 int32_t Pass::end() const { return end(*std::max_element(segments.begin(), segments.end())); }
 
 bool has_own_operators() { return DG_HAS_TILES != 0; }
+
+const char *product_kernel(ggml_type type) {
+#if DG_HAS_TILES
+    return has_int8_product(type) ? "8-bit integers" : "float32";
+#else
+    (void)type;
+    return "ggml";
+#endif
+}
 
 int64_t scratch_floats(const Model &model) {
 #if DG_HAS_TILES
@@ -342,8 +358,9 @@ int64_t scratch_floats(const Model &model) {
 #endif
 }
 
-Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass) {
-    return PassBuilder(model, cache, io, pass).build();
+Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
+                 Importance *importance) {
+    return PassBuilder(model, cache, io, pass, importance).build();
 }
 
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t n_rows) {
@@ -373,7 +390,7 @@ Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_
         }
         ggml_tensor *transposed = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n, n_embd]
         ggml_tensor *weights = ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
-        ggml_tensor *product = ggml_mul_mat(ctx, transposed, weights); // [n_embd, C]
+        ggml_tensor *product = mark(ggml_mul_mat(ctx, transposed, weights), Part::SELF_CONDITIONING); // [n_embd, C]
         sum = sum ? ggml_add(ctx, sum, product) : product;
     }
     sum = ggml_scale(ctx, sum, std::sqrt(static_cast<float>(c.n_embd)));

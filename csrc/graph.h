@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cache.h"
+#include "importance.h"
 #include "model.h"
 #include "work.h"
 
@@ -73,12 +74,16 @@ struct Graph {
 
 // Whether the CPU's own operators are compiled in.
 bool has_own_operators();
+// What weights of a type are multiplied by then: "8-bit integers" or "float32"; "ggml" without them.
+const char *product_kernel(ggml_type type);
 // Floats of scratch memory that each thread needs for them.
 int64_t scratch_floats(const Model &model);
 
 // One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
 // whose rows are those of the segments, one after the other.
-Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass);
+// `importance`: what the pass multiplies weights by is added up there; nullptr: nowhere.
+Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
+                 Importance *importance = nullptr);
 
 // n_rows of io.logits (processed) -> the same rows of io.soft: the softmax of each row times the embedding, over the
 // whole vocabulary; of ggml's operators, in slices that bound the memory for the transposed embedding.

@@ -414,13 +414,13 @@ ggml_tensor *ProductOps::blocks(Operand &x, bool int8) const {
     if (!made && x.rows) {
         auto *work = add_work<PackWork>(work_);
         work->int8 = int8;
-        made = custom(ctx_, GGML_TYPE_F32, block_floats(x.rows->ne[0], int8), column_blocks(x.n), {x.rows}, run_pack,
-                      work);
+        made = custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, block_floats(x.rows->ne[0], int8), column_blocks(x.n),
+                      {x.rows}, run_pack, work);
     }
 #    if DG_HAS_INT8
     if (!made) {
-        made = custom(ctx_, GGML_TYPE_F32, block_floats(x.floats->ne[0] / COLUMNS, true), column_blocks(x.n),
-                      {x.floats}, run_quantize, add_work<Work>(work_));
+        made = custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, block_floats(x.floats->ne[0] / COLUMNS, true),
+                      column_blocks(x.n), {x.floats}, run_quantize, add_work<Work>(work_));
     }
 #    endif
     return made;
@@ -430,14 +430,15 @@ ggml_tensor *ProductOps::multiply(ggml_tensor *w, Operand &x, float softcap) con
     auto *work = add_work<MultiplyWork>(work_);
     work->int8 = wants_int8(w);
     work->softcap = softcap;
-    return custom(ctx_, GGML_TYPE_F32, w->ne[1], x.n, {w, blocks(x, work->int8), scratch_}, run_multiply, work);
+    return custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, w->ne[1], x.n, {w, blocks(x, work->int8), scratch_},
+                  run_multiply, work);
 }
 
 Operand ProductOps::gated(ggml_tensor *gate, ggml_tensor *up, Operand &x) const {
     auto *work = add_work<MultiplyWork>(work_);
     work->n = x.n;
     work->int8 = wants_int8(gate) && wants_int8(up);
-    ggml_tensor *product = custom(ctx_, GGML_TYPE_F32, gate->ne[1] * COLUMNS, column_blocks(x.n),
+    ggml_tensor *product = custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, gate->ne[1] * COLUMNS, column_blocks(x.n),
                                   {gate, up, blocks(x, work->int8), scratch_}, run_gated, work);
     return {nullptr, x.n, product, nullptr};
 }
@@ -447,8 +448,8 @@ ggml_tensor *ProductOps::experts(ggml_tensor *x, ggml_tensor *selected, ggml_ten
     const int64_t n_assigned = ggml_nelements(selected);
     auto *route = add_work<ExpertsWork>(work_);
     route->n_expert = down->ne[2];
-    ggml_tensor *routes =
-        custom(ctx_, GGML_TYPE_I32, Routes::size(route->n_expert, n_assigned), 1, {selected}, run_route, route);
+    ggml_tensor *routes = custom(ctx_, Part::EXPERTS, GGML_TYPE_I32, Routes::size(route->n_expert, n_assigned), 1,
+                                 {selected}, run_route, route);
     ggml_tensor *first = gate_up ? gate_up : gate;
     ggml_tensor *second = gate_up ? gate_up : up;
     auto *work = add_work<ExpertsWork>(work_);
@@ -456,9 +457,10 @@ ggml_tensor *ProductOps::experts(ggml_tensor *x, ggml_tensor *selected, ggml_ten
     work->n_ff = down->ne[0];
     work->int8 = wants_int8(first) && wants_int8(second);
     work->int8_down = wants_int8(down);
-    ggml_tensor *outputs = custom(ctx_, GGML_TYPE_F32, x->ne[0], n_assigned, {x, routes, first, second, down, scratch_},
-                                  run_experts, work);
-    return custom(ctx_, GGML_TYPE_F32, x->ne[0], x->ne[1], {outputs, weights}, run_combine, add_work<Work>(work_));
+    ggml_tensor *outputs = custom(ctx_, Part::EXPERTS, GGML_TYPE_F32, x->ne[0], n_assigned,
+                                  {x, routes, first, second, down, scratch_}, run_experts, work);
+    return custom(ctx_, Part::EXPERTS, GGML_TYPE_F32, x->ne[0], x->ne[1], {outputs, weights}, run_combine,
+                  add_work<Work>(work_));
 }
 
 } // namespace dg

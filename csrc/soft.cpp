@@ -283,7 +283,9 @@ void run_finish(ggml_tensor *dst, int, int, void *userdata) {
 // An operator whose result is the memory of `place`.
 ggml_tensor *custom_inplace(ggml_context *ctx, ggml_tensor *place, std::vector<ggml_tensor *> args,
                             ggml_custom_op_t run, Work *work) {
-    return ggml_custom_inplace(ctx, place, args.data(), static_cast<int>(args.size()), run, GGML_N_TASKS_MAX, work);
+    return mark(
+        ggml_custom_inplace(ctx, place, args.data(), static_cast<int>(args.size()), run, GGML_N_TASKS_MAX, work),
+        Part::SELF_CONDITIONING);
 }
 
 } // namespace
@@ -316,13 +318,13 @@ void soft_embedding_ops(ggml_context *ctx, ggml_cgraph *graph, WorkList &list, g
     const int64_t n = logits->ne[1];
     const int64_t n_blocks = column_blocks(n);
     constexpr int64_t STATE_WORDS = sizeof(RowState) / sizeof(int32_t);
-    ggml_tensor *state =
-        custom(ctx, GGML_TYPE_I32, STATE_WORDS, n, {logits, embedding, soft, scratch}, run_look, work(0));
-    ggml_tensor *flat = custom(ctx, GGML_TYPE_I32, n + 1, 1, {state}, run_list, work(0));
+    ggml_tensor *state = custom(ctx, Part::SELF_CONDITIONING, GGML_TYPE_I32, STATE_WORDS, n,
+                                {logits, embedding, soft, scratch}, run_look, work(0));
+    ggml_tensor *flat = custom(ctx, Part::SELF_CONDITIONING, GGML_TYPE_I32, n + 1, 1, {state}, run_list, work(0));
     ggml_tensor *sums = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, embedding->ne[0] * COLUMNS, n_blocks);
     for (int64_t first = 0; first < embedding->ne[1]; first += CHUNK) {
-        ggml_tensor *weights =
-            custom(ctx, GGML_TYPE_F32, CHUNK * COLUMNS, n_blocks, {logits, state, flat}, run_weigh, work(first));
+        ggml_tensor *weights = custom(ctx, Part::SELF_CONDITIONING, GGML_TYPE_F32, CHUNK * COLUMNS, n_blocks,
+                                      {logits, state, flat}, run_weigh, work(first));
         sums = custom_inplace(ctx, sums, {embedding, weights, flat, scratch}, run_add, work(first));
     }
     ggml_build_forward_expand(graph, custom_inplace(ctx, soft, {sums, state, flat}, run_finish, work(0)));

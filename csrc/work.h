@@ -6,10 +6,20 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <vector>
 
 namespace dg {
+
+// What a step's time goes into; see dg_timings.
+enum class Part { OTHER, PRODUCTS, EXPERTS, ATTENTION, HEAD, SELF_CONDITIONING };
+
+// A graph's tensors carry their part in their name.
+inline ggml_tensor *mark(ggml_tensor *t, Part part) { return ggml_format_name(t, "part %d", static_cast<int>(part)); }
+inline Part part_of(const ggml_tensor *t) {
+    return std::strncmp(t->name, "part ", 5) == 0 ? static_cast<Part>(t->name[5] - '0') : Part::OTHER;
+}
 
 // What a custom operator needs besides its tensors. Threads take tasks from `next`, which is 0 when a graph begins.
 struct Work {
@@ -42,10 +52,11 @@ template <typename W> W *add_work(WorkList &list) {
     return static_cast<W *>(list.back().get());
 }
 
-inline ggml_tensor *custom(ggml_context *ctx, ggml_type type, int64_t ne0, int64_t ne1, std::vector<ggml_tensor *> args,
-                           ggml_custom_op_t run, Work *work) {
-    return ggml_custom_4d(ctx, type, ne0, ne1, 1, 1, args.data(), static_cast<int>(args.size()), run, GGML_N_TASKS_MAX,
-                          work);
+inline ggml_tensor *custom(ggml_context *ctx, Part part, ggml_type type, int64_t ne0, int64_t ne1,
+                           std::vector<ggml_tensor *> args, ggml_custom_op_t run, Work *work) {
+    return mark(ggml_custom_4d(ctx, type, ne0, ne1, 1, 1, args.data(), static_cast<int>(args.size()), run,
+                               GGML_N_TASKS_MAX, work),
+                part);
 }
 
 } // namespace dg

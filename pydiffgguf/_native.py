@@ -42,6 +42,7 @@ from pydiffgguf._records import (
     RawStep,
     Sampling,
     TensorInfo,
+    Timings,
 )
 
 try:
@@ -181,6 +182,7 @@ def _fields(struct: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 _SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
 _MEMORY_FIELDS = tuple(Memory.__dataclass_fields__)
+_TIMINGS_FIELDS = tuple(Timings.__dataclass_fields__)
 _CONFIG_FIELDS = tuple(name for name in ModelConfig.__dataclass_fields__ if name != "layers")
 
 
@@ -293,7 +295,7 @@ class NativeModel:
         for i in range(lib.dg_model_n_tensors(pointer)):
             info = lib.dg_model_tensor(pointer, i)
             shape = tuple(info.ne[0 : info.n_dims])
-            result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes))
+            result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes, _text(info.kernel)))
         return result
 
     def n_ctx(self, **options: Any) -> int:
@@ -359,7 +361,12 @@ def _fill_spec(spec: CanvasSpec, sampling: Sampling, canvas_length: int, out: An
 
 
 def _session_options(
-    n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, type_kv: str = "f16", n_rows: int = 0
+    n_ctx: int = 0,
+    n_batch: int = 512,
+    n_threads: int = 0,
+    type_kv: str = "f16",
+    n_rows: int = 0,
+    ggml_operators: bool = False,
 ) -> Any:
     if type_kv not in KV_TYPES:
         raise ValueError(f"type_kv is {type_kv!r}: it must be one of {', '.join(map(repr, KV_TYPES))}")
@@ -369,6 +376,7 @@ def _session_options(
     options.n_threads = int32("n_threads", n_threads)
     options.type_kv = KV_TYPES[type_kv]
     options.n_rows = int32("n_rows", n_rows)
+    options.ggml_operators = bool(ggml_operators)
     return options
 
 
@@ -377,7 +385,8 @@ class NativeSession:
 
     Options: `n_ctx` 0: the smaller of 8192 and the file's context length. `n_batch`: tokens per chunk of a prompt.
     `n_threads` 0: as many as this process may use at once. `type_kv`: a key of KV_TYPES. `n_rows`: the most rows that
-    canvases side by side may have together, 0 for C, which is the least.
+    canvases side by side may have together, 0 for C, which is the least. `ggml_operators`: compute with ggml's
+    operators alone, as devices other than the CPU do.
 
     The computing methods raise SessionBusyError when another thread is inside, CancelledError after cancel(), and what
     a signal handler raised (KeyboardInterrupt) when one ran meanwhile; what then holds stands at each call in
@@ -406,6 +415,15 @@ class NativeSession:
         """Frees the cache and the buffers; a call under way on another thread is cancelled first. Idempotent."""
         self.cancel()
         self._pointer = None
+
+    def profile(self, on: bool) -> None:
+        """From here on operators run one at a time and are timed, from zero; or no longer."""
+        _call(lib.dg_session_profile, self._open_pointer(), bool(on))
+
+    @property
+    def timings(self) -> Timings:
+        """What computing took since `profile(True)`, by part."""
+        return Timings(**_fields(lib.dg_session_timings(self._open_pointer()), _TIMINGS_FIELDS))
 
     def _open_pointer(self) -> Any:
         pointer = self._pointer
@@ -463,6 +481,24 @@ class NativeSession:
             _pointer_to("double[]", out),
         )
         return np.split(out, np.cumsum(lengths)[:-1])
+
+    def collect(self, on: bool) -> None:
+        """From here on passes add up the squares of what each matrix is multiplied by, from zero; or no longer."""
+        _call(lib.dg_session_collect, self._open_pointer(), bool(on))
+
+    def importance(self, tensor: str, n_matrices: int, row: int) -> tuple[Float64Array, npt.NDArray[np.int64]]:
+        """What `collect` has added up for a tensor of `n_matrices` matrices with rows of `row`: squares float64
+        [n_matrices, row], and how many rows were summed, int64 [n_matrices]. ValueError while nothing is collected."""
+        squares = np.empty((n_matrices, row), dtype=np.float64)
+        counts = np.empty(n_matrices, dtype=np.int64)
+        _call(
+            lib.dg_session_importance,
+            self._open_pointer(),
+            tensor.encode(),
+            _pointer_to("double[]", squares),
+            _pointer_to("int64_t[]", counts),
+        )
+        return squares, counts
 
     def denoise(
         self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None, n_rows: int | None = None
@@ -613,6 +649,55 @@ def noise_renoise(seed: int, canvas_index: int, step: int, n_rows: int, n_vocab:
 
 def _draw_key(seed: int, canvas_index: int) -> tuple[int, int]:
     return integer("seed", seed, 0, MAX_SEED), integer("canvas_index", canvas_index, 0, 2**32 - 1)
+
+
+# ------------------------------------------------------------------------------------------------------ quantizing
+
+
+def row_bytes(type_: int, row: int) -> int:
+    """Bytes of a row of `row` elements in ggml type `type_`; 0 when there is no such type or the row does not divide
+    into its blocks."""
+    n: int = lib.dg_row_bytes(int32("type", type_), integer("row", row, 0, 2**31 - 1))
+    return n
+
+
+def quantize_rows(
+    rows: npt.NDArray[Any],
+    src_type: int,
+    dst_type: int,
+    row: int,
+    *,
+    importance: Float32Array | None = None,
+    n_threads: int = 0,
+) -> npt.NDArray[np.uint8]:
+    """Rows of `row` weights from ggml type `src_type` to `dst_type`; uint8 [n_rows, bytes of a row].
+
+    `rows`: a contiguous array whose bytes are whole rows. `importance` float32 [row], finite and not negative.
+    ModelFormatError for NaN or infinity, UnsupportedError for values beyond the type's range and for types that ggml
+    cannot write, ValueError for rows that do not divide.
+    """
+    data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+    size = row_bytes(src_type, row)
+    if size == 0 or data.size % size:
+        raise ValueError(f"rows: {data.size} bytes are not whole rows of {row} elements in ggml type {src_type}")
+    if importance is not None:
+        importance = float_array("importance", importance, np.float32, (row,))
+    out = np.empty((data.size // size, row_bytes(dst_type, row)), dtype=np.uint8)
+    if out.shape[1] == 0:
+        raise ValueError(f"rows of {row} elements do not divide into the blocks of ggml type {dst_type}")
+    if out.size:
+        _call(
+            lib.dg_quantize_rows,
+            int32("src_type", src_type),
+            _pointer_to("char[]", data),
+            int32("dst_type", dst_type),
+            _pointer_to("char[]", out),
+            out.shape[0],
+            row,
+            _pointer_to("float[]", importance),
+            int32("n_threads", n_threads, low=0),
+        )
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------- build

@@ -199,7 +199,7 @@ CASES: dict[str, tuple[Callable[[GGUFHead], Edit], list[tuple[str, str]]]] = {
     "required key": (drop(".expert_used_count"), [("error", "key 'diffusion-gemma.expert_used_count' is missing")]),
     "canvas": (
         drop("diffusion.canvas_length"),
-        [("error", "'diffusion.canvas_length' is missing; files of the rival")],
+        [("error", "key 'diffusion.canvas_length' is missing")],
     ),
     "key's type": (
         key("diffusion-gemma.block_count", "6", GGUFValueType.STRING),
@@ -256,10 +256,17 @@ CASES: dict[str, tuple[Callable[[GGUFHead], Edit], list[tuple[str, str]]]] = {
         tensor("v.patch_embd.weight", 2, 2),
         [("note", "1 tensors are not part of a text model")],
     ),
+    "scale": (
+        tensor("blk.0.attn_q.scale", 1),
+        [
+            ("error", "'blk.0.attn_q.scale' is there: scales beside a tensor"),
+            ("note", "1 tensors are not part of a text model"),
+        ],
+    ),
     "rival dialect": (
         rival,
         [
-            ("error", "'diffusion.canvas_length' is missing; files of the rival dialect mean 256"),
+            ("warning", "no diffusion.canvas_length: 256 is used"),
             ("warning", "no encoder scalars in every layer"),
             ("note", "no sampler keys"),
             ("note", "written in the rival dialect"),
