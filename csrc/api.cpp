@@ -221,12 +221,13 @@ dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
     info.n_dims = ggml_n_dims(tensor);
     std::copy(tensor->ne, tensor->ne + 4, info.ne);
     info.n_bytes = ggml_nbytes(tensor);
+    info.kernel = dg::product_kernel(tensor->type);
     return info;
 }
 
 // ----------------------------------------------------------------------------------------------------- session
 
-dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0}; }
+dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0, false}; }
 
 dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *options, int32_t *out, char *err,
                          size_t err_size) {
@@ -428,6 +429,12 @@ void dg_noise_renoise(uint64_t seed, uint32_t canvas_index, uint32_t step, int32
 void dg_session_cancel(dg_session *session) { session->session.cancel(); }
 
 void dg_session_clear_cancel(dg_session *session) { session->session.clear_cancel(); }
+
+dg_status dg_session_profile(dg_session *session, bool on, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] { session->session.profile(on); });
+}
+
+dg_timings dg_session_timings(const dg_session *session) { return session->session.timings(); }
 
 dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size) {
     return inside(session, err, err_size, [&] { session->session.set_poll(poll, user); });
