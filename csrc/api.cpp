@@ -14,6 +14,7 @@
 #include "ggml-cpu.h"
 #include "gguf.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -39,10 +40,12 @@ struct dg_session {
 
 namespace {
 
+// One line, whatever a file's strings or a path that the message quotes hold: no control character passes.
 void write_message(const char *message, char *err, size_t err_size) noexcept {
     if (err && err_size > 0) {
         const size_t n = std::min(std::strlen(message), err_size - 1);
-        std::memcpy(err, message, n);
+        std::replace_copy_if(
+            message, message + n, err, [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, '?');
         err[n] = '\0';
     }
 }
@@ -481,7 +484,7 @@ dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, 
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 3; }
+int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 

@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TYPE",
         default="q8_0",
         help="f32, f16, bf16, q8_0 (default), q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, iq4_nl, iq4_xs, q3_k_m, q2_k "
-        "or mxfp4, tensor by tensor what llama.cpp gives; dg4, about 4.8 bits a weight, is made for this model",
+        "or mxfp4, tensor by tensor what llama.cpp gives; dg4, 4.6 bits a weight, is made for this model",
     )
     sub.add_argument(
         "--tensor-type",
