@@ -125,7 +125,8 @@ typedef struct dg_sampling {
     double confidence_threshold; /* nats, >= 0: a stop needs the mean entropy of the free rows below it; 0.005 */
 } dg_sampling;
 
-/* Opens a GGUF file; every key and tensor that will be used is checked here (presence, type, shape, bounds).
+/* Opens a GGUF file, or a model in several files by its first part (NAME-00001-of-0000N.gguf), beside which the others
+ * must lie; every key and tensor that will be used is checked here (presence, type, shape, bounds).
  * On failure *out is NULL and nothing is held. */
 DG_API dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err,
                                size_t err_size);
