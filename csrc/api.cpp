@@ -21,6 +21,10 @@
 #include <new>
 #include <string>
 
+#ifdef __GLIBCXX__
+#    include <cxxabi.h>
+#endif
+
 #ifndef DG_VERSION
 #    error "DG_VERSION is set by the build"
 #endif
@@ -50,7 +54,7 @@ void write_message(const char *message, char *err, size_t err_size) noexcept {
     }
 }
 
-template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) noexcept {
+template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) {
     write_message("", err, err_size);
     try {
         dg::initialize_ggml();
@@ -66,6 +70,10 @@ template <typename Body> dg_status guarded(char *err, size_t err_size, const Bod
     } catch (const std::exception &error) {
         write_message(error.what(), err, err_size);
         return DG_ERROR_INTERNAL;
+#ifdef __GLIBCXX__
+    } catch (const abi::__forced_unwind &) {
+        throw; // the poll function ended its thread: CPython ends daemon threads so that want the GIL while it exits
+#endif
     } catch (...) {
         write_message("an unknown exception", err, err_size);
         return DG_ERROR_INTERNAL;
@@ -79,7 +87,7 @@ void require(const void *pointer, const char *name) {
 }
 
 // Runs `body` as the one thread inside the session.
-template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) noexcept {
+template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) {
     return guarded(err, err_size, [&] {
         require(session, "session");
         if (session->busy.test_and_set(std::memory_order_acquire)) {
