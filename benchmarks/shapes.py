@@ -1,7 +1,7 @@
 """GGUF files of a known shape with random weights: what speed is measured on where no checkpoint is at hand.
 
     python benchmarks/shapes.py 724m -o 724m.gguf --type q8_0
-    python benchmarks/shapes.py 26b-a4b -o full.gguf --type q4_k --tensor-type 'token_embd.weight=q6_k'
+    python benchmarks/shapes.py 26b-a4b -o full.gguf --type q4_k_m
 
 Nothing is trained and there is no tokenizer; the time of a pass does not depend on what the weights say. They are drawn
 so that every layer's output keeps its size (a deviation of one over the root of the inputs; norms, router and scalars
@@ -13,7 +13,6 @@ speed, in pieces of a few MiB. The same shape, types and seed give the same byte
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import math
 import sys
 import time
@@ -27,11 +26,14 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from pydiffgguf.convert.checkpoint import SourceTensor, rope_freqs, wanted_tensors
+from pydiffgguf.convert.checkpoint import CheckpointTensor, rope_freqs, wanted_tensors
 from pydiffgguf.convert.config import FULL, SLIDING, ModelConfig, parse_config
-from pydiffgguf.convert.hf_to_gguf import PlannedTensor, header_writer, metadata, pad, padded, write_header
+from pydiffgguf.convert.hf_to_gguf import metadata
 from pydiffgguf.convert.output import human, whole_or_nothing
-from pydiffgguf.convert.quantize import Recipe, choose_type, encode, row_bytes
+from pydiffgguf.convert.pieces import Piece
+from pydiffgguf.convert.quantize import encode
+from pydiffgguf.convert.recipes import RECIPES, ModelFacts, Override, Recipe, TypeRules, model_facts, recipe
+from pydiffgguf.convert.writing import Keys, PlannedTensor, header_writer, pad, padded, plan_tensors, write_header
 
 __all__ = ["SHAPES", "shape", "write"]
 
@@ -107,12 +109,50 @@ BLOCKS: dict[GGMLQuantizationType, Blocks] = {
     T.Q5_K: Blocks(0, 2, 15.5),
     T.Q6_K: Blocks(208),
     T.IQ4_NL: Blocks(0),
+    T.IQ4_XS: Blocks(0),
+    T.IQ3_S: Blocks(0),
+    T.IQ3_XXS: Blocks(0),
+    T.IQ2_S: Blocks(0),
+    T.IQ2_XS: Blocks(0),
+    T.IQ2_XXS: Blocks(0),
+    T.IQ1_S: Blocks(0),
+    T.TQ1_0: Blocks(52),
+    T.TQ2_0: Blocks(64),
 }
-FLOATS = (T.F32, T.F16, T.BF16)
-TYPES = {kind.name.lower(): kind for kind in (*FLOATS, *BLOCKS)}
 
-# What llama.cpp's quantizer takes where a row does not divide into blocks of 256; after that the converter's rule.
-SHORT_ROWS = {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
+
+def set_exponents(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
+    """MXFP4 begins with the scale's exponent alone: the nearest power of two."""
+    blocks[:, 0] = np.rint(np.log2(scales)) + 128
+
+
+def set_small_floats(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
+    """NVFP4 begins with four scales of 4 bits of exponent and 3 of mantissa, without a sign: the nearest below."""
+    exponents, mantissas = np.divmod(np.arange(0x7F), 8)
+    values = np.where(exponents == 0, mantissas / 512, (1 + mantissas / 8) * 2.0 ** (exponents - 7))
+    blocks[:, :4] = (np.searchsorted(values, scales, side="right") - 1).clip(1)[:, None]
+
+
+def set_scattered(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
+    """IQ1_M keeps the four digits of its float16 scale in the highest ones of its last four 16-bit numbers."""
+    halves = scales.astype("<f2").view("<u2").astype(np.uint16)
+    tail = np.ascontiguousarray(blocks[:, 48:56]).view("<u2") & 0x0FFF
+    for i in range(4):
+        tail[:, i] |= (halves >> 4 * i & 0xF) << 12
+    blocks[:, 48:56] = tail.view(np.uint8)
+
+
+# Types whose scale is no float16 in one place.
+ODD_SCALES: dict[GGMLQuantizationType, Callable[[npt.NDArray[np.uint8], npt.NDArray[np.float32]], None]] = {
+    T.MXFP4: set_exponents,
+    T.NVFP4: set_small_floats,
+    T.IQ1_M: set_scattered,
+}
+
+FLOATS = (T.F32, T.F16, T.BF16)
+# What a file can be written in. Not the types of ODD_SCALES, whose scales are too coarse for a given deviation, and not
+# TQ2_0, whose four quants stand for -1, 0, 1 and 2: their mean is not zero.
+TYPES = {kind.name.lower(): kind for kind in (*FLOATS, *BLOCKS) if kind != T.TQ2_0}
 
 
 def shape(name: str) -> ModelConfig:
@@ -122,15 +162,9 @@ def shape(name: str) -> ModelConfig:
     return parse_config({"model_type": "diffusion_gemma_text", **SHAPES[name]}, name)
 
 
-def tensors(config: ModelConfig) -> list[SourceTensor]:
+def tensors(config: ModelConfig) -> list[CheckpointTensor]:
     """The tensors of a file, in its order."""
-    return [SourceTensor(name, rule, dims, rule.source) for name, rule, dims, _ in wanted_tensors(config)]
-
-
-def file_type(kind: GGMLQuantizationType) -> LlamaFileType:
-    """`general.file_type` of a file whose big tensors have that type."""
-    names = {T.F32: "ALL_F32", T.Q4_K: "MOSTLY_Q4_K_M", T.Q5_K: "MOSTLY_Q5_K_M", T.Q3_K: "MOSTLY_Q3_K_M"}
-    return LlamaFileType[names.get(kind, f"MOSTLY_{kind.name}")]
+    return [CheckpointTensor(name, rule, dims, rule.source) for name, rule, dims, _ in wanted_tensors(config)]
 
 
 @dataclass(frozen=True)
@@ -138,25 +172,27 @@ class RandomCheckpoint:
     """What the converter asks a checkpoint for, but for the weights."""
 
     config: ModelConfig
-    tensors: list[SourceTensor]
+    tensors: list[CheckpointTensor]
     sampler: dict[str, int | float] = field(default_factory=dict)
     eos_ids: list[int] = field(default_factory=list)
     infill_mode: str | None = None
 
+    def facts(self) -> ModelFacts:
+        c = self.config
+        return model_facts(len(c.layers), c.experts, c.heads, c.layers[0].kv_heads, (t.name for t in self.tensors))
 
-def plan(sources: Sequence[SourceTensor], recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> list[PlannedTensor]:
-    """The type and size of every tensor: the converter's rule for the recipe, then the first override that matches."""
-    planned = []
-    for tensor in sources:
-        matching = (kind for pattern, kind in overrides if fnmatch.fnmatchcase(tensor.name, pattern))
-        wanted = next(map(parse_type, matching), None) if len(tensor.shape) > 1 else None
-        row = tensor.shape[-1]
-        kind = choose_type(tensor.rule, tensor.shape, recipe)[0] if wanted is None else wanted
-        if row % GGML_QUANT_SIZES[kind][0] or (wanted is None and kind == T.F16 != recipe.big):
-            short = SHORT_ROWS.get(recipe.big if wanted is None else wanted, T.F16)
-            kind = short if row % GGML_QUANT_SIZES[short][0] == 0 else T.F16
-        planned.append(PlannedTensor(tensor, kind, tensor.n_elements // row * row_bytes(row, kind)))
-    return planned
+    def pieces(self, index: int) -> Iterator[Piece]:
+        raise NotImplementedError("a random checkpoint has no weights: blocks are drawn")
+
+
+def rules(type: str, facts: ModelFacts, tensor_types: Sequence[str]) -> TypeRules:
+    """The converter's rules for one of its recipes; or, for a plain ggml type, that type in all matrices."""
+    overrides = [Override.parse(text) for text in tensor_types]
+    if type in RECIPES:
+        return TypeRules(recipe(type), facts, overrides)
+    kind = parse_type(type)
+    pure = Recipe(type, kind, LlamaFileType.GUESSED)
+    return TypeRules(pure, facts, [*overrides, Override("", kind)])
 
 
 def parse_type(name: str) -> GGMLQuantizationType:
@@ -167,7 +203,7 @@ def parse_type(name: str) -> GGMLQuantizationType:
         raise ValueError(f"type: {name!r}, expected one of {', '.join(TYPES)}") from None
 
 
-def deviation(tensor: SourceTensor) -> float:
+def deviation(tensor: CheckpointTensor) -> float:
     """The standard deviation of a matrix."""
     by_inputs = 1.0 / math.sqrt(tensor.shape[-1])
     if tensor.rule.kind == "embedding":
@@ -179,7 +215,7 @@ def deviation(tensor: SourceTensor) -> float:
     return by_inputs
 
 
-def bounds(tensor: SourceTensor) -> tuple[float, float]:
+def bounds(tensor: CheckpointTensor) -> tuple[float, float]:
     """The range of a vector's entries, which are uniform."""
     if tensor.rule.encoder_only:
         return 0.25, 0.55
@@ -201,6 +237,9 @@ def unit_blocks(rng: np.random.Generator, kind: GGMLQuantizationType, n: int) ->
 
 def set_scales(blocks: npt.NDArray[np.uint8], kind: GGMLQuantizationType, scales: npt.NDArray[np.float32]) -> None:
     """Writes a scale, and the minimum that belongs to it, into each block."""
+    if kind in ODD_SCALES:
+        ODD_SCALES[kind](blocks, scales)
+        return
     layout = BLOCKS[kind]
     blocks[:, layout.scale : layout.scale + 2] = scales.astype("<f2")[:, None].view(np.uint8)
     if layout.at is not None:
@@ -216,17 +255,17 @@ def unit_deviation(kind: GGMLQuantizationType) -> float:
 
 def pieces(p: PlannedTensor, config: ModelConfig, rng: np.random.Generator) -> Iterator[npt.NDArray[np.uint8]]:
     """The tensor's bytes in order, a few MiB at a time."""
-    tensor = p.tensor
+    tensor, row = p.tensor, p.tensor.shape[-1]
+    assert isinstance(tensor, CheckpointTensor)
     if not tensor.rule.source:
-        yield encode(rope_freqs(config).reshape(1, -1), p.kind, tensor.name)
+        yield encode(rope_freqs(config), T.F32, p.kind, row, tensor.origin)
     elif len(tensor.shape) == 1:
-        yield encode(rng.uniform(*bounds(tensor), (1, tensor.shape[0])).astype(np.float32), p.kind, tensor.name)
+        yield encode(rng.uniform(*bounds(tensor), row).astype(np.float32), T.F32, p.kind, row, tensor.origin)
     elif p.kind in FLOATS:
-        row = tensor.shape[-1]
-        n_rows, at_once = tensor.n_elements // row, max(1, PIECE // (4 * row))
+        n_rows, at_once = math.prod(tensor.shape[:-1]), max(1, PIECE // (4 * row))
         for first in range(0, n_rows, at_once):
             rows = rng.standard_normal((min(at_once, n_rows - first), row), np.float32)
-            yield encode(rows * np.float32(deviation(tensor)), p.kind, tensor.name)
+            yield encode(rows * np.float32(deviation(tensor)), T.F32, p.kind, row, tensor.origin)
     else:
         size = GGML_QUANT_SIZES[p.kind][1]
         scale = np.float32(deviation(tensor) / unit_deviation(p.kind))
@@ -243,16 +282,16 @@ def write(
     name: str,
     *,
     type: str = "q8_0",
-    tensor_types: Sequence[tuple[str, str]] = (),
+    tensor_types: Sequence[str] = (),
     seed: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Writes a random GGUF of the shape `name` (a key of SHAPES); returns its size in bytes.
 
     Args:
-        type: of the big tensors, one of TYPES; norms, scalars and the router stay F32, and rows that do not divide into
-            its blocks get what llama.cpp's quantizer would give them.
-        tensor_types: (pattern, type): matrices whose name matches get that type; the first pattern that matches.
+        type: a recipe of the converter ("q4_k_m"), or one of TYPES, which all matrices get then; the rest is as in a
+            conversion.
+        tensor_types: overrides, as the converter takes them.
         seed: of all weights; a tensor's depend on it and on the tensor's place in the file.
         progress: called with (bytes done, bytes in all).
 
@@ -260,13 +299,14 @@ def write(
     it cannot be written.
     """
     config = shape(name)
-    recipe = Recipe(parse_type(type), file_type(parse_type(type)))
     checkpoint: Any = RandomCheckpoint(config, tensors(config))
-    planned = plan(checkpoint.tensors, recipe, tensor_types)
-    writer = header_writer(planned, metadata(checkpoint, None, recipe, f"random {name}"))
+    chosen = rules(type, checkpoint.facts(), tensor_types)
+    planned, _ = plan_tensors(checkpoint, chosen)
+    keys = Keys(metadata(checkpoint, None, chosen.recipe, f"random {name}"))
+    writer = header_writer(planned, keys)
     total = sum(padded(p.n_bytes) for p in planned)
     with whole_or_nothing(path, total + 1_000_000) as file:
-        file.append_by(lambda part: write_header(writer, part))
+        file.append_by(lambda part: write_header(writer, keys, part))
         pad(file)
         start = file.tell()
         for i, p in enumerate(planned):
@@ -280,29 +320,15 @@ def write(
 
 def count_parameters(config: ModelConfig) -> int:
     """All weights of the shape."""
-    return sum(tensor.n_elements for tensor in tensors(config) if tensor.source)
-
-
-def parse_override(text: str) -> tuple[str, str]:
-    """`PATTERN=TYPE` from the command line."""
-    pattern, sep, kind = text.rpartition("=")
-    if not sep or not pattern:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form PATTERN=TYPE")
-    try:
-        parse_type(kind)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return pattern, kind
+    return sum(math.prod(tensor.shape) for tensor in tensors(config) if tensor.source)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write a GGUF of a known shape with random weights.")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--type", choices=TYPES, default="q8_0", help="type of the big tensors (default: q8_0)")
-    parser.add_argument(
-        "--tensor-type", type=parse_override, action="append", default=[], metavar="PATTERN=TYPE", dest="tensor_types"
-    )
+    parser.add_argument("--type", default="q8_0", help="a recipe, or a ggml type for all matrices (default: q8_0)")
+    parser.add_argument("--tensor-type", action="append", default=[], metavar="PATTERN=TYPE", dest="tensor_types")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     from rich.console import Console

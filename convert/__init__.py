@@ -1,8 +1,24 @@
-"""Checkpoints to GGUF files, and a look into GGUF files. Needs numpy and gguf, not the compiled engine."""
+"""Checkpoints to GGUF files, GGUF files to other types, and a look into GGUF files."""
 
 from __future__ import annotations
 
-from .hf_to_gguf import ConversionReport, ConvertProgress, Fallback, convert
+from .collect import CollectProgress, CollectReport, collect
+from .conversion import convert
+from .diff import FileDiff, compare_files
 from .inspect import FileReport, Finding, inspect_file
+from .writing import ConversionReport, ConvertProgress, Fallback
 
-__all__ = ["ConversionReport", "ConvertProgress", "Fallback", "FileReport", "Finding", "convert", "inspect_file"]
+__all__ = [
+    "CollectProgress",
+    "CollectReport",
+    "ConversionReport",
+    "ConvertProgress",
+    "Fallback",
+    "FileDiff",
+    "FileReport",
+    "Finding",
+    "collect",
+    "compare_files",
+    "convert",
+    "inspect_file",
+]

@@ -7,7 +7,6 @@ these too as long as the copies are equal, and so does this reader.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +15,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
 
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
 
 from .config import ModelConfig, Reader, parse_config, read_json
 from .names import DECODER, EMBEDDING, ENCODER, GLOBAL_TENSORS, HEAD, SAMPLER_KEYS, Tensor, layer_name, layer_tensors
-from .shards import ITEM_SIZE, Shard, StoredTensor
+from .pieces import Piece, Span, spans
+from .quantize import decode
+from .recipes import F32, ModelFacts, model_facts
+from .shards import DTYPES, ITEM_SIZE, Shard, StoredTensor
+
+Bytes = npt.NDArray[np.uint8]
 
 SINGLE = "model.safetensors"
 INFILL_MODES = ("raw", "chat")
 INDEX = "model.safetensors.index.json"
 
-# float32 elements read at once: 8 MiB, so that the converter's memory does not depend on a tensor's size.
-SLICE_ELEMENTS = 2 * 1024 * 1024
-
 
 @dataclass(frozen=True)
-class SourceTensor:
+class CheckpointTensor:
     """One tensor to convert: its name in the GGUF, its rule, its row-major shape, and the checkpoint's name for it.
 
     `copies`: other names under which a tied copy stands; `source` is empty for a computed tensor (rope_freqs).
@@ -45,8 +47,9 @@ class SourceTensor:
     copies: tuple[str, ...] = ()
 
     @property
-    def n_elements(self) -> int:
-        return math.prod(self.shape)
+    def origin(self) -> str:
+        """For messages."""
+        return f"tensor '{self.source or self.name}'"
 
 
 class Checkpoint:
@@ -83,6 +86,11 @@ class Checkpoint:
             self.close()
             raise
 
+    def facts(self) -> ModelFacts:
+        """What recipes go by."""
+        c = self.config
+        return model_facts(len(c.layers), c.experts, c.heads, c.layers[0].kv_heads, (t.name for t in self.tensors))
+
     def close(self) -> None:
         for shard in self.shards.values():
             shard.close()
@@ -116,10 +124,12 @@ class Checkpoint:
             self.shards[file] = Shard(path)
         return self.shards[file]
 
-    def _resolve(self, name: str, rule: Tensor, shape: tuple[int, ...], candidates: tuple[str, ...]) -> SourceTensor:
+    def _resolve(
+        self, name: str, rule: Tensor, shape: tuple[int, ...], candidates: tuple[str, ...]
+    ) -> CheckpointTensor:
         """Finds the checkpoint's name for a wanted tensor, and checks dtype and shape of it and of its copies."""
         if not candidates:
-            return SourceTensor(name, rule, shape, "")
+            return CheckpointTensor(name, rule, shape, "")
         found = [c for c in candidates if c in self.files]
         if not found:
             raise ModelFormatError(f"{self.path}: tensor '{candidates[0]}' is missing")
@@ -131,7 +141,7 @@ class Checkpoint:
             # A scalar may be stored without its one dimension.
             if stored.shape != shape and not (shape == (1,) and stored.shape == ()):
                 raise ModelFormatError(f"{where}: expected shape {list(shape)}, got {list(stored.shape)}")
-        return SourceTensor(name, rule, shape, found[0], tuple(found[1:]))
+        return CheckpointTensor(name, rule, shape, found[0], tuple(found[1:]))
 
     def stored(self, source: str) -> StoredTensor:
         """The header entry of the checkpoint's tensor `source`."""
@@ -140,32 +150,30 @@ class Checkpoint:
             raise ModelFormatError(f"{shard.path}: tensor '{source}' is missing, though {INDEX} puts it there")
         return shard.tensors[source]
 
-    def rows(self, tensor: SourceTensor) -> Iterator[npt.NDArray[np.float32]]:
-        """The tensor's values in order, float32 [rows, row length], a few MiB at a time.
-
-        ModelFormatError for NaN or infinity, UnsupportedError when a tied copy differs (the reference unties then).
-        """
+    def pieces(self, index: int) -> Iterator[Piece]:
+        """The `index`-th of `tensors`, in order. UnsupportedError when a tied copy differs (the reference unties)."""
+        tensor = self.tensors[index]
         if not tensor.source:
-            yield rope_freqs(self.config).reshape(1, -1)
+            yield Piece(F32, rope_freqs(self.config).view(np.uint8))
             return
-        parts = [
-            self.shards[self.files[s]].slices(as_rows(self.stored(s), tensor.shape), SLICE_ELEMENTS)
-            for s in (tensor.source, *tensor.copies)
-        ]
-        for values, *copies in zip(*parts, strict=True):
-            for name, copy in zip(tensor.copies, copies, strict=True):
-                if not np.array_equal(values, copy):
+        for span in spans(tensor.shape):
+            kind, data = self._read(tensor, tensor.source, span)
+            for name in tensor.copies:
+                other, copy = self._read(tensor, name, span)
+                row = tensor.shape[-1]
+                same = np.array_equal(data, copy) or np.array_equal(
+                    decode(data, kind, row, tensor.origin), decode(copy, other, row, f"tensor '{name}'")
+                )
+                if not same:
                     raise UnsupportedError(
                         f"{self.path}: '{name}' differs from '{tensor.source}': untied weights are not supported"
                     )
-            if not np.isfinite(values).all():
-                raise ModelFormatError(f"{self.path}: tensor '{tensor.source}' holds NaN or infinity")
-            yield values
+            yield Piece(kind, data, span.matrix)
 
-
-def as_rows(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
-    """The same bytes under `shape`, which has at least one dimension."""
-    return StoredTensor(stored.name, stored.dtype, shape, stored.offset, stored.n_bytes)
+    def _read(self, tensor: CheckpointTensor, source: str, span: Span) -> tuple[GGMLQuantizationType, Bytes]:
+        stored = self.stored(source)
+        row = tensor.shape[-1] * ITEM_SIZE[stored.dtype]
+        return DTYPES[stored.dtype], self._shard(self.files[source]).read(stored, span.first * row, span.count * row)
 
 
 def wanted_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor, tuple[int, ...], tuple[str, ...]]]:

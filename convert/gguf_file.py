@@ -1,4 +1,5 @@
-"""Reads the head of a GGUF file: keys, tensor names, types, shapes and places; every number is checked before use.
+"""Reads the head of a GGUF: keys, tensor names, types, shapes and places; every number is checked before use. The parts
+of a split one are read as one, from the first.
 
 gguf's own reader trusts the file: a count of 2^60 keeps it busy for good, and broken files surface as IndexError,
 KeyError, UnicodeDecodeError, or not at all. It also keeps a numpy view per vocabulary entry. A stranger's file needs
@@ -10,13 +11,15 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pydiffgguf.errors import ModelFormatError
+
+from .names import SPLIT_KEYS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -46,6 +49,9 @@ KEPT = 4096
 MAX_DIMS = 4
 MAX_NAME = 65_535
 
+# Parts of a split file: their names count in five digits.
+MAX_PARTS = 99_999
+
 CHUNK = 1 << 20
 
 Scalar = int | float | bool | str
@@ -54,22 +60,31 @@ Scalar = int | float | bool | str
 @dataclass(frozen=True)
 class Value:
     """One key's value: `type` as in names.KEYS ("u32", "arr[str]"); of an array, `count` elements, of which `value`
-    holds the first `KEPT`."""
+    holds the first `KEPT`. In its file it stands from byte `start` to `end`."""
 
     type: str
     value: Scalar | list[Scalar]
     count: int = 1
+    start: int = field(default=0, compare=False, repr=False)
+    end: int = field(default=0, compare=False, repr=False)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `value` holds all of it."""
+        return not isinstance(self.value, list) or len(self.value) == self.count
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: `shape` in ggml's order (the first number is contiguous), `offset` from the file's beginning."""
+    """One tensor: `shape` in ggml's order (the first number is contiguous), `offset` from the beginning of the file
+    `path`."""
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
     n_bytes: int
+    path: Path
 
     @property
     def n_elements(self) -> int:
@@ -78,9 +93,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFHead:
-    """What stands before the tensor data. `size` is the file's, in bytes."""
+    """What stands before the tensor data: `path` the file, or the first of `parts`; `size` that of all, in bytes. What
+    is not per tensor is the first file's."""
 
     path: Path
+    parts: tuple[Path, ...]
     size: int
     version: int
     alignment: int
@@ -148,11 +165,73 @@ class Cursor:
 
 
 def read_head(path: Path) -> GGUFHead:
-    """Reads and checks keys and tensor infos of the GGUF `path`.
+    """Reads and checks keys and tensor infos of the GGUF `path`, a whole file or the first part of a split one, whose
+    other parts stand beside it.
 
-    OSError when it cannot be opened (FileNotFoundError, IsADirectoryError); ModelFormatError when it is empty, not a
-    GGUF, cut short (in the head, or before the end of a tensor's data) or makes no sense.
+    OSError when a file cannot be opened (FileNotFoundError, IsADirectoryError); ModelFormatError when one is empty, not
+    a GGUF, cut short (in the head, or before the end of a tensor's data), makes no sense, or is not the part it should
+    be.
     """
+    first = read_part(path)
+    count = split_key(first, "split.count", 1, MAX_PARTS) if "split.count" in first.keys else 1
+    if count == 1:
+        return first
+    index = split_key(first, "split.no", 0, count - 1)
+    suffix = part_suffix(index, count)
+    if not path.name.endswith(suffix):
+        raise ModelFormatError(
+            f"{path}: this is part {index + 1} of a model in {count} files, whose name must end in {suffix} for the "
+            "others to be found"
+        )
+    stem = path.name.removesuffix(suffix)
+    if index:
+        raise ModelFormatError(
+            f"{path}: this is part {index + 1} of a model in {count} files: open the first, "
+            f"{path.with_name(stem + part_suffix(0, count))}"
+        )
+    parts, tensors = [first], dict(first.tensors)
+    for i in range(1, count):
+        try:
+            part = read_part(path.with_name(stem + part_suffix(i, count)))
+        except FileNotFoundError as error:
+            what = f"{error.strerror} (part {i + 1} of the {count} that the model is split into)"
+            raise FileNotFoundError(error.errno, what, error.filename) from None
+        split_key(part, "split.no", i, i)
+        split_key(part, "split.count", count, count)
+        for name in part.tensors.keys() & tensors.keys():
+            raise ModelFormatError(f"{part.path}: tensor '{name:.100}' is in another part of the model as well")
+        tensors |= part.tensors
+        parts.append(part)
+    expected = split_key(first, "split.tensors.count", 0, 2**31 - 1)
+    if expected != len(tensors):
+        raise ModelFormatError(
+            f"{path}: its {count} parts hold {len(tensors)} tensors, but key 'split.tensors.count' is {expected}: "
+            "parts of different models are mixed"
+        )
+    return replace(
+        first, parts=tuple(part.path for part in parts), size=sum(part.size for part in parts), tensors=tensors
+    )
+
+
+def part_suffix(index: int, count: int) -> str:
+    """How the name of part `index`, from 0, of a model in `count` files ends."""
+    return f"-{index + 1:05d}-of-{count:05d}.gguf"
+
+
+def split_key(head: GGUFHead, key: str, least: int, most: int) -> int:
+    """One of SPLIT_KEYS; ModelFormatError when it is missing, no integer, or out of range."""
+    value = head.keys.get(key)
+    if value is None:
+        raise ModelFormatError(f"{head.path}: key '{key}' is missing")
+    if type(value.value) is not int:
+        raise ModelFormatError(f"{head.path}: key '{key}' has type {value.type}: expected {SPLIT_KEYS[key]}")
+    if not least <= value.value <= most:
+        raise ModelFormatError(f"{head.path}: key '{key}' is {value.value}: expected {least} to {most}")
+    return value.value
+
+
+def read_part(path: Path) -> GGUFHead:
+    """One file's own head, whether the file is a whole GGUF or part of one; see `read_head`."""
     if path.is_dir():
         raise IsADirectoryError(21, "expected a GGUF file, this is a folder", str(path))
     with open(path, "rb") as file:
@@ -173,9 +252,8 @@ def read_head(path: Path) -> GGUFHead:
         infos = [read_tensor_info(cursor, i) for i in range(n_tensors)]
         alignment = read_alignment(cursor, keys)
         data_offset = -(-cursor.tell() // alignment) * alignment
-        return GGUFHead(
-            path, cursor.size, version, alignment, data_offset, keys, place(cursor, infos, data_offset, alignment)
-        )
+        tensors = place(cursor, infos, data_offset, alignment)
+        return GGUFHead(path, (path,), cursor.size, version, alignment, data_offset, keys, tensors)
 
 
 def read_keys(cursor: Cursor, n_keys: int) -> dict[str, Value]:
@@ -184,7 +262,8 @@ def read_keys(cursor: Cursor, n_keys: int) -> dict[str, Value]:
         name = cursor.name(f"key {i}")
         if name in keys:
             raise cursor.fail(f"key '{name:.100}' is there twice")
-        keys[name] = read_value(cursor, f"key '{name:.100}'")
+        start = cursor.tell()
+        keys[name] = replace(read_value(cursor, f"key '{name:.100}'"), start=start, end=cursor.tell())
     return keys
 
 
@@ -239,7 +318,7 @@ def read_tensor_info(cursor: Cursor, index: int) -> TensorInfo:
         raise cursor.fail(
             f"{what} has rows of {shape[0]}, which do not divide into the blocks of {block} of {kind.name}"
         )
-    return TensorInfo(name, shape, kind, offset, math.prod(shape) // block * size)
+    return TensorInfo(name, shape, kind, offset, math.prod(shape) // block * size, cursor.path)
 
 
 def read_alignment(cursor: Cursor, keys: dict[str, Value]) -> int:
@@ -263,5 +342,5 @@ def place(cursor: Cursor, infos: list[TensorInfo], data_offset: int, alignment: 
         end = data_offset + info.offset + info.n_bytes
         if end > cursor.size:
             raise cursor.fail(f"cut short: {what} ends at byte {end}, the file has {cursor.size}")
-        tensors[info.name] = TensorInfo(info.name, info.shape, info.type, data_offset + info.offset, info.n_bytes)
+        tensors[info.name] = replace(info, offset=data_offset + info.offset)
     return tensors

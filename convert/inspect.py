@@ -36,6 +36,13 @@ KV_TYPES = {
     "q8_0": GGMLQuantizationType.Q8_0,
 }
 
+CANVAS_LENGTH = "diffusion.canvas_length"
+RELEASED_CANVAS = 256
+RIVAL_NORM = "self_cond_norm.weight"
+
+# Types that ggml has no float32 for.
+UNREADABLE = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+
 # Keys without which a file does not load; what else the dialect has is implied, or has a default.
 REQUIRED_KEYS = (
     ".block_count",
@@ -55,7 +62,7 @@ REQUIRED_KEYS = (
     ".expert_used_count",
     ".expert_feed_forward_length",
     ".final_logit_softcapping",
-    "diffusion.canvas_length",
+    CANVAS_LENGTH,
 )
 TOKENIZER_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
@@ -249,7 +256,9 @@ def estimate_memory(head: GGUFHead, n_ctx: int | None, type_kv: str) -> MemoryEs
     if n_ctx is None and context is not None:
         n_ctx = min(DEFAULT_CONTEXT, context)
     layers = read_layers(keys)
-    window, canvas = keys.integer(".attention.sliding_window"), keys.integer("diffusion.canvas_length")
+    window, canvas = keys.integer(".attention.sliding_window"), keys.integer(CANVAS_LENGTH)
+    if canvas is None and is_rival(head):
+        canvas = RELEASED_CANVAS
     if n_ctx is None or layers is None or window is None or canvas is None:
         return MemoryEstimate(n_ctx, type_kv, weights, None)
     ring = min(n_ctx, window - 1 + max(DEFAULT_BATCH, canvas) + 1)
@@ -263,17 +272,22 @@ def estimate_memory(head: GGUFHead, n_ctx: int | None, type_kv: str) -> MemoryEs
 
 def find_missing(head: GGUFHead) -> list[Finding]:
     """Everything missing or unusual, errors first."""
-    found = [*check_keys(head.keys), *check_tensors(head), *check_shapes(head), *check_text(head.keys)]
+    found = [*check_keys(head), *check_tensors(head), *check_shapes(head), *check_text(head.keys)]
     order = ("error", "warning", "note")
     return sorted(found, key=lambda finding: order.index(finding.level))
 
 
-def check_keys(keys: dict[str, Value]) -> list[Finding]:
+def check_keys(head: GGUFHead) -> list[Finding]:
+    """Keys that are missing, or of another type."""
+    keys = head.keys
     found = []
     for key in REQUIRED_KEYS:
-        if full_key(key) not in keys:
-            hint = "; files of the rival dialect mean 256" if key == "diffusion.canvas_length" else ""
-            found.append(Finding("error", f"key '{full_key(key)}' is missing{hint}"))
+        if full_key(key) in keys:
+            continue
+        if key == CANVAS_LENGTH and is_rival(head):
+            found.append(Finding("warning", f"no {key}: {RELEASED_CANVAS} is used, which its writer had built in"))
+        else:
+            found.append(Finding("error", f"key '{full_key(key)}' is missing"))
     for key, kind in KEYS.items():
         value = keys.get(full_key(key))
         if value is not None and value.type != kind:
@@ -284,6 +298,11 @@ def check_keys(keys: dict[str, Value]) -> list[Finding]:
         what = "no sampler keys" if len(absent) == len(SAMPLER_KEYS) else f"no {', '.join(absent)}"
         found.append(Finding("note", f"{what}: the released model's values are used"))
     return found
+
+
+def is_rival(head: GGUFHead) -> bool:
+    """Whether the file is written in the rival dialect, which has another name for a norm and no key for the canvas."""
+    return RIVAL_NORM in head.tensors
 
 
 def family(kind: str) -> str:
@@ -298,13 +317,13 @@ def check_tensors(head: GGUFHead) -> list[Finding]:
     found = []
     if "output.weight" in names:
         found.append(Finding("error", "tensor 'output.weight' is there: an untied head is not supported"))
-    has_pre_norm = "self_cond_pre_norm.weight" in names or "self_cond_norm.weight" in names
+    has_pre_norm = "self_cond_pre_norm.weight" in names or is_rival(head)
     parts = [has_pre_norm, *(name in names for name in SELF_CONDITIONING)]
     if not any(parts):
         found.append(Finding("warning", "no self-conditioning tensors: the signal is zero, more steps are needed"))
     elif not all(parts):
         found.append(Finding("error", "some of the self-conditioning tensors are missing"))
-    if "self_cond_norm.weight" in names:
+    if is_rival(head):
         found.append(Finding("note", "written in the rival dialect: 'self_cond_norm' for 'self_cond_pre_norm'"))
     known = {*SELF_CONDITIONING, "self_cond_pre_norm.weight"}
     found += [
@@ -335,6 +354,11 @@ def check_tensors(head: GGUFHead) -> list[Finding]:
         found.append(Finding("warning", f"no encoder scalars in {which}: the decoder's are used, prompts suffer"))
     if split:
         found.append(Finding("note", f"gate and up of the experts stand apart in {len(split)} layers"))
+    for tensor in head.tensors.values():
+        if kind_of(tensor.name) != OTHER and tensor.type.name in UNREADABLE:
+            found.append(Finding("error", f"tensor '{tensor.name}' has type {tensor.type.name}, which is not served"))
+        elif tensor.name.endswith(".scale") and kind_of(tensor.name) == OTHER:
+            found.append(Finding("error", f"tensor '{tensor.name}' is there: scales beside a tensor are not served"))
     n_other = sum(1 for name in names if kind_of(name) == OTHER)
     if n_other:
         found.append(Finding("note", f"{n_other} tensors are not part of a text model and are not used"))

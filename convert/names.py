@@ -67,6 +67,10 @@ KEYS: dict[str, str] = {
     "tokenizer.chat_template": "str",
 }
 
+# Keys of the parts of a split file, which other programs write: which part this is, from 0, how many there are, and the
+# tensors of all together.
+SPLIT_KEYS: dict[str, str] = {"split.no": "u16", "split.count": "u16", "split.tensors.count": "i32"}
+
 # The sampler's keys: GGUF key -> the name in generation_config.json, where `entropy_bound` lies in `sampler_config`.
 SAMPLER_KEYS: dict[str, str] = {
     "diffusion.eb_max_steps": "max_denoising_steps",

@@ -1,4 +1,4 @@
-"""Reads safetensors files row by row, without torch and without mapping them.
+"""Reads safetensors files piece by piece, without torch and without mapping them.
 
 The format: eight bytes, little endian, the length of a JSON header; the header, name -> dtype, shape and data_offsets;
 then the data. The safetensors package hands numpy no BF16 (numpy has no such type) and no parts of a tensor below an
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +17,13 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pydiffgguf.errors import ModelFormatError
 
-# The dtypes that weights come in; bytes per element.
-ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+# The dtypes that weights come in, and ggml's names for them.
+DTYPES: dict[str, GGMLQuantizationType] = {t: GGMLQuantizationType[t] for t in ("F32", "F16", "BF16")}
+ITEM_SIZE: dict[str, int] = {t: GGML_QUANT_SIZES[kind][1] for t, kind in DTYPES.items()}  # bytes per element
 
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
 
@@ -60,34 +61,22 @@ class Shard:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def read(self, tensor: StoredTensor, first: int, count: int) -> npt.NDArray[np.float32]:
-        """Elements `first` to `first + count` of the flattened tensor, widened to float32 (exact for every dtype)."""
-        size = ITEM_SIZE[tensor.dtype]
-        raw = bytearray(count * size)
-        self.file.seek(tensor.offset + first * size)
-        view = memoryview(raw)
-        while view:
-            got = self.file.readinto(view)  # type: ignore[attr-defined]  # FileIO has it, BinaryIO does not say so
-            if not got:
-                raise ModelFormatError(f"{self.path}: the file ends inside tensor '{tensor.name}'")
-            view = view[got:]
-        if tensor.dtype == "F32":
-            return np.frombuffer(raw, dtype="<f4").astype(np.float32, copy=False)
-        if tensor.dtype == "F16":
-            return np.frombuffer(raw, dtype="<f2").astype(np.float32)
-        # A bfloat16 is the upper half of a float32.
-        upper = np.frombuffer(raw, dtype="<u2").astype(np.uint32)
-        upper <<= np.uint32(16)
-        return upper.view(np.float32)
+    def read(self, tensor: StoredTensor, first: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Bytes `first` to `first + n_bytes` of the tensor."""
+        return read_bytes(self.path, self.file, tensor.offset + first, n_bytes, tensor.name)
 
-    def slices(self, tensor: StoredTensor, max_elements: int) -> Iterator[npt.NDArray[np.float32]]:
-        """The tensor in order, as float32 [rows, row length], in slices of whole rows of about `max_elements`."""
-        row = tensor.shape[-1]
-        rows = math.prod(tensor.shape[:-1])
-        step = max(1, max_elements // row)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            yield self.read(tensor, first * row, count * row).reshape(count, row)
+
+def read_bytes(path: Path, file: BinaryIO, offset: int, n_bytes: int, name: str) -> npt.NDArray[np.uint8]:
+    """`n_bytes` from `offset` on, of tensor `name`, from an unbuffered file; ModelFormatError when it ends early."""
+    data = np.empty(n_bytes, dtype=np.uint8)
+    file.seek(offset)
+    view = data.data
+    while view:
+        got = file.readinto(view)  # type: ignore[attr-defined]  # FileIO has it, BinaryIO does not say so
+        if not got:
+            raise ModelFormatError(f"{path}: the file ends inside tensor '{name}'")
+        view = view[got:]
+    return data
 
 
 def read_header(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:

@@ -5,6 +5,7 @@
 #include "log_capture.h"
 #include "loop.h"
 #include "model.h"
+#include "quantize.h"
 #include "random.h"
 #include "sampler.h"
 #include "session.h"
@@ -13,6 +14,7 @@
 #include "ggml-cpu.h"
 #include "gguf.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -38,10 +40,12 @@ struct dg_session {
 
 namespace {
 
+// One line, whatever a file's strings or a path that the message quotes hold: no control character passes.
 void write_message(const char *message, char *err, size_t err_size) noexcept {
     if (err && err_size > 0) {
         const size_t n = std::min(std::strlen(message), err_size - 1);
-        std::memcpy(err, message, n);
+        std::replace_copy_if(
+            message, message + n, err, [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, '?');
         err[n] = '\0';
     }
 }
@@ -89,7 +93,7 @@ template <typename Body> dg_status inside(dg_session *session, char *err, size_t
     });
 }
 
-const gguf_context *metadata(const dg_model *model) { return model->model->gguf(); }
+const gguf_context *metadata(const dg_model *model) { return model->model->files().keys(); }
 
 bool valid_kv(const dg_model *model, int64_t index) { return index >= 0 && index < gguf_get_n_kv(metadata(model)); }
 
@@ -201,25 +205,22 @@ size_t dg_model_kv_strings(const dg_model *model, int64_t index, char *out, size
     return needed;
 }
 
-int64_t dg_model_n_tensors(const dg_model *model) { return gguf_get_n_tensors(metadata(model)); }
+int64_t dg_model_n_tensors(const dg_model *model) {
+    return static_cast<int64_t>(model->model->files().tensors().size());
+}
 
 dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
-    const gguf_context *g = metadata(model);
     dg_tensor_info info = {};
-    if (index < 0 || index >= gguf_get_n_tensors(g)) {
+    if (index < 0 || index >= dg_model_n_tensors(model)) {
         return info;
     }
-    const ggml_type type = gguf_get_tensor_type(g, index);
-    info.name = gguf_get_tensor_name(g, index);
-    info.type = static_cast<int32_t>(type);
-    info.type_name = ggml_type_name(type);
-    const int64_t *ne = gguf_get_tensor_ne(g, index);
-    info.n_dims = 1;
-    for (int32_t i = 0; i < 4; ++i) {
-        info.ne[i] = ne[i];
-        info.n_dims = ne[i] > 1 ? i + 1 : info.n_dims;
-    }
-    info.n_bytes = gguf_get_tensor_size(g, index);
+    const ggml_tensor *tensor = model->model->files().tensors()[static_cast<size_t>(index)].tensor;
+    info.name = tensor->name;
+    info.type = static_cast<int32_t>(tensor->type);
+    info.type_name = ggml_type_name(tensor->type);
+    info.n_dims = ggml_n_dims(tensor);
+    std::copy(tensor->ne, tensor->ne + 4, info.ne);
+    info.n_bytes = ggml_nbytes(tensor);
     return info;
 }
 
@@ -432,11 +433,58 @@ dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, cha
     return inside(session, err, err_size, [&] { session->session.set_poll(poll, user); });
 }
 
+// -------------------------------------------------------------------------------------------------- quantizing
+
+dg_status dg_session_collect(dg_session *session, bool on, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        session->loop.drop();
+        session->session.collect(on);
+    });
+}
+
+dg_status dg_session_importance(dg_session *session, const char *tensor, double *squares, int64_t *counts, char *err,
+                                size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(tensor, "tensor");
+        require(squares, "squares");
+        require(counts, "counts");
+        const dg::Importance *importance = session->session.importance();
+        if (!importance) {
+            throw dg::Error(DG_ERROR_ARGUMENT, "nothing is collected: call dg_session_collect first");
+        }
+        const dg::FileTensor *weight = session->session.model().files().find(tensor);
+        if (!weight) {
+            throw dg::Error(DG_ERROR_ARGUMENT, std::string("there is no tensor '") + tensor + "'");
+        }
+        const auto matrices = static_cast<size_t>(weight->tensor->ne[2]);
+        std::fill_n(squares, matrices * static_cast<size_t>(weight->tensor->ne[0]), 0.0);
+        std::fill_n(counts, matrices, int64_t{0});
+        if (const dg::Importance::Sums *sums = importance->find(tensor)) {
+            std::copy(sums->squares.begin(), sums->squares.end(), squares);
+            std::copy(sums->counts.begin(), sums->counts.end(), counts);
+        }
+    });
+}
+
+size_t dg_row_bytes(int32_t type, int64_t row) {
+    dg::initialize_ggml();
+    return dg::row_bytes(type, row);
+}
+
+dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, void *dst, int64_t n_rows, int64_t row,
+                           const float *importance, int32_t n_threads, char *err, size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(src, "src");
+        require(dst, "dst");
+        dg::quantize_rows(src_type, src, dst_type, dst, {n_rows, row}, importance, n_threads);
+    });
+}
+
 // ------------------------------------------------------------------------------------------------------- build
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 2; }
+int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 

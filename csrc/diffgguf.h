@@ -26,6 +26,8 @@
  * caller's buffer `err` of `err_size` bytes (NULL and 0 are allowed). There is no other error state anywhere. What a
  * failed call leaves behind is said at the call. Nothing here aborts, exits or prints.
  *
+ * Paths are UTF-8 on Windows and whatever bytes the system takes elsewhere.
+ *
  * Arrays are row-major. C is the canvas length, V the vocabulary size, both from dg_model_config.
  * This file compiles as C, alone, and is the one source of the Python binding's declarations.
  */
@@ -47,6 +49,10 @@
 #else
 #    define DG_API
 #endif
+
+/* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
+ * run time compares it with dg_abi_version(). */
+#define DG_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -168,11 +174,11 @@ DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
 /* ---------------------------------------------------------------------------------------------- session */
 
 typedef struct dg_session_options {
-    int32_t n_ctx;      /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
-    int32_t n_batch;    /* a prompt is encoded in chunks of so many tokens; default 512 */
-    int32_t n_threads;  /* 0: as many as this process may use and a step is worth */
-    dg_kv_type type_kv; /* default DG_KV_F16 */
-    int32_t n_rows;     /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    int32_t n_ctx;     /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
+    int32_t n_batch;   /* a prompt is encoded in chunks of so many tokens; default 512 */
+    int32_t n_threads; /* 0: as many as this process may use and a step is worth */
+    int32_t type_kv;   /* a dg_kv_type; default DG_KV_F16 */
+    int32_t n_rows;    /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
 } dg_session_options;
 
 DG_API dg_session_options dg_session_options_default(void);
@@ -316,10 +322,35 @@ DG_API void dg_session_clear_cancel(dg_session *session);
 typedef int (*dg_poll)(void *user);
 DG_API dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size);
 
+/* ------------------------------------------------------------------------------------------- quantizing */
+
+/* While this is on, every pass of the session adds the squares of what each weight matrix is multiplied by, column by
+ * column, from zero: what importance matrices are made of. Off: the sums are dropped. A canvas that was under way is
+ * dropped. */
+DG_API dg_status dg_session_collect(dg_session *session, bool on, char *err, size_t err_size);
+
+/* The sums of a matrix by its tensor's name: `squares` [n, ne[0]] and how many rows were summed, `counts` [n], with n =
+ * ne[2] of the tensor, the experts, or 1. Zeros for what no pass has met. DG_ERROR_ARGUMENT: no such tensor, or
+ * collecting is off. */
+DG_API dg_status dg_session_importance(dg_session *session, const char *tensor, double *squares, int64_t *counts,
+                                       char *err, size_t err_size);
+
+/* Bytes of a row of `row` elements in a ggml type (its number, as in GGUF files); 0 when there is no such type, or the
+ * row does not divide into its blocks. */
+DG_API size_t dg_row_bytes(int32_t type, int64_t row);
+
+/* Turns `n_rows` rows of `row` weights from one ggml type into another, with ggml's own row functions; rows that have
+ * the type already are copied. `importance` [row]: the mean square of what each column is multiplied by (an importance
+ * matrix's row), or NULL; types that take none ignore it. n_threads 0: as many as there are; the result does not
+ * depend on it. DG_ERROR_FORMAT: a NaN or infinity. DG_ERROR_UNSUPPORTED: a value beyond the type's range, a type
+ * that ggml cannot write, or one that needs an importance and got none. A failed call leaves `dst` undefined. */
+DG_API dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, void *dst, int64_t n_rows,
+                                  int64_t row, const float *importance, int32_t n_threads, char *err, size_t err_size);
+
 /* ------------------------------------------------------------------------------------------------ build */
 
 DG_API const char *dg_version(void);      /* of this library, MAJOR.MINOR.PATCH */
-DG_API int32_t dg_abi_version(void);      /* changes when a struct or a signature above changes */
+DG_API int32_t dg_abi_version(void);      /* DG_ABI_VERSION of the header that it was compiled with */
 DG_API const char *dg_ggml_version(void); /* of the ggml inside */
 DG_API const char *dg_compiler(void);
 DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */

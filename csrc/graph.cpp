@@ -34,12 +34,12 @@ ggml_tensor *rows_of_io(ggml_context *ctx, ggml_tensor *input, int64_t first, in
 
 class PassBuilder {
   public:
-    PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass)
-        : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass), n_(pass.rows()),
-          graph_(make_graph(static_cast<size_t>(c_.n_layer) *
-                                (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
-                                 NODES_PER_SEGMENT * pass.segments.size()) +
-                            NODES_BESIDES)),
+    PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass, Importance *importance)
+        : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass), importance_(importance),
+          n_(pass.rows()), graph_(make_graph(static_cast<size_t>(c_.n_layer) *
+                                                 (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
+                                                  NODES_PER_SEGMENT * pass.segments.size()) +
+                                             NODES_BESIDES)),
           ctx_(graph_.context.get()) {}
 
     Graph build() {
@@ -63,7 +63,8 @@ class PassBuilder {
     const KvCache &cache_;
     const GraphIo &io_;
     const Pass pass_;
-    const int64_t n_; // rows of all segments
+    Importance *importance_; // nullptr unless it is collected
+    const int64_t n_;        // rows of all segments
     Graph graph_;
     ggml_context *ctx_;
     ggml_tensor *ids_ = nullptr;
@@ -75,6 +76,20 @@ class PassBuilder {
     ggml_tensor *norm(ggml_tensor *x) const { return ggml_rms_norm(ctx_, x, c_.norm_eps); }
     ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight) const { return ggml_mul(ctx_, norm(x), weight); }
 
+    // Every product with a weight matrix goes through these two.
+    ggml_tensor *multiply(ggml_tensor *weight, ggml_tensor *x) const {
+        if (importance_) {
+            importance_->watch(ctx_, graph_.nodes, weight, x, nullptr);
+        }
+        return ggml_mul_mat(ctx_, weight, x);
+    }
+    ggml_tensor *multiply_experts(ggml_tensor *weights, ggml_tensor *x, ggml_tensor *selected) const {
+        if (importance_) {
+            importance_->watch(ctx_, graph_.nodes, weights, x, selected);
+        }
+        return ggml_mul_mat_id(ctx_, weights, x, selected);
+    }
+
     // gelu_tanh(gate) * up, in float32: gelu_tanh(g) = g * sigmoid(g * w) with w = 2 sqrt(2/pi) (1 + 0.044715 g^2), and
     // swiglu_split(a, b) = a * sigmoid(a) * b. ggml's own CPU gelu reads a half-precision table, which costs 3e-4 in
     // the logits; this form costs 6e-7 and runs on every device.
@@ -85,7 +100,7 @@ class PassBuilder {
     }
 
     ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) const {
-        return ggml_mul_mat(ctx_, down, gelu_mul(ggml_mul_mat(ctx_, gate, x), ggml_mul_mat(ctx_, up, x)));
+        return multiply(down, gelu_mul(multiply(gate, x), multiply(up, x)));
     }
 
     // -> [n_embd, n]
@@ -164,15 +179,15 @@ class PassBuilder {
 
     ggml_tensor *attention(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) const {
         ggml_tensor *h = norm(x, l.attn_norm);
-        ggml_tensor *k = ggml_mul_mat(ctx_, l.attn_k, h);
-        ggml_tensor *v = l.attn_v ? ggml_mul_mat(ctx_, l.attn_v, h) : k; // the raw projection, before k_norm and rope
+        ggml_tensor *k = multiply(l.attn_k, h);
+        ggml_tensor *v = l.attn_v ? multiply(l.attn_v, h) : k; // the raw projection, before k_norm and rope
         k = ggml_reshape_3d(ctx_, k, l.head_dim, l.n_head_kv, n_);
         v = ggml_reshape_3d(ctx_, v, l.head_dim, l.n_head_kv, n_);
         k = rope(l, norm(k, l.attn_k_norm));
         v = norm(v);
         ggml_tensor *q = nullptr;
         if (!only_cache) {
-            q = ggml_reshape_3d(ctx_, ggml_mul_mat(ctx_, l.attn_q, h), l.head_dim, c_.n_head, n_);
+            q = ggml_reshape_3d(ctx_, multiply(l.attn_q, h), l.head_dim, c_.n_head, n_);
             q = rope(l, norm(q, l.attn_q_norm));
         }
         ggml_tensor *attended = nullptr;
@@ -198,14 +213,13 @@ class PassBuilder {
         if (only_cache) {
             return nullptr;
         }
-        return norm(ggml_mul_mat(ctx_, l.attn_output, attended), l.post_attention_norm);
+        return norm(multiply(l.attn_output, attended), l.post_attention_norm);
     }
 
     // Both inputs come from the raw residual x: the router has a norm of its own, without a weight.
     ggml_tensor *experts(const LayerWeights &l, ggml_tensor *x) const {
         const int64_t n_used = c_.n_expert_used;
-        ggml_tensor *probabilities =
-            ggml_soft_max(ctx_, ggml_mul_mat(ctx_, l.router, norm(x, l.router_scale))); // [n_expert, n]
+        ggml_tensor *probabilities = ggml_soft_max(ctx_, multiply(l.router, norm(x, l.router_scale))); // [n_expert, n]
         ggml_tensor *selected =
             ggml_cont(ctx_, ggml_argsort_top_k(ctx_, probabilities, static_cast<int>(n_used))); // [n_used, n]
         ggml_tensor *weights = ggml_get_rows(ctx_, ggml_reshape_3d(ctx_, probabilities, 1, c_.n_expert, n_),
@@ -219,15 +233,15 @@ class PassBuilder {
         ggml_tensor *gate = nullptr;
         ggml_tensor *up = nullptr; // both [n_ff_exp, n_used, n]
         if (l.gate_up_exps) {
-            ggml_tensor *both = ggml_mul_mat_id(ctx_, l.gate_up_exps, h, selected);
+            ggml_tensor *both = multiply_experts(l.gate_up_exps, h, selected);
             gate = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2], 0);
             up = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2],
                               static_cast<size_t>(c_.n_ff_exp) * both->nb[0]);
         } else {
-            gate = ggml_mul_mat_id(ctx_, l.gate_exps, h, selected);
-            up = ggml_mul_mat_id(ctx_, l.up_exps, h, selected);
+            gate = multiply_experts(l.gate_exps, h, selected);
+            up = multiply_experts(l.up_exps, h, selected);
         }
-        ggml_tensor *out = ggml_mul_mat_id(ctx_, l.down_exps, gelu_mul(gate, up), selected); // [n_embd, n_used, n]
+        ggml_tensor *out = multiply_experts(l.down_exps, gelu_mul(gate, up), selected); // [n_embd, n_used, n]
         out = ggml_mul(ctx_, out, ggml_reshape_3d(ctx_, weights, 1, n_used, n_));
         ggml_tensor *sum = nullptr;
         for (int64_t i = 0; i < n_used; ++i) {
@@ -252,7 +266,7 @@ class PassBuilder {
     // The product is placed in io.logits and softcapped there: a canvas of logits exists once (268 MB at the released
     // shape).
     void head(ggml_tensor *x) const {
-        ggml_tensor *logits = ggml_mul_mat(ctx_, model_.weights().token_embd, norm(x, model_.weights().output_norm));
+        ggml_tensor *logits = multiply(model_.weights().token_embd, norm(x, model_.weights().output_norm));
         logits->data = static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_row) * io_.logits->nb[1];
         logits->buffer = io_.logits->buffer;
         if (c_.logit_softcap > 0.0f) {
@@ -270,8 +284,9 @@ int32_t Pass::rows() const { return std::accumulate(segments.begin(), segments.e
 
 int32_t Pass::end() const { return end(*std::max_element(segments.begin(), segments.end())); }
 
-Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass) {
-    return PassBuilder(model, cache, io, pass).build();
+Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
+                 Importance *importance) {
+    return PassBuilder(model, cache, io, pass, importance).build();
 }
 
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t n_rows) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cache.h"
+#include "importance.h"
 #include "model.h"
 
 #include "ggml-cpp.h"
@@ -67,7 +68,9 @@ struct Graph {
 
 // One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
 // whose rows are those of the segments, one after the other.
-Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass);
+// `importance`: what the pass multiplies weights by is added up there; nullptr: nowhere.
+Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
+                 Importance *importance = nullptr);
 
 // n_rows of io.logits (processed) -> the same rows of io.soft: the softmax of each row times the embedding, over the
 // whole vocabulary, in slices that bound the memory for the transposed embedding.

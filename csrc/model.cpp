@@ -1,13 +1,12 @@
-// Opens a GGUF: checks every key's type and every tensor's shape, binds them once.
+// Checks a file's figures and the shape of every tensor that is used, and binds them once.
 #include "model.h"
 
 #include "error.h"
-#include "log_capture.h"
+#include "gguf_keys.h"
 #include "names.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
-#include "gguf.h"
 
 #include <cinttypes>
 #include <cmath>
@@ -24,12 +23,18 @@ constexpr int64_t MAX_VOCAB = 1 << 24;
 constexpr int64_t MAX_CANVAS = 1 << 16;
 constexpr int64_t MAX_CONTEXT = 1 << 28;
 
+constexpr int32_t RELEASED_CANVAS = 256;
+
 std::string shape_text(const int64_t *ne, int n) {
     std::string text = "[";
     for (int i = 0; i < n; ++i) {
         text += format("%s%" PRId64, i ? ", " : "", ne[i]);
     }
     return text + "]";
+}
+
+bool ends_with(const std::string &text, const std::string &tail) {
+    return text.size() >= tail.size() && text.compare(text.size() - tail.size(), tail.size(), tail) == 0;
 }
 
 uint64_t fnv1a(uint64_t hash, const void *data, size_t size) {
@@ -84,11 +89,10 @@ void check_sampling(const dg_sampling &s) {
 // Reads one file into one Model; everything that can be wrong with a file is found here.
 class ModelReader {
   public:
-    ModelReader(Model &model, const std::string &path, const dg_model_options &options)
-        : model_(model), path_(path), options_(options) {}
+    ModelReader(Model &model, const std::string &path)
+        : model_(model), path_(path), files_(*model.files_), keys_(path, files_.keys()) {}
 
     void read() {
-        open();
         read_config();
         bind();
         model_.fingerprint_ = fnv1a(model_.fingerprint_, &model_.config_, sizeof model_.config_);
@@ -97,8 +101,8 @@ class ModelReader {
   private:
     Model &model_;
     const std::string &path_;
-    const dg_model_options &options_;
-    size_t data_offset_ = 0;
+    const GgufFiles &files_;
+    const GgufKeys keys_;
     struct Owned {
         ggml_tensor *tensor;
         std::vector<float> values;
@@ -110,227 +114,59 @@ class ModelReader {
     }
     [[noreturn]] void fail_format(const std::string &what) const { fail(DG_ERROR_FORMAT, what); }
 
-    // ------------------------------------------------------------------------------------------- the container
-
-    void open() {
-        if (options_.n_gpu_layers < -1) {
-            throw Error(DG_ERROR_ARGUMENT,
-                        format("n_gpu_layers is %d: it must be -1 (as many as fit) or more", options_.n_gpu_layers));
-        }
-        if (options_.n_gpu_layers > 0) {
-            throw Error(DG_ERROR_UNSUPPORTED,
-                        format("n_gpu_layers is %d, but this version computes on the CPU only; use n_gpu_layers=0 "
-                               "(GPU builds will be installed with CMAKE_ARGS=\"-DGGML_CUDA=on\" pip install "
-                               "--no-binary pydiffgguf pydiffgguf)",
-                               options_.n_gpu_layers));
-        }
-        model_.file_ = FileBytes::open(path_, options_.use_mmap);
-        model_.mapped_ = options_.use_mmap;
-        const FileBytes &file = *model_.file_;
-        if (file.size() == 0) {
-            fail_format("the file is empty");
-        }
-        if (file.size() < 4 || std::memcmp(file.data(), "GGUF", 4) != 0) {
-            fail_format("not a GGUF file (its first four bytes are not \"GGUF\")");
-        }
-        LogCapture log;
-        ggml_context *context = nullptr;
-        gguf_init_params params = {};
-        params.no_alloc = true;
-        params.ctx = &context;
-        model_.gguf_.reset(gguf_init_from_buffer(file.data(), file.size(), params));
-        model_.tensors_.reset(context);
-        if (!model_.gguf_) {
-            fail_format("broken GGUF header: " + log.last_line("truncated or damaged"));
-        }
-        data_offset_ = gguf_get_data_offset(model_.gguf_.get());
-        check_tensor_bounds();
-        model_.file_buffer_.reset(
-            ggml_backend_cpu_buffer_from_ptr(const_cast<unsigned char *>(file.data()), file.size()));
-        if (!model_.file_buffer_) {
-            fail(DG_ERROR_INTERNAL, "ggml refused the weights' buffer");
-        }
-        ggml_backend_buffer_set_usage(model_.file_buffer_.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    }
-
-    void check_tensor_bounds() {
-        const gguf_context *g = model_.gguf_.get();
-        const size_t size = model_.file_->size();
-        for (int64_t i = 0; i < gguf_get_n_tensors(g); ++i) {
-            const size_t offset = gguf_get_tensor_offset(g, i);
-            const size_t bytes = gguf_get_tensor_size(g, i);
-            if (data_offset_ > size || offset > size - data_offset_ || bytes > size - data_offset_ - offset) {
-                fail_format(format("tensor %s lies at bytes %zu to %zu, but the file ends at %zu: it is truncated",
-                                   gguf_get_tensor_name(g, i), data_offset_ + offset, data_offset_ + offset + bytes,
-                                   size));
-            }
-            model_.weight_bytes_ += bytes;
-        }
-    }
-
     // -------------------------------------------------------------------------------------------------- keys
 
-    // Keys that begin with a dot stand behind the architecture.
-    static std::string full_key(const char *key) {
-        return key[0] == '.' ? std::string(names::ARCHITECTURE) + key : std::string(key);
-    }
-
-    int64_t find_key(const char *key, bool required) const {
-        const std::string name = full_key(key);
-        const int64_t id = gguf_find_key(model_.gguf_.get(), name.c_str());
-        if (id < 0 && required) {
-            fail_format("key " + name + " is missing");
-        }
-        return id;
-    }
-
-    [[noreturn]] void fail_key_type(const char *key, const char *expected, gguf_type got) const {
-        fail_format(format("key %s has type %s, expected %s", full_key(key).c_str(), gguf_type_name(got), expected));
-    }
-
-    static bool integer_at(gguf_type type, const void *data, size_t i, int64_t &out) {
-        switch (type) {
-            case GGUF_TYPE_UINT8: out = static_cast<const uint8_t *>(data)[i]; return true;
-            case GGUF_TYPE_INT8: out = static_cast<const int8_t *>(data)[i]; return true;
-            case GGUF_TYPE_UINT16: out = static_cast<const uint16_t *>(data)[i]; return true;
-            case GGUF_TYPE_INT16: out = static_cast<const int16_t *>(data)[i]; return true;
-            case GGUF_TYPE_UINT32: out = static_cast<const uint32_t *>(data)[i]; return true;
-            case GGUF_TYPE_INT32: out = static_cast<const int32_t *>(data)[i]; return true;
-            case GGUF_TYPE_INT64: out = static_cast<const int64_t *>(data)[i]; return true;
-            case GGUF_TYPE_UINT64: {
-                const uint64_t value = static_cast<const uint64_t *>(data)[i];
-                out = value > INT64_MAX ? INT64_MAX : static_cast<int64_t>(value);
-                return true;
-            }
-            default: return false;
-        }
-    }
-
-    void check_range(const char *key, int64_t value, int64_t least, int64_t most) const {
-        if (value < least || value > most) {
-            fail_format(format("key %s is %" PRId64 ", expected %" PRId64 " to %" PRId64, full_key(key).c_str(), value,
-                               least, most));
-        }
-    }
-
-    int32_t integer(const char *key, int64_t least, int64_t most) const {
-        const int64_t id = find_key(key, true);
-        const gguf_type type = gguf_get_kv_type(model_.gguf_.get(), id);
-        int64_t value = 0;
-        if (type == GGUF_TYPE_ARRAY || type == GGUF_TYPE_STRING ||
-            !integer_at(type, gguf_get_val_data(model_.gguf_.get(), id), 0, value)) {
-            fail_key_type(key, "an integer", type);
-        }
-        check_range(key, value, least, most);
-        return static_cast<int32_t>(value);
-    }
-
-    int32_t integer_or(const char *key, int64_t least, int64_t most, int32_t fallback) const {
-        return find_key(key, false) < 0 ? fallback : integer(key, least, most);
-    }
-
-    double real(const char *key, double least, double most) const {
-        const int64_t id = find_key(key, true);
-        const gguf_type type = gguf_get_kv_type(model_.gguf_.get(), id);
-        double value = 0;
-        if (type == GGUF_TYPE_FLOAT32) {
-            value = static_cast<double>(gguf_get_val_f32(model_.gguf_.get(), id));
-        } else if (type == GGUF_TYPE_FLOAT64) {
-            value = gguf_get_val_f64(model_.gguf_.get(), id);
-        } else {
-            fail_key_type(key, "a real number", type);
-        }
-        if (!(value >= least && value <= most)) { // NaN as well
-            fail_format(format("key %s is %g, expected %g to %g", full_key(key).c_str(), value, least, most));
-        }
-        return value;
-    }
-
-    double real_or(const char *key, double least, double most, double fallback) const {
-        return find_key(key, false) < 0 ? fallback : real(key, least, most);
-    }
-
-    // An array of n integers, or one integer that stands for all.
-    std::vector<int64_t> integers(const char *key, size_t n, int64_t least, int64_t most) const {
-        const gguf_context *g = model_.gguf_.get();
-        const int64_t id = find_key(key, true);
-        if (gguf_get_kv_type(g, id) != GGUF_TYPE_ARRAY) {
-            return std::vector<int64_t>(n, integer(key, least, most));
-        }
-        check_array_length(key, id, n);
-        const gguf_type type = gguf_get_arr_type(g, id);
-        std::vector<int64_t> values(n);
-        for (size_t i = 0; i < n; ++i) {
-            if (type == GGUF_TYPE_STRING || !integer_at(type, gguf_get_arr_data(g, id), i, values[i])) {
-                fail_key_type(key, "an array of integers", type);
-            }
-            check_range(key, values[i], least, most);
-        }
-        return values;
-    }
-
-    std::vector<bool> bools(const char *key, size_t n) const {
-        const gguf_context *g = model_.gguf_.get();
-        const int64_t id = find_key(key, true);
-        if (gguf_get_kv_type(g, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(g, id) != GGUF_TYPE_BOOL) {
-            fail_key_type(key, "an array of bools", gguf_get_kv_type(g, id));
-        }
-        check_array_length(key, id, n);
-        const auto *data = static_cast<const int8_t *>(gguf_get_arr_data(g, id));
-        return std::vector<bool>(data, data + n);
-    }
-
-    void check_array_length(const char *key, int64_t id, size_t n) const {
-        const size_t got = gguf_get_arr_n(model_.gguf_.get(), id);
-        if (got != n) {
-            fail_format(format("key %s has %zu entries, expected one a layer, %zu", full_key(key).c_str(), got, n));
-        }
-    }
-
     void read_config() {
-        const gguf_context *g = model_.gguf_.get();
-        const int64_t id = find_key(names::KEY_ARCHITECTURE, true);
-        if (gguf_get_kv_type(g, id) != GGUF_TYPE_STRING) {
-            fail_key_type(names::KEY_ARCHITECTURE, "a string", gguf_get_kv_type(g, id));
-        }
-        const std::string architecture = gguf_get_val_str(g, id);
+        const std::string architecture = keys_.text(names::KEY_ARCHITECTURE);
         if (architecture != names::ARCHITECTURE) {
             fail_format("general.architecture is \"" + architecture + "\", expected \"" + names::ARCHITECTURE + "\"");
         }
 
         dg_config &c = model_.config_;
-        c.n_layer = integer(names::KEY_BLOCK_COUNT, 1, MAX_LAYERS);
-        c.n_ctx_train = integer(names::KEY_CONTEXT_LENGTH, 1, MAX_CONTEXT);
-        c.n_embd = integer(names::KEY_EMBEDDING_LENGTH, 1, MAX_WIDTH);
-        c.n_ff = integer(names::KEY_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
-        c.n_head = integer(names::KEY_HEAD_COUNT, 1, 4096);
-        c.n_expert = integer(names::KEY_EXPERT_COUNT, 1, 65536);
-        c.n_expert_used = integer(names::KEY_EXPERT_USED_COUNT, 1, c.n_expert);
-        c.n_ff_exp = integer(names::KEY_EXPERT_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
-        c.sliding_window = integer(names::KEY_SLIDING_WINDOW, 2, MAX_CONTEXT);
-        c.canvas_length = integer(names::KEY_CANVAS_LENGTH, 1, MAX_CANVAS);
-        c.norm_eps = static_cast<float>(real(names::KEY_RMS_EPSILON, 0.0, 1.0));
-        c.logit_softcap = static_cast<float>(real(names::KEY_FINAL_LOGIT_SOFTCAPPING, 0.0, 1e6));
-        c.rope_base_full = static_cast<float>(real(names::KEY_ROPE_FREQ_BASE, 1.0, 1e12));
-        c.rope_base_sliding = static_cast<float>(real(names::KEY_ROPE_FREQ_BASE_SWA, 1.0, 1e12));
+        c.n_layer = keys_.integer(names::KEY_BLOCK_COUNT, 1, MAX_LAYERS);
+        c.n_ctx_train = keys_.integer(names::KEY_CONTEXT_LENGTH, 1, MAX_CONTEXT);
+        c.n_embd = keys_.integer(names::KEY_EMBEDDING_LENGTH, 1, MAX_WIDTH);
+        c.n_ff = keys_.integer(names::KEY_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
+        c.n_head = keys_.integer(names::KEY_HEAD_COUNT, 1, 4096);
+        c.n_expert = keys_.integer(names::KEY_EXPERT_COUNT, 1, 65536);
+        c.n_expert_used = keys_.integer(names::KEY_EXPERT_USED_COUNT, 1, c.n_expert);
+        c.n_ff_exp = keys_.integer(names::KEY_EXPERT_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
+        c.sliding_window = keys_.integer(names::KEY_SLIDING_WINDOW, 2, MAX_CONTEXT);
+        c.canvas_length = canvas_length();
+        c.norm_eps = static_cast<float>(keys_.real(names::KEY_RMS_EPSILON, 0.0, 1.0));
+        c.logit_softcap = static_cast<float>(keys_.real(names::KEY_FINAL_LOGIT_SOFTCAPPING, 0.0, 1e6));
+        c.rope_base_full = static_cast<float>(keys_.real(names::KEY_ROPE_FREQ_BASE, 1.0, 1e12));
+        c.rope_base_sliding = static_cast<float>(keys_.real(names::KEY_ROPE_FREQ_BASE_SWA, 1.0, 1e12));
         refuse_unless_zero(names::KEY_SHARED_KV_LAYERS);
         refuse_unless_zero(names::KEY_EMBEDDING_LENGTH_PER_LAYER);
         read_layers();
         read_sampling();
     }
 
+    // A program that writes self_cond_norm for self_cond_pre_norm has the released canvas built in and no key for it.
+    int32_t canvas_length() {
+        if (keys_.has(names::KEY_CANVAS_LENGTH) || !find(names::SELF_COND_NORM)) {
+            return keys_.integer(names::KEY_CANVAS_LENGTH, 1, MAX_CANVAS);
+        }
+        model_.warnings_.push_back(
+            format("key %s is missing, as in all files that say %s: %d, the released length, is used",
+                   names::KEY_CANVAS_LENGTH, names::SELF_COND_NORM, RELEASED_CANVAS));
+        return RELEASED_CANVAS;
+    }
+
     void refuse_unless_zero(const char *key) const {
-        const int32_t value = integer_or(key, 0, INT32_MAX, 0);
+        const int32_t value = keys_.integer_or(key, 0, INT32_MAX, 0);
         if (value != 0) {
-            fail(DG_ERROR_UNSUPPORTED, format("key %s is %d; only 0 is served", full_key(key).c_str(), value));
+            fail(DG_ERROR_UNSUPPORTED,
+                 format("key %s is %d; only 0 is served", GgufKeys::full_name(key).c_str(), value));
         }
     }
 
     void read_layers() {
         const dg_config &c = model_.config_;
         const auto n = static_cast<size_t>(c.n_layer);
-        const std::vector<bool> sliding = bools(names::KEY_SLIDING_WINDOW_PATTERN, n);
-        const std::vector<int64_t> kv = integers(names::KEY_HEAD_COUNT_KV, n, 1, c.n_head);
+        const std::vector<bool> sliding = keys_.bools(names::KEY_SLIDING_WINDOW_PATTERN, n);
+        const std::vector<int64_t> kv = keys_.integers(names::KEY_HEAD_COUNT_KV, n, 1, c.n_head);
         const int64_t dim_full =
             head_dim(names::KEY_KEY_LENGTH, names::KEY_VALUE_LENGTH, names::KEY_ROPE_DIMENSION_COUNT);
         const int64_t dim_sliding =
@@ -358,15 +194,16 @@ class ModelReader {
     }
 
     int64_t head_dim(const char *key, const char *value_key, const char *rope_key) const {
-        const int64_t dim = integer(key, 2, 1 << 14);
+        const int64_t dim = keys_.integer(key, 2, 1 << 14);
         if (dim % 2 != 0) {
-            fail_format(format("key %s is %" PRId64 ", expected an even number", full_key(key).c_str(), dim));
+            fail_format(
+                format("key %s is %" PRId64 ", expected an even number", GgufKeys::full_name(key).c_str(), dim));
         }
         for (const char *other : {value_key, rope_key}) {
-            const int32_t got = integer_or(other, 1, 1 << 14, static_cast<int32_t>(dim));
+            const int32_t got = keys_.integer_or(other, 1, 1 << 14, static_cast<int32_t>(dim));
             if (got != dim) {
                 fail(DG_ERROR_UNSUPPORTED, format("key %s is %d; only the key length, %" PRId64 ", is served",
-                                                  full_key(other).c_str(), got, dim));
+                                                  GgufKeys::full_name(other).c_str(), got, dim));
             }
         }
         return dim;
@@ -375,9 +212,9 @@ class ModelReader {
     void read_sampling() {
         const dg_sampling d = released_sampling();
         dg_sampling &s = model_.sampling_;
-        s.steps = integer_or(names::KEY_EB_MAX_STEPS, 1, 1000000, d.steps);
+        s.steps = keys_.integer_or(names::KEY_EB_MAX_STEPS, 1, 1000000, d.steps);
         s.max_steps = d.max_steps;
-        s.stability_threshold = integer_or(names::KEY_EB_STABILITY_THRESHOLD, 0, 1000000, d.stability_threshold);
+        s.stability_threshold = keys_.integer_or(names::KEY_EB_STABILITY_THRESHOLD, 0, 1000000, d.stability_threshold);
         s.t_min = as_written(names::KEY_EB_T_MIN, d.t_min);
         s.t_max = as_written(names::KEY_EB_T_MAX, d.t_max);
         s.entropy_bound = as_written(names::KEY_EB_ENTROPY_BOUND, d.entropy_bound);
@@ -391,19 +228,20 @@ class ModelReader {
 
     // The keys are float32; somebody wrote 0.4 and means the number that prints as 0.4, not 0.4000000059604645.
     double as_written(const char *key, double fallback) const {
-        const double value = real_or(key, 0.0, 1e6, fallback);
+        const double value = keys_.real_or(key, 0.0, 1e6, fallback);
         return std::strtod(format("%.7g", value).c_str(), nullptr);
     }
 
     // ----------------------------------------------------------------------------------------------- tensors
 
-    ggml_tensor *find(const std::string &name) const { return ggml_get_tensor(model_.tensors_.get(), name.c_str()); }
+    const FileTensor *find(const std::string &name) const { return files_.find(name); }
 
-    ggml_tensor *require(const std::string &name, std::initializer_list<int64_t> shape) const {
-        ggml_tensor *tensor = find(name);
-        if (!tensor) {
+    const FileTensor &require(const std::string &name, std::initializer_list<int64_t> shape) const {
+        const FileTensor *found = find(name);
+        if (!found) {
             fail_format("tensor " + name + " is missing");
         }
+        const ggml_tensor *tensor = found->tensor;
         std::vector<int64_t> expected(shape);
         expected.resize(GGML_MAX_DIMS, 1);
         if (std::memcmp(tensor->ne, expected.data(), sizeof tensor->ne) != 0) {
@@ -411,17 +249,13 @@ class ModelReader {
             fail_format(format("tensor %s has shape %s, expected %s", name.c_str(),
                                shape_text(tensor->ne, dims).c_str(), shape_text(expected.data(), dims).c_str()));
         }
-        return tensor;
-    }
-
-    const unsigned char *file_data(const ggml_tensor *tensor) const {
-        const int64_t id = gguf_find_tensor(model_.gguf_.get(), ggml_get_name(tensor));
-        return model_.file_->data() + data_offset_ + gguf_get_tensor_offset(model_.gguf_.get(), id);
+        return *found;
     }
 
     // A matrix, used where it lies in the file.
     ggml_tensor *matrix(const std::string &name, std::initializer_list<int64_t> shape) const {
-        ggml_tensor *tensor = require(name, shape);
+        const FileTensor &found = require(name, shape);
+        ggml_tensor *tensor = found.tensor;
         const ggml_type type = tensor->type;
         const bool usable = type == GGML_TYPE_F32 || (ggml_get_type_traits_cpu(type)->vec_dot != nullptr &&
                                                       ggml_get_type_traits(type)->to_float != nullptr);
@@ -430,17 +264,17 @@ class ModelReader {
                  format("tensor %s has type %s, which cannot be multiplied with", name.c_str(), ggml_type_name(type)));
         }
         if (!tensor->buffer) {
-            ggml_backend_tensor_alloc(model_.file_buffer_.get(), tensor,
-                                      const_cast<unsigned char *>(file_data(tensor)));
+            ggml_backend_tensor_alloc(found.buffer, tensor, const_cast<unsigned char *>(found.data));
         }
         return tensor;
     }
 
     // The values of a small tensor of any type, as float32.
     std::vector<float> values(const std::string &name, std::initializer_list<int64_t> shape) {
-        const ggml_tensor *tensor = require(name, shape);
+        const FileTensor &found = require(name, shape);
+        const ggml_tensor *tensor = found.tensor;
+        const unsigned char *data = found.data;
         const auto n = static_cast<size_t>(ggml_nelements(tensor));
-        const unsigned char *data = file_data(tensor);
         std::vector<float> out(n);
         if (tensor->type == GGML_TYPE_F32) {
             std::memcpy(out.data(), data, n * sizeof(float));
@@ -465,6 +299,14 @@ class ModelReader {
 
     ggml_tensor *vector(const std::string &name, int64_t n) { return own(values(name, {n}), n); }
 
+    // In float32 whatever its type: as it is, ggml would round its input to that type as well, and near ties between
+    // experts would fall otherwise.
+    ggml_tensor *router(const std::string &name, int64_t n_embd, int64_t n_expert) {
+        const FileTensor *found = find(name);
+        return found && found->tensor->type != GGML_TYPE_F32 ? own(values(name, {n_embd, n_expert}), n_embd, n_expert)
+                                                             : matrix(name, {n_embd, n_expert});
+    }
+
     void bind() {
         const dg_config &c = model_.config_;
         const size_t n_owned = model_.weights_.layers.size() * 12 + 8;
@@ -475,6 +317,7 @@ class ModelReader {
         if (!model_.owned_) {
             fail(DG_ERROR_MEMORY, format("%zu bytes for tensor headers were refused", params.mem_size));
         }
+        refuse_scales();
         bind_globals();
         for (int32_t i = 0; i < c.n_layer; ++i) {
             bind_layer(i, model_.weights_.layers[static_cast<size_t>(i)]);
@@ -489,13 +332,27 @@ class ModelReader {
         }
     }
 
+    // Some writers keep a factor of a quantized tensor beside it (X.scale of X.weight): left out, the numbers would be
+    // wrong without a word.
+    void refuse_scales() const {
+        for (const FileTensor &found : files_.tensors()) {
+            const std::string name = ggml_get_name(found.tensor);
+            const std::string stem = name.substr(0, name.rfind('.'));
+            if (name == stem + ".scale" && find(stem + ".weight") && !ends_with(name, names::FFN_GATE_INP_SCALE) &&
+                !ends_with(name, names::FFN_DOWN_EXPS_SCALE)) {
+                fail(DG_ERROR_UNSUPPORTED, "tensor " + name + " is present; scales beside a tensor are not served");
+            }
+        }
+    }
+
     void bind_globals() {
         dg_config &c = model_.config_;
         Weights &w = model_.weights_;
-        const ggml_tensor *embedding = find(names::TOKEN_EMBD);
-        if (!embedding) {
+        const FileTensor *found = find(names::TOKEN_EMBD);
+        if (!found) {
             fail_format(std::string("tensor ") + names::TOKEN_EMBD + " is missing");
         }
+        const ggml_tensor *embedding = found->tensor;
         if (embedding->ne[1] < 2 || embedding->ne[1] > MAX_VOCAB) {
             fail_format(format("tensor %s has %" PRId64 " rows, expected 2 to %" PRId64, names::TOKEN_EMBD,
                                embedding->ne[1], MAX_VOCAB));
@@ -570,7 +427,7 @@ class ModelReader {
         l.ffn_down = matrix(prefix + names::FFN_DOWN, {c.n_ff, n_embd});
         l.post_ffw_norm_1 = vector(prefix + names::POST_FFW_NORM_1, n_embd);
 
-        l.router = matrix(prefix + names::FFN_GATE_INP, {n_embd, c.n_expert});
+        l.router = router(prefix + names::FFN_GATE_INP, n_embd, c.n_expert);
         std::vector<float> scale = values(prefix + names::FFN_GATE_INP_SCALE, {n_embd});
         for (float &value : scale) {
             value *= 1.0f / std::sqrt(static_cast<float>(n_embd));
@@ -607,7 +464,21 @@ class ModelReader {
     }
 };
 
-Model::Model(const std::string &path, const dg_model_options &options) { ModelReader(*this, path, options).read(); }
+Model::Model(const std::string &path, const dg_model_options &options) {
+    if (options.n_gpu_layers < -1) {
+        throw Error(DG_ERROR_ARGUMENT,
+                    format("n_gpu_layers is %d: it must be -1 (as many as fit) or more", options.n_gpu_layers));
+    }
+    if (options.n_gpu_layers > 0) {
+        throw Error(DG_ERROR_UNSUPPORTED,
+                    format("n_gpu_layers is %d, but this version computes on the CPU only; use n_gpu_layers=0 "
+                           "(GPU builds will be installed with CMAKE_ARGS=\"-DGGML_CUDA=on\" pip install "
+                           "--no-binary pydiffgguf pydiffgguf)",
+                           options.n_gpu_layers));
+    }
+    files_ = std::make_unique<const GgufFiles>(path, options.use_mmap);
+    ModelReader(*this, path).read();
+}
 
 int64_t Model::active_parameters() const {
     const auto size = [](const ggml_tensor *t) { return t ? ggml_nelements(t) : 0; };

@@ -1,10 +1,10 @@
-// An opened GGUF file: its figures, and its tensors bound once into typed structs. Immutable after construction.
+// An opened model: its figures, and its tensors bound once into typed structs. Immutable after construction.
 //
 // Shapes are in ggml's order (ne[0] contiguous): a matrix [in, out] maps rows of `in` values to rows of `out`.
 #pragma once
 
 #include "diffgguf.h"
-#include "file_map.h"
+#include "gguf_files.h"
 
 #include "ggml-cpp.h"
 
@@ -70,29 +70,22 @@ class Model {
     const dg_sampling &sampling() const { return sampling_; }
     const Weights &weights() const { return weights_; }
     const std::vector<std::string> &warnings() const { return warnings_; }
-    const gguf_context *gguf() const { return gguf_.get(); }
+    const GgufFiles &files() const { return *files_; }
     // Weights that one row of a pass is multiplied with.
     int64_t active_parameters() const;
-    size_t weight_bytes() const { return weight_bytes_; }
-    bool mapped() const { return mapped_; }
     // Differs between models whose caches are not exchangeable: a hash of the metadata and the small tensors.
     uint64_t fingerprint() const { return fingerprint_; }
 
   private:
     friend class ModelReader;
 
-    bool mapped_ = false;
-    std::unique_ptr<FileBytes> file_;
-    gguf_context_ptr gguf_;
-    ggml_context_ptr tensors_; // the file's tensors, pointing into file_
-    ggml_context_ptr owned_;   // small float32 tensors made at load
-    ggml_backend_buffer_ptr file_buffer_;
+    std::unique_ptr<const GgufFiles> files_;
+    ggml_context_ptr owned_; // small float32 tensors made at load
     ggml_backend_buffer_ptr owned_buffer_;
     dg_config config_ = {};
     dg_sampling sampling_ = {};
     Weights weights_;
     std::vector<std::string> warnings_;
-    size_t weight_bytes_ = 0;
     uint64_t fingerprint_ = 0;
 };
 

@@ -38,6 +38,9 @@ inline constexpr const char *KEY_EB_T_MIN = "diffusion.eb_t_min";
 inline constexpr const char *KEY_EB_T_MAX = "diffusion.eb_t_max";
 inline constexpr const char *KEY_EB_ENTROPY_BOUND = "diffusion.eb_entropy_bound";
 inline constexpr const char *KEY_EB_CONFIDENCE_THRESHOLD = "diffusion.eb_confidence_threshold";
+inline constexpr const char *KEY_SPLIT_NO = "split.no";
+inline constexpr const char *KEY_SPLIT_COUNT = "split.count";
+inline constexpr const char *KEY_SPLIT_TENSORS_COUNT = "split.tensors.count";
 
 // global tensors
 inline constexpr const char *TOKEN_EMBD = "token_embd.weight";

@@ -60,6 +60,10 @@ class Session {
     size_t logits_size(int32_t n_rows) const { return static_cast<size_t>(n_rows) * io_.logits->nb[1]; }
     void check_ids(const char *what, const int32_t *ids, int32_t n) const;
 
+    // From here on passes add up what they multiply weights by, from zero; or do so no longer.
+    void collect(bool on);
+    const Importance *importance() const { return importance_.get(); }
+
     void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
     void clear_cancel() { cancelled_.store(false, std::memory_order_relaxed); }
     void set_poll(dg_poll poll, void *user) {
@@ -83,11 +87,13 @@ class Session {
     GraphIo io_;
     ggml_backend_ptr backend_;
     ggml_threadpool *threadpool_ = nullptr;
+    int64_t process_ = 0; // whose threads they are: a fork has none of them
     ggml_gallocr_ptr pass_allocator_;
     ggml_gallocr_ptr soft_allocator_;
     Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
     Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
     Graph soft_graph_;
+    std::unique_ptr<Importance> importance_;
     int32_t soft_graph_first_ = 0; // the rows that soft_graph_ is for
     int32_t soft_graph_rows_ = 0;
     std::vector<int32_t> tokens_;
@@ -103,6 +109,9 @@ class Session {
     int32_t largest_pass() const;
     void plan(bool allocate);
     void make_io(bool allocate);
+    size_t io_bytes() const;
+    void start_threads();
+    void stop_threads();
     void set_past(int32_t n);
     void set_pass_inputs(const Pass &pass);
     void set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding);

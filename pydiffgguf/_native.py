@@ -464,6 +464,24 @@ class NativeSession:
         )
         return np.split(out, np.cumsum(lengths)[:-1])
 
+    def collect(self, on: bool) -> None:
+        """From here on passes add up the squares of what each matrix is multiplied by, from zero; or no longer."""
+        _call(lib.dg_session_collect, self._open_pointer(), bool(on))
+
+    def importance(self, tensor: str, n_matrices: int, row: int) -> tuple[Float64Array, npt.NDArray[np.int64]]:
+        """What `collect` has added up for a tensor of `n_matrices` matrices with rows of `row`: squares float64
+        [n_matrices, row], and how many rows were summed, int64 [n_matrices]. ValueError while nothing is collected."""
+        squares = np.empty((n_matrices, row), dtype=np.float64)
+        counts = np.empty(n_matrices, dtype=np.int64)
+        _call(
+            lib.dg_session_importance,
+            self._open_pointer(),
+            tensor.encode(),
+            _pointer_to("double[]", squares),
+            _pointer_to("int64_t[]", counts),
+        )
+        return squares, counts
+
     def denoise(
         self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None, n_rows: int | None = None
     ) -> Float32Array:
@@ -613,6 +631,55 @@ def noise_renoise(seed: int, canvas_index: int, step: int, n_rows: int, n_vocab:
 
 def _draw_key(seed: int, canvas_index: int) -> tuple[int, int]:
     return integer("seed", seed, 0, MAX_SEED), integer("canvas_index", canvas_index, 0, 2**32 - 1)
+
+
+# ------------------------------------------------------------------------------------------------------ quantizing
+
+
+def row_bytes(type_: int, row: int) -> int:
+    """Bytes of a row of `row` elements in ggml type `type_`; 0 when there is no such type or the row does not divide
+    into its blocks."""
+    n: int = lib.dg_row_bytes(int32("type", type_), integer("row", row, 0, 2**31 - 1))
+    return n
+
+
+def quantize_rows(
+    rows: npt.NDArray[Any],
+    src_type: int,
+    dst_type: int,
+    row: int,
+    *,
+    importance: Float32Array | None = None,
+    n_threads: int = 0,
+) -> npt.NDArray[np.uint8]:
+    """Rows of `row` weights from ggml type `src_type` to `dst_type`; uint8 [n_rows, bytes of a row].
+
+    `rows`: a contiguous array whose bytes are whole rows. `importance` float32 [row], finite and not negative.
+    ModelFormatError for NaN or infinity, UnsupportedError for values beyond the type's range and for types that ggml
+    cannot write, ValueError for rows that do not divide.
+    """
+    data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+    size = row_bytes(src_type, row)
+    if size == 0 or data.size % size:
+        raise ValueError(f"rows: {data.size} bytes are not whole rows of {row} elements in ggml type {src_type}")
+    if importance is not None:
+        importance = float_array("importance", importance, np.float32, (row,))
+    out = np.empty((data.size // size, row_bytes(dst_type, row)), dtype=np.uint8)
+    if out.shape[1] == 0:
+        raise ValueError(f"rows of {row} elements do not divide into the blocks of ggml type {dst_type}")
+    if out.size:
+        _call(
+            lib.dg_quantize_rows,
+            int32("src_type", src_type),
+            _pointer_to("char[]", data),
+            int32("dst_type", dst_type),
+            _pointer_to("char[]", out),
+            out.shape[0],
+            row,
+            _pointer_to("float[]", importance),
+            int32("n_threads", n_threads, low=0),
+        )
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------- build

@@ -184,32 +184,75 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         "convert",
-        "make a GGUF file from a checkpoint",
+        "make a GGUF file from a checkpoint, or give a GGUF file other types",
         _convert,
         "pydiffgguf convert diffusiongemma-26B-A4B-it -o model.gguf",
-        "pydiffgguf convert hf:google/diffusiongemma-26B-A4B-it -o model.gguf --type bf16",
+        "pydiffgguf convert hf:google/diffusiongemma-26B-A4B-it -o model.gguf --type dg4",
+        "pydiffgguf convert model-bf16.gguf -o small.gguf --type q4_k_m --imatrix imatrix.gguf",
+        "pydiffgguf convert model-bf16.gguf -o mine.gguf --type q4_k_m --tensor-type 'ffn_.*_exps=iq4_nl'",
     )
-    sub.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors, or hf:OWNER/REPO")
+    sub.add_argument(
+        "source",
+        metavar="SRC",
+        help="a folder with config.json and safetensors, or hf:OWNER/REPO; a GGUF file, or hf:OWNER/REPO:PATTERN",
+    )
     sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="appears only when it is whole")
     sub.add_argument(
-        "--type", metavar="TYPE", default="q8_0", help="of the big tensors: q8_0 (default), bf16, f16, f32"
+        "--type",
+        metavar="TYPE",
+        default="q8_0",
+        help="f32, f16, bf16, q8_0 (default), q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, iq4_nl, iq4_xs, q3_k_m, q2_k "
+        "or mxfp4, tensor by tensor what llama.cpp gives; dg4, 4.6 bits a weight, is made for this model",
     )
-    sub.add_argument("--name", metavar="NAME", help="general.name in the file; the folder's name if not given")
+    sub.add_argument(
+        "--tensor-type",
+        action="append",
+        metavar="PATTERN=TYPE",
+        help="tensors whose name has the regular expression get that ggml type; repeatable, the first match counts",
+    )
+    sub.add_argument(
+        "--imatrix", metavar="F", help="an importance matrix: of pydiffgguf imatrix, or llama.cpp's in GGUF"
+    )
+    sub.add_argument("--threads", type=_at_least(1), metavar="N", help="quantize on so many cores (all)")
+    sub.add_argument(
+        "--name", metavar="NAME", help="general.name in the file; the folder's name, or the GGUF's, if not given"
+    )
     sub.add_argument("--allow-missing-tokenizer", action="store_true", help="a folder without tokenizer.json will do")
 
     sub = command(
+        "imatrix",
+        "collect an importance matrix, by which convert spends the bits of small types where they matter",
+        _imatrix,
+        "pydiffgguf imatrix model-bf16.gguf -f text.txt -o imatrix.gguf",
+        "pydiffgguf convert model-bf16.gguf -o small.gguf --type dg4 --imatrix imatrix.gguf",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument(
+        "-f", "--file", metavar="FILE", required=True, help="UTF-8 text like what the model will write; - is stdin"
+    )
+    sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="in llama.cpp's imatrix GGUF format")
+    sub.add_argument("--chunks", type=_at_least(1), metavar="N", help="run at most so many chunks of the text (all)")
+    sub.add_argument("--seed", type=int, metavar="N", default=0, help="of the random tokens on the canvases (0)")
+    _add_model_options(sub)
+
+    sub = command(
         "inspect",
-        "what a GGUF file holds, what memory it needs, what it lacks",
+        "what a GGUF file holds, what memory it needs, what it lacks; or what sets two files apart",
         _inspect,
         "pydiffgguf inspect model.gguf",
         "pydiffgguf inspect model.gguf --tensors --json",
         "pydiffgguf inspect model.gguf --fit 16GB --ctx 32768",
+        "pydiffgguf inspect --diff a.gguf b.gguf --data",
     )
-    sub.add_argument("file", metavar="FILE", help=MODEL_HELP)
+    sub.add_argument("file", metavar="FILE", nargs="?", help=MODEL_HELP)
+    sub.add_argument(
+        "--diff", nargs=2, metavar=("A", "B"), help="compare two files, in place of FILE: keys and tensors"
+    )
+    sub.add_argument("--data", action="store_true", help="with --diff: the weights too, byte for byte")
     sub.add_argument("--tensors", action="store_true", help="list every tensor")
     sub.add_argument("--json", action="store_true", help="print one object")
     sub.add_argument("--ctx", type=int, metavar="N", help="positions to reckon the memory for")
-    sub.add_argument("--type-kv", metavar="TYPE", default="f16", help="type of the cache to reckon with (f16)")
+    sub.add_argument("--type-kv", metavar="TYPE", help="type of the cache to reckon with (f16)")
     sub.add_argument(
         "--fit",
         metavar="SIZE",
@@ -470,15 +513,18 @@ def _chat(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from pydiffgguf.convert import convert
     from pydiffgguf.convert.output import human
-    from pydiffgguf.hub import resolve_checkpoint
+    from pydiffgguf.hub import resolve_source
     from pydiffgguf.terminal import conversion_progress
 
-    source = resolve_checkpoint(args.source)
+    source = resolve_source(args.source)
     with conversion_progress(sys.stderr) as progress:
         report = convert(
             source,
             args.out,
             type=args.type,
+            tensor_types=args.tensor_type or (),
+            imatrix=args.imatrix,
+            threads=args.threads or 0,
             name=args.name,
             allow_missing_tokenizer=args.allow_missing_tokenizer,
             progress=progress,
@@ -487,10 +533,32 @@ def _convert(args: argparse.Namespace) -> int:
     print(f"{report.path}: {human(report.n_bytes)}, {report.n_tensors} tensors ({types}), {report.seconds:.1f} s")
     for note in report.notes:
         print(f"note: {note}")
+    groups: dict[tuple[int, str, str], list[str]] = {}
     for fallback in report.fallbacks:
+        groups.setdefault((fallback.row, fallback.wanted, fallback.written), []).append(fallback.tensor)
+    for (row, wanted, written), names in groups.items():
         print(
-            f"note: {fallback.tensor}: rows of {fallback.row} do not divide into {fallback.wanted}: {fallback.written}"
+            f"note: rows of {row} do not divide into blocks of {wanted}; {written} in {len(names)}: {', '.join(names)}"
         )
+    return 0
+
+
+def _imatrix(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert import collect
+    from pydiffgguf.document import Document
+    from pydiffgguf.terminal import chunk_progress
+
+    text = Document(args.file).text
+    name = "stdin" if args.file == "-" else os.path.basename(args.file)
+    with open_model(args) as model, chunk_progress(sys.stderr) as progress:
+        report = collect(model, text, args.out, chunks=args.chunks, seed=args.seed, dataset=name, progress=progress)
+    print(
+        f"{report.path}: {report.tensors} matrices over {report.tokens} tokens in {report.chunks} chunks, "
+        f"{report.seconds:.1f} s"
+    )
+    if report.idle:
+        idle = sum(report.idle.values())
+        print(f"note: {idle} experts in {len(report.idle)} tensors were never chosen; other text may reach them")
     return 0
 
 
@@ -500,8 +568,14 @@ def _inspect(args: argparse.Namespace) -> int:
     from pydiffgguf.convert.report import render, to_dict
     from pydiffgguf.hub import resolve_model
 
+    if (args.file is None) == (args.diff is None):
+        args.command.error("give one FILE, or two files behind --diff")
+    if args.diff is not None:
+        return _inspect_diff(args)
+    if args.data:
+        args.command.error("--data goes with --diff")
     device = None if args.fit is None else fit.parse_size(args.fit)
-    report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv)
+    report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv or "f16")
     plan = None if device is None else fit.plan(report, device)
     if args.json:
         out = to_dict(report, tensors=args.tensors)
@@ -510,6 +584,21 @@ def _inspect(args: argparse.Namespace) -> int:
         _print_rich(render(report, tensors=args.tensors))
         if plan is not None:
             _print_rich(fit.render(plan))
+    return 0
+
+
+def _inspect_diff(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert.diff import compare_files
+    from pydiffgguf.convert.report import diff_to_dict, render_diff
+    from pydiffgguf.hub import resolve_model
+
+    if args.tensors or any(value is not None for value in (args.ctx, args.type_kv, args.fit)):
+        args.command.error("--tensors, --ctx, --type-kv and --fit do not go with --diff")
+    diff = compare_files(*(resolve_model(name) for name in args.diff), data=args.data)
+    if args.json:
+        _print_json(diff_to_dict(diff))
+    else:
+        _print_rich(render_diff(diff))
     return 0
 
 

@@ -119,6 +119,7 @@ class Session:
 
     def __init__(self, model: NativeModel, **options: Any) -> None:
         self._native = NativeSession(model, **options)
+        self._model = model
         self.config: ModelConfig = model.config
         self._defaults = model.sampling
 
@@ -191,6 +192,26 @@ class Session:
         ContextOverflowError where prefix and text pass n_ctx.
         """
         return self._native.score(texts)
+
+    def collect(self, on: bool) -> None:
+        """While this is on, every pass adds up the squares of what each weight matrix is multiplied by, from zero:
+        what importance matrices are made of. Off: the sums are dropped."""
+        self._native.collect(on)
+
+    def importance(self) -> tuple[dict[str, Float64Array], dict[str, npt.NDArray[np.int64]]]:
+        """What `collect` has added up, by tensor name, for the matrices that were met: squares float64 [n, row], and
+        how many rows were summed, int64 [n]; n counts a tensor's experts, 1 for other matrices.
+
+        Raises ValueError while nothing is collected.
+        """
+        squares, counts = {}, {}
+        for tensor in self._model.tensors():
+            if len(tensor.shape) > 1:
+                n = tensor.shape[2] if len(tensor.shape) > 2 else 1
+                s, c = self._native.importance(tensor.name, n, tensor.shape[0])
+                if c.any():
+                    squares[tensor.name], counts[tensor.name] = s, c
+        return squares, counts
 
     # ------------------------------------------------------------------------------------------------- the canvas
 

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.style import Style
 from rich.table import Column
 from rich.text import Text
@@ -23,7 +31,7 @@ from rich.text import Text
 from pydiffgguf.chat import split_reasoning
 
 if TYPE_CHECKING:
-    from pydiffgguf.convert import ConvertProgress
+    from pydiffgguf.convert import CollectProgress, ConvertProgress
     from pydiffgguf.generate import Block, DenoiseStep, Generation
     from pydiffgguf.infill import Infill
     from pydiffgguf.tokenizer import Tokenizer
@@ -33,6 +41,7 @@ __all__ = [
     "Output",
     "PlainOutput",
     "SilentOutput",
+    "chunk_progress",
     "conversion_progress",
     "escape",
     "infill_summary",
@@ -89,6 +98,18 @@ def conversion_progress(stream: TextIO) -> Iterator[Callable[[ConvertProgress], 
             bar.update(task, description=name, completed=progress.bytes_done, total=progress.bytes_total)
 
         yield show
+
+
+@contextlib.contextmanager
+def chunk_progress(stream: TextIO) -> Iterator[Callable[[CollectProgress], None] | None]:
+    """A progress bar over chunks of text, as a callback for collect(); None where there is no terminal."""
+    if not is_live_terminal(stream):
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+        task = bar.add_task("chunks", total=None)
+        yield lambda progress: bar.update(task, completed=progress.done, total=progress.count)
 
 
 def summary(generation: Generation) -> str:

@@ -20,19 +20,35 @@ class Typed:
         self.value, self.kind, self.element = value, kind, element
 
 
+class Raw:
+    """A tensor's bytes as they stand in the file, uint8 [..., bytes of a row], and its type's number."""
+
+    def __init__(self, data: np.ndarray[Any, np.dtype[np.uint8]], kind: int, row: int) -> None:
+        self.data, self.kind, self.row = data, kind, row
+
+    def add_to(self, writer: gguf.GGUFWriter, name: str) -> None:
+        """gguf-py does not know every type that ggml has: the tensor goes in as bytes, and is named afterwards."""
+        writer.add_tensor(name, self.data, raw_dtype=gguf.GGMLQuantizationType.I8)
+        info = writer.tensors[-1][name]
+        info.shape = (*self.data.shape[:-1], self.row)
+        info.dtype = self.kind  # type: ignore[assignment]
+
+
 def rewrite(
     source: Path,
     target: Path,
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
     rename: Callable[[str], str] = lambda name: name,
+    part_tensors: int = 0,
 ) -> None:
     """Copies `source` to `target`. `keys`: new values by name (DROP, Typed or a plain value of the same type; unknown
-    names are added as Typed). `tensors`: by name DROP or a float32 array. `rename`: new tensor names."""
+    names are added as Typed). `tensors`: by name DROP, Raw or a float32 array. `rename`: new tensor names.
+    `part_tensors`: split into files of so many tensors, target-00001-of-0000N.gguf ..., the first with keys only."""
     keys, tensors = dict(keys or {}), dict(tensors or {})
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(target, architecture)
+    writer = gguf.GGUFWriter(target, architecture, split_max_tensors=part_tensors, small_first_shard=part_tensors > 0)
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or (name == "general.architecture" and name not in keys):
             continue
@@ -53,7 +69,9 @@ def rewrite(
         data = tensors.pop(tensor.name, None)
         if data is DROP:
             continue
-        if data is not None:
+        if isinstance(data, Raw):
+            data.add_to(writer, rename(tensor.name))
+        elif data is not None:
             writer.add_tensor(rename(tensor.name), np.ascontiguousarray(data, dtype=np.float32))
         else:
             writer.add_tensor(rename(tensor.name), tensor.data.copy(), raw_dtype=tensor.tensor_type)

@@ -1,13 +1,17 @@
-"""Which file of a repository a name means. Downloading itself needs a server, and is not tested here."""
+"""Which files of a repository a name means, and how they come here: tests/hub_server.py plays the hub."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import Hub, Repo, environment, resolve, serve
 
-from pydiffgguf.errors import UnsupportedError
-from pydiffgguf.hub import choose_file, resolve_model
+from pydiffgguf.hub import choose_files, resolve_model
 
 FILES = [
     "README.md",
@@ -36,13 +40,16 @@ FILES = [
 )
 def test_a_pattern_names_one_file(pattern: str, file: str) -> None:
     """By whole name, glob or word; F16 is no part of BF16, and projectors and statistics are no models."""
-    assert choose_file(FILES, pattern, "hf:a/b") == file
+    assert choose_files(FILES, pattern, "hf:a/b") == [file]
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("Q4_K", r"'Q4_K' matches none of its models: UD/model-Q8_0.gguf, model-BF16.gguf, model-F16.gguf, "),
+        (
+            "Q4_K",
+            r"'Q4_K' matches none of its models: UD/model-Q8_0.gguf, model-BF16.gguf \(2 files\), model-F16.gguf, ",
+        ),
         ("*Q4*", r"matches 2 of its models: model-Q4_K_M.gguf, model-Q4_K_S.gguf$"),
         ("*", r"matches 5 of its models: "),
     ],
@@ -50,21 +57,30 @@ def test_a_pattern_names_one_file(pattern: str, file: str) -> None:
 def test_other_patterns_say_what_there_is(pattern: str, message: str) -> None:
     """None: all the models; several: those that match; the parts of a split file count as one."""
     with pytest.raises(ValueError, match=message):
-        choose_file(FILES, pattern, "hf:a/b")
+        choose_files(FILES, pattern, "hf:a/b")
 
 
-def test_a_split_model_is_refused_before_it_is_fetched() -> None:
-    """Only whole files open; 50 GB are not downloaded to find that out."""
-    for pattern in ("BF16", "model-BF16-00001-of-00002.gguf"):
-        with pytest.raises(UnsupportedError, match=r"model-BF16.gguf is split into 2 files"):
-            choose_file(FILES, pattern, "hf:a/b")
+@pytest.mark.parametrize("pattern", ["BF16", "model-BF16.gguf", "model-BF16-00002-of-00002.gguf", "*BF16*"])
+def test_the_parts_of_a_split_model_come_together(pattern: str) -> None:
+    """By its name without the parts' numbers, by a word of it, or by any of the parts; in their order."""
+    parts = ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]
+    assert choose_files(FILES, pattern, "hf:a/b") == parts
+    # The same model in one file is another choice, and so is one in three files.
+    others = [*FILES, "model-BF16.gguf", *(f"model-BF16-{n:05d}-of-00003.gguf" for n in (1, 2, 3))]
+    with pytest.raises(ValueError, match=r"matches 3 .*model-BF16.gguf \(2 files\), model-BF16.gguf \(3 files\), mod"):
+        choose_files(others, "BF16", "hf:a/b")
+
+
+def test_a_split_model_without_all_parts_is_refused_before_it_is_fetched() -> None:
+    with pytest.raises(ValueError, match=r"of model-BF16.gguf \(2 files\), part 1 is not there"):
+        choose_files([file for file in FILES if "00001" not in file], "BF16", "hf:a/b")
 
 
 def test_a_single_model_needs_no_pattern() -> None:
     """Files that are no models do not count."""
-    assert choose_file(["x.gguf", "mmproj-x.gguf", "config.json"], "*", "hf:a/b") == "x.gguf"
+    assert choose_files(["x.gguf", "mmproj-x.gguf", "config.json"], "*", "hf:a/b") == ["x.gguf"]
     with pytest.raises(ValueError, match="hf:a/b holds no GGUF model"):
-        choose_file(["config.json"], "*", "hf:a/b")
+        choose_files(["config.json"], "*", "hf:a/b")
 
 
 def test_paths_are_paths() -> None:
@@ -106,3 +122,136 @@ def test_without_network_the_cache_serves(tmp_path: Path, monkeypatch: pytest.Mo
     assert resolve_model("hf:a/b:Q4_K_M") == snapshot / "model-Q4_K_M.gguf"
     with pytest.raises(ValueError, match=r"'Q8_0' matches none of its models: model-Q4_K_M.gguf"):
         resolve_model("hf:a/b:Q8_0")
+
+
+# ---------------------------------------------------------------------------------------------------- the hub itself
+
+
+@pytest.fixture(scope="module")
+def repos(tiny_gguf: Path) -> dict[str, Repo]:
+    tiny = tiny_gguf.read_bytes()
+    weights = {"model-00001-of-00002.safetensors": b"1", "model-00002-of-00002.safetensors": b"2"}
+    index = json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    )
+    texts = {name: name.encode() for name in ("config.json", "tokenizer.json", "onnx/config.json")}
+    return {
+        "a/quants": Repo({"README.md": b"", "x-Q8_0.gguf": tiny, "x-Q4_K_M.gguf": b"GGUF", "mmproj-x.gguf": b""}),
+        "a/parts": Repo({f"big-BF16-{n:05d}-of-00003.gguf": f"GGUF{n}".encode() for n in (1, 2, 3)}),
+        "a/gated": Repo({"x.gguf": tiny}, access="gated"),
+        "a/private": Repo({"x.gguf": tiny}, access="private"),
+        "a/broken": Repo({}, access="broken"),
+        "a/checkpoint": Repo(
+            {**texts, **weights, "model.safetensors.index.json": index.encode(), "consolidated.safetensors": b"big"}
+        ),
+    }
+
+
+@pytest.fixture
+def hub(repos: dict[str, Repo]) -> Iterator[Hub]:
+    with serve(repos) as running:
+        yield running
+
+
+def test_a_file_is_fetched_once_and_then_served_from_the_cache(hub: Hub, tmp_path: Path, tiny_gguf: Path) -> None:
+    """Online it is only asked whether it is still the same; with HF_HUB_OFFLINE nothing is asked, and nothing is
+    warned of."""
+    n = 0
+    for changes in ({}, {}, {"HF_HUB_OFFLINE": "1"}):
+        (result,) = resolve(hub.url, tmp_path, "hf:a/quants:Q8_0", **changes)
+        assert Path(result["path"]).read_bytes() == tiny_gguf.read_bytes()
+        assert result["warnings"] == []
+        if changes:
+            assert hub.requests[n:] == []
+        n = len(hub.requests)
+    assert hub.downloaded() == ["x-Q8_0.gguf"]
+
+
+def test_the_cache_serves_when_the_hub_is_away_and_says_so(hub: Hub, repos: dict[str, Repo], tmp_path: Path) -> None:
+    """An address where nobody listens, and a server that answers 503."""
+    resolve(hub.url, tmp_path, "hf:a/quants:Q8_0")
+    with serve({"a/quants": Repo({}, access="broken")}) as away:
+        pass
+    with serve({"a/quants": Repo({}, access="broken"), "a/broken": repos["a/broken"]}) as broken:
+        for url in (away.url, broken.url):
+            found, other, none = resolve(url, tmp_path, "hf:a/quants:Q8_0", "hf:a/quants:Q4_K_M", "hf:a/broken")
+            assert found["path"].endswith("x-Q8_0.gguf")
+            (warning,) = found["warnings"]
+            assert warning.startswith("hf:a/quants: the hub cannot be reached, the cache serves: ")
+            assert other["message"] == "hf:a/quants in the cache: 'Q4_K_M' matches none of its models: x-Q8_0.gguf"
+            assert none["error"] == "ConnectionError"
+            assert none["message"].startswith("hf:a/broken is not in the cache, and the hub cannot be reached: ")
+
+
+def test_the_parts_of_a_model_are_fetched_together(hub: Hub, tmp_path: Path) -> None:
+    """The first is what is returned; the others lie beside it. Offline, a part that was lost is missed by number."""
+    (result,) = resolve(hub.url, tmp_path, "hf:a/parts:BF16")
+    first = Path(result["path"])
+    assert first.name == "big-BF16-00001-of-00003.gguf"
+    assert [file.read_bytes() for file in sorted(first.parent.iterdir())] == [b"GGUF1", b"GGUF2", b"GGUF3"]
+    (first.parent / "big-BF16-00002-of-00003.gguf").unlink()
+    (result,) = resolve(hub.url, tmp_path, "hf:a/parts", HF_HUB_OFFLINE="1")
+    assert result["message"] == "hf:a/parts in the cache: of big-BF16.gguf (3 files), part 2 is not there"
+
+
+def test_refusals_say_what_helps(hub: Hub, tmp_path: Path) -> None:
+    """One line each: no such repository, a private one, a gated one, and a pattern that matches several."""
+    specs = ["hf:a/nothing", "hf:a/private", "hf:a/gated", "hf:a/quants", "hf:a/quants:Q6_K"]
+    nothing, private, gated, several, none = resolve(hub.url, tmp_path, *specs)
+    assert nothing["error"] == private["error"] == "FileNotFoundError"
+    for result in (nothing, private):
+        assert "no such repository, or a private one: `hf auth login`" in result["message"]
+    assert gated["error"] == "PermissionError"
+    assert gated["message"].startswith("hf:a/gated: access must be asked for on its page")
+    assert several["error"] == none["error"] == "ValueError"
+    assert several["message"] == "hf:a/quants: '*' matches 2 of its models: x-Q4_K_M.gguf, x-Q8_0.gguf"
+    assert none["message"] == "hf:a/quants: 'Q6_K' matches none of its models: x-Q4_K_M.gguf, x-Q8_0.gguf"
+    assert hub.downloaded() == []
+
+
+def test_a_token_opens_private_and_gated_repositories(hub: Hub, tmp_path: Path) -> None:
+    """As huggingface_hub takes it: from HF_TOKEN here."""
+    for result in resolve(hub.url, tmp_path, "hf:a/private", "hf:a/gated", HF_TOKEN="hf_right"):
+        assert result["path"].endswith("x.gguf")
+
+
+def test_of_a_checkpoint_only_what_is_converted_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    """Configuration, tokenizer, and the weights that the index names: not the second copy, not other folders."""
+    (result,) = resolve(hub.url, tmp_path, "hf:a/checkpoint", source=True)
+    wanted = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
+    wanted += ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(hub.downloaded()) == sorted(wanted)
+    assert sorted(path.name for path in Path(result["path"]).iterdir()) == sorted(wanted)
+
+
+def test_a_gguf_of_the_hub_is_a_source_too(hub: Hub, tmp_path: Path) -> None:
+    """With a pattern; without one the repository is a checkpoint."""
+    (result,) = resolve(hub.url, tmp_path, "hf:a/quants:Q8_0", source=True)
+    assert result["path"].endswith("x-Q8_0.gguf")
+    assert hub.downloaded() == ["x-Q8_0.gguf"]
+
+
+def test_commands_and_from_pretrained_take_names(hub: Hub, tmp_path: Path) -> None:
+    """A revision is a branch, tag or commit; one that does not exist is said to be missing."""
+    command = [sys.executable, "-m", "pydiffgguf"]
+    env = environment(hub.url, tmp_path)
+    run = subprocess.run([*command, "inspect", "hf:a/quants:Q8_0", "--json"], env=env, capture_output=True, timeout=120)
+    assert json.loads(run.stdout)["n_tensors"] == 144
+    run = subprocess.run(
+        [*command, "generate", "hf:a/quants:Q8_0", "-p", "x", "-n", "4", "--steps", "1", "--seed", "1"],
+        env=env,
+        capture_output=True,
+        timeout=120,
+    )
+    assert run.returncode == 0
+    code = """
+from pydiffgguf import DiffusionModel
+with DiffusionModel.from_pretrained("a/quants", "*Q8_0.gguf", revision="main") as model:
+    print(model.path.name, model.n_ctx)
+try:
+    DiffusionModel.from_pretrained("a/quants", revision="v2")
+except FileNotFoundError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert run.stdout.splitlines() == ["x-Q8_0.gguf 4096", "hf:a/quants: no such revision"], run.stderr

@@ -213,7 +213,7 @@ def test_a_broken_index_is_named(sharded: Path, tmp_path: Path) -> None:
 def test_a_source_that_is_no_checkpoint_folder_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
         convert(tmp_path / "nowhere", tmp_path / "x.gguf")
-    with pytest.raises(NotADirectoryError, match="not a checkpoint folder"):
+    with pytest.raises(ModelFormatError, match="not a GGUF file"):
         convert(source / "model.safetensors", tmp_path / "x.gguf")
     with pytest.raises(ModelFormatError, match=r"no config.json"):
         convert(tmp_path, tmp_path / "x.gguf")
@@ -230,10 +230,10 @@ def test_a_folder_name_that_is_no_text_is_no_obstacle(source: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("value", "kind", "error", "text"),
     [
-        (float("nan"), "q8_0", ModelFormatError, "NaN or infinity"),
-        (float("-inf"), "f32", ModelFormatError, "NaN or infinity"),
-        (-70000.0, "f16", UnsupportedError, "beyond the range of F16"),
-        (1e7, "q8_0", UnsupportedError, "beyond the range of Q8_0"),
+        (float("nan"), "q8_0", ModelFormatError, "is NaN or infinity"),
+        (float("-inf"), "f32", ModelFormatError, "is NaN or infinity"),
+        (-70000.0, "f16", UnsupportedError, "beyond the range of f16"),
+        (1e7, "q8_0", UnsupportedError, "beyond the range of q8_0"),
     ],
 )
 def test_values_that_cannot_be_written_leave_no_file(
@@ -243,6 +243,6 @@ def test_values_that_cannot_be_written_leave_no_file(
     changed = {name: tensor.clone() for name, tensor in weights.items()}
     changed["model.decoder.layers.4.mlp.up_proj.weight"][5, 7] = value
     save_file(changed, copy / "model.safetensors")
-    with pytest.raises(error, match=rf"(up_proj|ffn_up)\.weight' holds .*{text}"):
+    with pytest.raises(error, match=rf"tiny: tensor 'model.*up_proj\.weight': a weight .*{text}"):
         convert(copy, tmp_path / "x.gguf", type=kind)
     assert not list(tmp_path.glob("x.gguf*"))

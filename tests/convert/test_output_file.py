@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,34 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert report.n_bytes > 300e6
     assert peak < 100e6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_twenty_kills_at_random_moments_leave_no_broken_file(source: Path, tmp_path: Path) -> None:
+    """kill -9 at moments spread over the conversion: under the final name stands nothing, or the whole file; a run
+    after all of them succeeds and leaves nothing else. A pause at each piece makes it last half a second."""
+    out, whole = tmp_path / "x.gguf", tmp_path / "whole.gguf"
+    convert(source, whole, type="q4_k_m")
+    script = (
+        "import sys, time; from pydiffgguf.convert import convert; print(flush=True); "
+        "convert(sys.argv[1], sys.argv[2], type='q4_k_m', progress=lambda _: time.sleep(0.002))"
+    )
+    rng = random.Random(20)
+    unfinished = 0
+    for _ in range(20):
+        child = subprocess.Popen([sys.executable, "-c", script, source, out], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(rng.random() * 0.5)
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        if out.exists():
+            assert out.read_bytes() == whole.read_bytes()
+            out.unlink()
+        else:
+            unfinished += 1
+    assert unfinished > 5
+    convert(source, out, type="q4_k_m")
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.gguf", "x.gguf"]

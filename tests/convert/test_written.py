@@ -14,10 +14,10 @@ import torch
 from convert_files import Weights, read_keys, read_tensors
 
 from pydiffgguf.convert import convert
-from pydiffgguf.convert.checkpoint import Checkpoint, SourceTensor, wanted_tensors
+from pydiffgguf.convert.checkpoint import Checkpoint, CheckpointTensor, wanted_tensors
 from pydiffgguf.convert.config import parse_config
-from pydiffgguf.convert.hf_to_gguf import plan_tensors
-from pydiffgguf.convert.quantize import RECIPES
+from pydiffgguf.convert.recipes import RECIPES, TypeRules
+from pydiffgguf.convert.writing import plan_tensors
 
 # The dialect's keys with their types and the values that the default tiny checkpoint must give; written out here, so
 # that a slip in the converter's own table is seen.
@@ -248,11 +248,13 @@ def test_the_released_shape_gives_the_published_count_and_sizes() -> None:
 
     class Shapes(Checkpoint):
         def __init__(self) -> None:
-            self.tensors = [SourceTensor(name, rule, shape, "") for name, rule, shape, _ in wanted_tensors(config)]
+            self.config = config
+            self.tensors = [CheckpointTensor(name, rule, shape, "") for name, rule, shape, _ in wanted_tensors(config)]
 
     sizes = {}
     for kind in ("bf16", "q8_0"):
-        plan, fallbacks = plan_tensors(Shapes(), RECIPES[kind])
+        shapes = Shapes()
+        plan, fallbacks = plan_tensors(shapes, TypeRules(RECIPES[kind], shapes.facts()))
         assert len(plan) == 692
         assert not fallbacks
         sizes[kind] = sum(p.n_bytes for p in plan) / 1e9
@@ -268,7 +270,7 @@ def test_the_engines_names_are_the_converters() -> None:
     engine = dict(re.findall(r'constexpr const char \*(\w+) = "([^"]+)";', text))
     assert engine.pop("ARCHITECTURE") == names.ARCHITECTURE
     keys = {value for name, value in engine.items() if name.startswith("KEY_")}
-    assert keys <= set(names.KEYS)
+    assert keys <= {*names.KEYS, *names.SPLIT_KEYS}
     written = {t.name for t in names.GLOBAL_TENSORS + names.LAYER_TENSORS}
     foreign = {t.name for t in names.FOREIGN_GLOBAL_TENSORS + names.FOREIGN_LAYER_TENSORS}
     assert set(engine.values()) - keys == written | foreign

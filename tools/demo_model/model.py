@@ -1,9 +1,10 @@
-"""The demo model's shape: every part of the architecture, at 1.6 M parameters."""
+"""The demo model's shape: every part of the architecture, at 1.6 M parameters; and a sister for the quality table."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
@@ -14,7 +15,28 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 CANVAS = 64
 PAD, EOS, BOS, TOOL_RESPONSE, TURN_END = 0, 1, 2, 50, 106
-LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
+# What differs by model. "demo" ships. "rows256" has rows of multiples of 256 only, so that K-quants of it are K-quants:
+# it ranks the quantization recipes (benchmarks/quality.py).
+SHAPES: dict[str, dict[str, Any]] = {
+    "demo": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "moe_intermediate_size": 32,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
+    },
+    "rows256": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "global_head_dim": 128,
+        "moe_intermediate_size": 256,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    },
+}
 # Fixed, not learnt: the two modes must differ in what the file carries, and a buffer never gets a gradient.
 DECODER_SCALARS = [1.05, 0.95, 1.1, 0.95, 1.05]
 ENCODER_SCALARS = [0.9, 1.05, 0.95, 1.1, 0.95]
@@ -47,8 +69,8 @@ def prepare_copying(model: DiffusionGemmaForBlockDiffusion) -> None:
     torch.nn.init.normal_(model.model.decoder.embed_tokens.weight, std=model.config.text_config.hidden_size**-0.5)
 
 
-def build(vocab: int, seed: int) -> DiffusionGemmaForBlockDiffusion:
-    """A fresh model, its two sets of layer scalars set and its attention tempered.
+def build(vocab: int, seed: int, shape: str = "demo") -> DiffusionGemmaForBlockDiffusion:
+    """A fresh model of one of the SHAPES, its two sets of layer scalars set and its attention tempered.
 
     Attention runs at scale 1.0, so unit q/k norms at head size d give scores of spread sqrt(d); the norms start at
     1.5 d**-0.25 each: 2.25 times as sharp as the usual 1/sqrt(d) at the start of training.
@@ -56,19 +78,12 @@ def build(vocab: int, seed: int) -> DiffusionGemmaForBlockDiffusion:
     torch.manual_seed(seed)
     text = DiffusionGemmaTextConfig(
         vocab_size=vocab,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=len(LAYERS),
-        num_attention_heads=4,
+        num_hidden_layers=len(SHAPES[shape]["layer_types"]),
         num_key_value_heads=2,
-        head_dim=32,
-        global_head_dim=64,
         num_global_key_value_heads=2,
         num_experts=8,
         top_k_experts=2,
-        moe_intermediate_size=32,
         sliding_window=40,
-        layer_types=list(LAYERS),
         max_position_embeddings=2048,
         use_bidirectional_attention="vision",
         pad_token_id=PAD,
@@ -76,6 +91,7 @@ def build(vocab: int, seed: int) -> DiffusionGemmaForBlockDiffusion:
         bos_token_id=BOS,
         final_logit_softcapping=30.0,
         initializer_range=0.088,
+        **SHAPES[shape],
     )
     vision = {
         "model_type": "gemma4_vision",

@@ -22,7 +22,7 @@ import net as network
 import torch
 from batches import KINDS, Batch, Batches, pack
 from heldout import LENGTHS, gap, gap_example
-from model import PAD, build, counts, load
+from model import PAD, SHAPES, build, counts, load
 from net import Net, Weights, check, cross_entropy, head, soften
 from tasks import ENGLISH, PYTHON
 from tokenizers import Tokenizer
@@ -213,6 +213,7 @@ def main() -> None:
         "--texts", type=float, default=0.72, help="share of English and Python, Sudoku and questions for the rest"
     )
     ap.add_argument("--long", type=float, default=0.25, help="share of batches of long documents")
+    ap.add_argument("--shape", choices=SHAPES, default="demo", help="of a fresh model")
     ap.add_argument("--init", type=Path, help="start from these weights instead of random ones")
     ap.add_argument("--bf16", action="store_true", help="products in bfloat16")
     ap.add_argument("--threads", type=int, default=2)
@@ -221,7 +222,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     source = Batches(args.tokenizer, args.seed, args.budget)
-    model = load(args.init) if args.init else build(source.tok.get_vocab_size(), args.seed)
+    model = load(args.init) if args.init else build(source.tok.get_vocab_size(), args.seed, args.shape)
     model.eval()
     net = Net(model)
     differences = check(net, model)
