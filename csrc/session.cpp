@@ -488,9 +488,11 @@ void Session::condition_on_logits(int32_t n_rows) {
     if (!model_->config().has_self_conditioning) {
         return;
     }
+#if DG_HAS_TILES
     if (io_.scratch && io_.longest_embedding == 0.0f) {
         io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
     }
+#endif
     for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {
