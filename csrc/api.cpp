@@ -14,11 +14,16 @@
 #include "ggml-cpu.h"
 #include "gguf.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <string>
+
+#ifdef __GLIBCXX__
+#    include <cxxabi.h>
+#endif
 
 #ifndef DG_VERSION
 #    error "DG_VERSION is set by the build"
@@ -39,15 +44,17 @@ struct dg_session {
 
 namespace {
 
+// One line, whatever a file's strings or a path that the message quotes hold: no control character passes.
 void write_message(const char *message, char *err, size_t err_size) noexcept {
     if (err && err_size > 0) {
         const size_t n = std::min(std::strlen(message), err_size - 1);
-        std::memcpy(err, message, n);
+        std::replace_copy_if(
+            message, message + n, err, [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, '?');
         err[n] = '\0';
     }
 }
 
-template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) noexcept {
+template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) {
     write_message("", err, err_size);
     try {
         dg::initialize_ggml();
@@ -63,6 +70,10 @@ template <typename Body> dg_status guarded(char *err, size_t err_size, const Bod
     } catch (const std::exception &error) {
         write_message(error.what(), err, err_size);
         return DG_ERROR_INTERNAL;
+#ifdef __GLIBCXX__
+    } catch (const abi::__forced_unwind &) {
+        throw; // the poll function ended its thread: CPython ends daemon threads so that want the GIL while it exits
+#endif
     } catch (...) {
         write_message("an unknown exception", err, err_size);
         return DG_ERROR_INTERNAL;
@@ -76,7 +87,7 @@ void require(const void *pointer, const char *name) {
 }
 
 // Runs `body` as the one thread inside the session.
-template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) noexcept {
+template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) {
     return guarded(err, err_size, [&] {
         require(session, "session");
         if (session->busy.test_and_set(std::memory_order_acquire)) {
@@ -488,7 +499,7 @@ dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, 
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 4; }
+int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 

@@ -26,6 +26,8 @@
  * caller's buffer `err` of `err_size` bytes (NULL and 0 are allowed). There is no other error state anywhere. What a
  * failed call leaves behind is said at the call. Nothing here aborts, exits or prints.
  *
+ * Paths are UTF-8 on Windows and whatever bytes the system takes elsewhere.
+ *
  * Arrays are row-major. C is the canvas length, V the vocabulary size, both from dg_model_config.
  * This file compiles as C, alone, and is the one source of the Python binding's declarations.
  */
@@ -47,6 +49,10 @@
 #else
 #    define DG_API
 #endif
+
+/* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
+ * run time compares it with dg_abi_version(). */
+#define DG_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -119,7 +125,8 @@ typedef struct dg_sampling {
     double confidence_threshold; /* nats, >= 0: a stop needs the mean entropy of the free rows below it; 0.005 */
 } dg_sampling;
 
-/* Opens a GGUF file; every key and tensor that will be used is checked here (presence, type, shape, bounds).
+/* Opens a GGUF file, or a model in several files by its first part (NAME-00001-of-0000N.gguf), beside which the others
+ * must lie; every key and tensor that will be used is checked here (presence, type, shape, bounds).
  * On failure *out is NULL and nothing is held. */
 DG_API dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err,
                                size_t err_size);
@@ -172,7 +179,7 @@ typedef struct dg_session_options {
     int32_t n_ctx;       /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
     int32_t n_batch;     /* a prompt is encoded in chunks of so many tokens; default 512 */
     int32_t n_threads;   /* 0: as many as this process may use and a step is worth */
-    dg_kv_type type_kv;  /* default DG_KV_F16 */
+    int32_t type_kv;     /* a dg_kv_type; default DG_KV_F16 */
     int32_t n_rows;      /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
     bool ggml_operators; /* compute with ggml's operators alone, as devices other than the CPU do; default false */
 } dg_session_options;
@@ -361,7 +368,7 @@ DG_API dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst
 /* ------------------------------------------------------------------------------------------------ build */
 
 DG_API const char *dg_version(void);      /* of this library, MAJOR.MINOR.PATCH */
-DG_API int32_t dg_abi_version(void);      /* changes when a struct or a signature above changes */
+DG_API int32_t dg_abi_version(void);      /* DG_ABI_VERSION of the header that it was compiled with */
 DG_API const char *dg_ggml_version(void); /* of the ggml inside */
 DG_API const char *dg_compiler(void);
 DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */

@@ -2,6 +2,7 @@
 
 #include "error.h"
 #include "parallel.h"
+#include "process.h"
 #include "sampler.h"
 #include "soft.h"
 
@@ -25,14 +26,14 @@ constexpr int32_t MOST_ROWS = 1 << 16;
 constexpr int32_t PASS_ROWS = 256;
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
 
-ggml_type cache_type(dg_kv_type type) {
+ggml_type cache_type(int32_t type) {
     switch (type) {
         case DG_KV_F32: return GGML_TYPE_F32;
         case DG_KV_F16: return GGML_TYPE_F16;
         case DG_KV_BF16: return GGML_TYPE_BF16;
         case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
     }
-    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", static_cast<int>(type)));
+    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
 }
 
 int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
@@ -104,11 +105,23 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
     : Session(std::move(model), options, DryRun{}) {
+    plan(false);
+    check_memory(format("a session (KV cache %zu bytes, intermediate tensors %zu, logits and inputs %zu)",
+                        memory_.kv_cache, memory_.compute, io_bytes()),
+                 memory_.kv_cache + memory_.compute + io_bytes());
+    plan(true);
+    start_threads();
+    tokens_.reserve(static_cast<size_t>(n_ctx_));
+}
+
+Session::~Session() { stop_threads(); }
+
+void Session::start_threads() {
+    process_ = process_id();
     backend_.reset(ggml_backend_cpu_init());
     if (!backend_) {
         throw Error(DG_ERROR_MEMORY, "memory for ggml's CPU backend was refused");
     }
-    plan(true);
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
     params.poll = 1; // idle threads sleep after some 2 ms instead of ggml's 100: a desktop program is mostly idle
     threadpool_ = ggml_threadpool_new(&params);
@@ -119,14 +132,18 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     ggml_backend_cpu_set_n_threads(backend_.get(), n_threads_);
     ggml_backend_cpu_set_abort_callback(
         backend_.get(), [](void *self) { return static_cast<Session *>(self)->should_stop(); }, this);
-    tokens_.reserve(static_cast<size_t>(n_ctx_));
 }
 
-Session::~Session() {
-    if (threadpool_) {
+// In a fork, the parent's threads do not exist, and waiting for their end would take for ever: what is left of them is
+// given up.
+void Session::stop_threads() {
+    if (process_ != process_id()) {
+        backend_.release();
+    } else if (threadpool_) {
         ggml_backend_cpu_set_threadpool(backend_.get(), nullptr);
         ggml_threadpool_free(threadpool_);
     }
+    threadpool_ = nullptr;
 }
 
 dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_session_options &options) {
@@ -176,6 +193,14 @@ void Session::plan(bool allocate) {
     memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
     memory_.logits = logits_size(n_rows_);
+}
+
+size_t Session::io_bytes() const {
+    size_t bytes = 0;
+    for (ggml_tensor *t = ggml_get_first_tensor(io_context_.get()); t; t = ggml_get_next_tensor(io_context_.get(), t)) {
+        bytes += ggml_nbytes(t);
+    }
+    return bytes;
 }
 
 void Session::make_io(bool allocate) {
@@ -323,6 +348,11 @@ bool Session::should_stop() {
 }
 
 void Session::compute(const Graph &graph) {
+    model_->files().check_unchanged();
+    if (process_ != process_id()) {
+        stop_threads();
+        start_threads();
+    }
     for (const std::unique_ptr<Work> &work : graph.work) {
         work->next.store(0, std::memory_order_relaxed);
     }
@@ -410,6 +440,9 @@ void Session::encode_chunk(const int32_t *ids, int32_t n) {
 void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
     if (n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a text is scored after a prefix of at least one token");
+    }
+    if (n_texts < 0) {
+        throw Error(DG_ERROR_ARGUMENT, format("n_texts is %d: it must be 0 or more", n_texts));
     }
     const int32_t most = n_ctx_ - n_past();
     for (int32_t i = 0; i < n_texts; ++i) {
@@ -579,7 +612,7 @@ void Session::load(const std::string &path) {
         if (size > file->size() - at) {
             throw Error(DG_ERROR_FORMAT, format("%s: cut short: not a whole saved session", path.c_str()));
         }
-        std::memcpy(out, file->data() + at, size);
+        std::copy_n(file->data() + at, size, static_cast<unsigned char *>(out));
         at += size;
     };
     SavedHeader header = {};
@@ -600,7 +633,11 @@ void Session::load(const std::string &path) {
     }
     std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
     take(tokens.data(), tokens.size() * sizeof(int32_t));
-    check_ids("saved tokens", tokens.data(), header.n_past);
+    try {
+        check_ids("saved tokens", tokens.data(), header.n_past);
+    } catch (const Error &error) {
+        throw Error(DG_ERROR_FORMAT, path + ": " + error.what());
+    }
     for (const CacheLayer &layer : cache_->layers()) {
         for (ggml_tensor *t : {layer.k, layer.v}) {
             if (layer.sliding) { // slots before the window stay unwritten: a masked NaN would still spoil the sums

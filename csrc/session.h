@@ -94,6 +94,7 @@ class Session {
     GraphIo io_;
     ggml_backend_ptr backend_;
     ggml_threadpool *threadpool_ = nullptr;
+    int64_t process_ = 0; // whose threads they are: a fork has none of them
     ggml_gallocr_ptr pass_allocator_;
     ggml_gallocr_ptr soft_allocator_;
     Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
@@ -117,6 +118,9 @@ class Session {
     int32_t largest_pass() const;
     void plan(bool allocate);
     void make_io(bool allocate);
+    size_t io_bytes() const;
+    void start_threads();
+    void stop_threads();
     void set_past(int32_t n);
     void set_pass_inputs(const Pass &pass);
     void set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding);

@@ -54,7 +54,7 @@ class DiffusionModel:
     where it differs.
 
     Args:
-        path: the GGUF file.
+        path: the GGUF file; of a model in several (``NAME-00001-of-0000N.gguf``) the first, with the others beside it.
         n_ctx: positions of a session: prefix, finished canvases and the live canvas. None: the smaller of 8192 and the
             file's context_length.
         n_batch: a prompt is encoded in chunks of so many tokens.
@@ -113,11 +113,12 @@ class DiffusionModel:
     def from_pretrained(
         cls, repo_id: str, filename: str = "*.gguf", *, revision: str | None = None, **options: Any
     ) -> DiffusionModel:
-        """Opens a file of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there.
+        """Opens a model of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there; of
+        a split one all parts are.
 
         Args:
             repo_id: "owner/repo".
-            filename: a name or a pattern such as "*Q4_K_M.gguf"; it must match one model.
+            filename: a name, a pattern such as "*Q4_K_M.gguf", or a word of the name; it must match one model.
             revision: branch, tag or commit.
             options: those of the constructor.
         """

@@ -35,7 +35,7 @@ class DeviceLoop {
         const void *embedding;
         RowType embedding_type;
         int32_t n_embd;
-        int32_t capacity; // candidates that a row has room for: beyond, the signal is dense
+        int32_t capacity = CAPACITY; // candidates that a row has room for: beyond, the signal is dense
     };
 
     // A canvas as CanvasLoop has checked it; `canvas`: [n_rows], the ids that it starts from.
