@@ -229,12 +229,13 @@ dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
     info.n_dims = ggml_n_dims(tensor);
     std::copy(tensor->ne, tensor->ne + 4, info.ne);
     info.n_bytes = ggml_nbytes(tensor);
+    info.kernel = dg::product_kernel(tensor->type);
     return info;
 }
 
 // ----------------------------------------------------------------------------------------------------- session
 
-dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0}; }
+dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0, false}; }
 
 dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *options, int32_t *out, char *err,
                          size_t err_size) {
@@ -437,6 +438,12 @@ void dg_session_cancel(dg_session *session) { session->session.cancel(); }
 
 void dg_session_clear_cancel(dg_session *session) { session->session.clear_cancel(); }
 
+dg_status dg_session_profile(dg_session *session, bool on, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] { session->session.profile(on); });
+}
+
+dg_timings dg_session_timings(const dg_session *session) { return session->session.timings(); }
+
 dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size) {
     return inside(session, err, err_size, [&] { session->session.set_poll(poll, user); });
 }
@@ -492,7 +499,7 @@ dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, 
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 3; }
+int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 

@@ -26,6 +26,8 @@
  * caller's buffer `err` of `err_size` bytes (NULL and 0 are allowed). There is no other error state anywhere. What a
  * failed call leaves behind is said at the call. Nothing here aborts, exits or prints.
  *
+ * Paths are UTF-8 on Windows and whatever bytes the system takes elsewhere.
+ *
  * Arrays are row-major. C is the canvas length, V the vocabulary size, both from dg_model_config.
  * This file compiles as C, alone, and is the one source of the Python binding's declarations.
  */
@@ -47,6 +49,10 @@
 #else
 #    define DG_API
 #endif
+
+/* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
+ * run time compares it with dg_abi_version(). */
+#define DG_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -160,6 +166,7 @@ typedef struct dg_tensor_info {
     int32_t n_dims;
     int64_t ne[4]; /* ggml's order: ne[0] is contiguous */
     size_t n_bytes;
+    const char *kernel; /* what products with it are computed in on the CPU: "8-bit integers", "float32" or "ggml" */
 } dg_tensor_info;
 
 DG_API int64_t dg_model_n_tensors(const dg_model *model);
@@ -168,11 +175,12 @@ DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
 /* ---------------------------------------------------------------------------------------------- session */
 
 typedef struct dg_session_options {
-    int32_t n_ctx;     /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
-    int32_t n_batch;   /* a prompt is encoded in chunks of so many tokens; default 512 */
-    int32_t n_threads; /* 0: as many as this process may use and a step is worth */
-    int32_t type_kv;   /* a dg_kv_type; default DG_KV_F16 */
-    int32_t n_rows;    /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    int32_t n_ctx;       /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
+    int32_t n_batch;     /* a prompt is encoded in chunks of so many tokens; default 512 */
+    int32_t n_threads;   /* 0: as many as this process may use and a step is worth */
+    int32_t type_kv;     /* a dg_kv_type; default DG_KV_F16 */
+    int32_t n_rows;      /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    bool ggml_operators; /* compute with ggml's operators alone, as devices other than the CPU do; default false */
 } dg_session_options;
 
 DG_API dg_session_options dg_session_options_default(void);
@@ -182,7 +190,7 @@ typedef struct dg_memory {
     size_t weights;        /* tensor bytes of the file */
     size_t weights_mapped; /* of which are file pages, shared and reclaimable */
     size_t kv_cache;
-    size_t compute; /* intermediate tensors, for the largest graph */
+    size_t compute; /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
     size_t logits;  /* the logits of a step, V * R floats */
 } dg_memory;
 
@@ -204,6 +212,21 @@ DG_API dg_memory dg_session_memory(const dg_session *session);
 DG_API int32_t dg_session_n_ctx(const dg_session *session);
 DG_API int32_t dg_session_n_threads(const dg_session *session);
 DG_API int32_t dg_session_n_rows(const dg_session *session);
+/* Seconds of computing by what they went into, since dg_session_profile. */
+typedef struct dg_timings {
+    double products; /* by the layers' dense matrices */
+    double experts;  /* products, routing and gathering */
+    double attention;
+    double head;              /* the product that makes logits */
+    double self_conditioning; /* probabilities times the embedding; the MLP behind it counts among the products */
+    double sampling;
+    double other; /* norms, rotations, router, cache */
+} dg_timings;
+
+/* From here on (`on`) operators run one at a time and are timed, from zero; a step takes about 2 % longer. */
+DG_API dg_status dg_session_profile(dg_session *session, bool on, char *err, size_t err_size);
+DG_API dg_timings dg_session_timings(const dg_session *session);
+
 /* Positions in the cache. Safe from any thread. */
 DG_API int32_t dg_session_n_past(const dg_session *session);
 
@@ -344,7 +367,7 @@ DG_API dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst
 /* ------------------------------------------------------------------------------------------------ build */
 
 DG_API const char *dg_version(void);      /* of this library, MAJOR.MINOR.PATCH */
-DG_API int32_t dg_abi_version(void);      /* changes when a struct or a signature above changes */
+DG_API int32_t dg_abi_version(void);      /* DG_ABI_VERSION of the header that it was compiled with */
 DG_API const char *dg_ggml_version(void); /* of the ggml inside */
 DG_API const char *dg_compiler(void);
 DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */

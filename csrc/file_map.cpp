@@ -9,7 +9,9 @@
 
 #ifdef _WIN32
 #    define WIN32_LEAN_AND_MEAN
-#    define NOMINMAX
+#    ifndef NOMINMAX // MinGW's C++ headers have it
+#        define NOMINMAX
+#    endif
 #    include <io.h>
 #    include <process.h>
 #    include <windows.h>
@@ -27,6 +29,36 @@ namespace {
     throw Error(DG_ERROR_IO, format("%s: %s: %s", path.c_str(), what, std::strerror(errno)));
 }
 
+#ifdef _WIN32
+// Paths are UTF-8; the calls that take bytes would read them in the system's code page.
+std::wstring wide(const std::string &text) {
+    const int size = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.c_str(), -1, nullptr, 0);
+    if (size <= 0) {
+        throw Error(DG_ERROR_IO, format("%s: the path is not UTF-8", text.c_str()));
+    }
+    std::wstring result(static_cast<size_t>(size), L'\0');
+    MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.c_str(), -1, result.data(), size);
+    result.pop_back(); // the NUL
+    return result;
+}
+
+std::FILE *open_file(const std::string &path, const char *mode) {
+    return _wfopen(wide(path).c_str(), wide(mode).c_str());
+}
+
+void remove_file(const std::string &path) { _wremove(wide(path).c_str()); }
+
+bool replace_file(const std::string &from, const std::string &to) {
+    return MoveFileExW(wide(from).c_str(), wide(to).c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
+}
+#else
+std::FILE *open_file(const std::string &path, const char *mode) { return std::fopen(path.c_str(), mode); }
+
+void remove_file(const std::string &path) { std::remove(path.c_str()); }
+
+bool replace_file(const std::string &from, const std::string &to) { return std::rename(from.c_str(), to.c_str()) == 0; }
+#endif
+
 class ReadFile final : public FileBytes {
   public:
     explicit ReadFile(const std::string &path) {
@@ -36,7 +68,7 @@ class ReadFile final : public FileBytes {
             throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
         }
 #endif
-        std::FILE *file = std::fopen(path.c_str(), "rb");
+        std::FILE *file = open_file(path, "rb");
         if (!file) {
             fail_io(path, "cannot open");
         }
@@ -81,13 +113,13 @@ class MappedFile final : public FileBytes {
 #ifdef _WIN32
     explicit MappedFile(const std::string &path) {
         const HANDLE file =
-            CreateFileA(path.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
+            CreateFileW(wide(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
         if (file == INVALID_HANDLE_VALUE) {
             throw Error(DG_ERROR_IO, format("%s: cannot open: error %lu", path.c_str(), GetLastError()));
         }
         LARGE_INTEGER size = {};
         const bool sized = GetFileSizeEx(file, &size);
-        const HANDLE mapping = sized ? CreateFileMappingA(file, nullptr, PAGE_READONLY, 0, 0, nullptr) : nullptr;
+        const HANDLE mapping = sized ? CreateFileMappingW(file, nullptr, PAGE_READONLY, 0, 0, nullptr) : nullptr;
         const DWORD failure = GetLastError();
         CloseHandle(file);
         if (!mapping) {
@@ -189,7 +221,7 @@ AtomicFile::AtomicFile(const std::string &path) : path_(path) {
 #else
     temporary_ = path + format(".tmp%d", static_cast<int>(::getpid()));
 #endif
-    file_ = std::fopen(temporary_.c_str(), "wb");
+    file_ = open_file(temporary_, "wb");
     if (!file_) {
         fail_io(path_, "cannot write");
     }
@@ -198,7 +230,7 @@ AtomicFile::AtomicFile(const std::string &path) : path_(path) {
 AtomicFile::~AtomicFile() {
     if (file_) {
         std::fclose(file_);
-        std::remove(temporary_.c_str());
+        remove_file(temporary_);
     }
 }
 
@@ -223,14 +255,10 @@ void AtomicFile::commit() {
     std::FILE *file = file_;
     file_ = nullptr;
     const bool closed = std::fclose(file) == 0;
-#ifdef _WIN32
-    const bool renamed = closed && MoveFileExA(temporary_.c_str(), path_.c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
-#else
-    const bool renamed = closed && std::rename(temporary_.c_str(), path_.c_str()) == 0;
-#endif
+    const bool renamed = closed && replace_file(temporary_, path_);
     if (!renamed) {
         const int reason = errno;
-        std::remove(temporary_.c_str());
+        remove_file(temporary_);
         errno = reason;
         fail_io(path_, "cannot write");
     }

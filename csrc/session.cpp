@@ -4,6 +4,7 @@
 #include "parallel.h"
 #include "process.h"
 #include "sampler.h"
+#include "soft.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -93,7 +94,8 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     : model_(std::move(model)), n_ctx_(context_size(*model_, options.n_ctx)),
       n_batch_(std::min(checked("n_batch", options.n_batch, 1, 1 << 20), n_ctx_)),
       n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
-      n_rows_(checked("n_rows", options.n_rows, 0, MOST_ROWS)), type_kv_(cache_type(options.type_kv)) {
+      n_rows_(checked("n_rows", options.n_rows, 0, MOST_ROWS)), type_kv_(cache_type(options.type_kv)),
+      own_operators_(has_own_operators() && !options.ggml_operators) {
     if (n_threads_ == 0) {
         n_threads_ = default_threads(*model_);
     }
@@ -183,6 +185,10 @@ void Session::plan(bool allocate) {
         const Graph graph = build_soft_embedding(*model_, io_, 0, canvas_pass());
         memory_.compute += reserve(soft_allocator_.get(), graph, allocate);
     }
+    for (const ggml_tensor *t = ggml_get_first_tensor(io_context_.get()); t;
+         t = ggml_get_next_tensor(io_context_.get(), const_cast<ggml_tensor *>(t))) {
+        memory_.compute += t == io_.logits ? 0 : ggml_nbytes(t);
+    }
     memory_.weights = model_->files().n_bytes();
     memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
@@ -216,8 +222,12 @@ void Session::make_io(bool allocate) {
     for (const LayerWeights &layer : model_->weights().layers) {
         widest = std::max(widest, layer.head_dim * c.n_head);
     }
-    io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
-    io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
+    if (own_operators_) {
+        io_.scratch = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, scratch_floats(*model_), n_threads_);
+    } else {
+        io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
+        io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
+    }
     io_.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
     io_.soft = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_embd, n_rows_);
     io_.logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_vocab, n_rows_);
@@ -271,7 +281,7 @@ void Session::set_pass_inputs(const Pass &pass) {
             slots_sliding[first + i] = cache_->slot(true, written);
         }
         for (const bool sliding : {false, true}) {
-            if (needs_mask(*model_, pass, sliding)) {
+            if (!io_.scratch && needs_mask(*model_, pass, sliding)) {
                 set_mask(pass, first, rows, sliding);
             }
         }
@@ -343,8 +353,18 @@ void Session::compute(const Graph &graph) {
         stop_threads();
         start_threads();
     }
-    const ggml_status status =
-        should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), graph.nodes);
+    for (const std::unique_ptr<Work> &work : graph.work) {
+        work->next.store(0, std::memory_order_relaxed);
+    }
+    if (profiled_) {
+        run_timed(graph);
+    } else {
+        run(graph.nodes);
+    }
+}
+
+void Session::run(ggml_cgraph *nodes) {
+    const ggml_status status = should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), nodes);
     switch (status) {
         case GGML_STATUS_SUCCESS: return;
         case GGML_STATUS_ABORTED: clear_cancel(); throw Error(DG_ERROR_CANCELLED, "cancelled");
@@ -352,6 +372,43 @@ void Session::compute(const Graph &graph) {
         case GGML_STATUS_FAILED: break;
     }
     throw Error(DG_ERROR_INTERNAL, "ggml failed to compute a graph");
+}
+
+void Session::profile(bool on) {
+    profiled_ = on;
+    timings_ = {};
+}
+
+// One operator at a time. What ggml fuses in a whole graph is not fused here, which costs about a percent of a step.
+void Session::run_timed(const Graph &graph) {
+    ggml_init_params params = {};
+    params.mem_size = ggml_graph_overhead_custom(1, false) + ggml_tensor_overhead();
+    params.no_alloc = true;
+    const ggml_context_ptr context(ggml_init(params));
+    if (!context) {
+        throw Error(DG_ERROR_MEMORY, "memory for a graph of one operator was refused");
+    }
+    ggml_cgraph *one = ggml_new_graph_custom(context.get(), 1, false);
+    for (int i = 0; i < ggml_graph_n_nodes(graph.nodes); ++i) {
+        ggml_tensor *node = ggml_graph_node(graph.nodes, i);
+        if (node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE ||
+            node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE) {
+            continue;
+        }
+        ggml_graph_clear(one);
+        ggml_graph_add_node(one, node);
+        const auto began = std::chrono::steady_clock::now();
+        run(one);
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+        switch (part_of(node)) {
+            case Part::OTHER: timings_.other += seconds; break;
+            case Part::PRODUCTS: timings_.products += seconds; break;
+            case Part::EXPERTS: timings_.experts += seconds; break;
+            case Part::ATTENTION: timings_.attention += seconds; break;
+            case Part::HEAD: timings_.head += seconds; break;
+            case Part::SELF_CONDITIONING: timings_.self_conditioning += seconds; break;
+        }
+    }
 }
 
 void Session::encode(const int32_t *ids, int32_t n) {
@@ -463,6 +520,9 @@ void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) 
 void Session::condition_on_logits(int32_t n_rows) {
     if (!model_->config().has_self_conditioning) {
         return;
+    }
+    if (io_.scratch && io_.longest_embedding == 0.0f) {
+        io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
     }
     for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
