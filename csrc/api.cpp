@@ -14,11 +14,16 @@
 #include "ggml-cpu.h"
 #include "gguf.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <string>
+
+#ifdef __GLIBCXX__
+#    include <cxxabi.h>
+#endif
 
 #ifndef DG_VERSION
 #    error "DG_VERSION is set by the build"
@@ -39,15 +44,17 @@ struct dg_session {
 
 namespace {
 
+// One line, whatever a file's strings or a path that the message quotes hold: no control character passes.
 void write_message(const char *message, char *err, size_t err_size) noexcept {
     if (err && err_size > 0) {
         const size_t n = std::min(std::strlen(message), err_size - 1);
-        std::memcpy(err, message, n);
+        std::replace_copy_if(
+            message, message + n, err, [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, '?');
         err[n] = '\0';
     }
 }
 
-template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) noexcept {
+template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) {
     write_message("", err, err_size);
     try {
         dg::initialize_ggml();
@@ -63,6 +70,10 @@ template <typename Body> dg_status guarded(char *err, size_t err_size, const Bod
     } catch (const std::exception &error) {
         write_message(error.what(), err, err_size);
         return DG_ERROR_INTERNAL;
+#ifdef __GLIBCXX__
+    } catch (const abi::__forced_unwind &) {
+        throw; // the poll function ended its thread: CPython ends daemon threads so that want the GIL while it exits
+#endif
     } catch (...) {
         write_message("an unknown exception", err, err_size);
         return DG_ERROR_INTERNAL;
@@ -76,7 +87,7 @@ void require(const void *pointer, const char *name) {
 }
 
 // Runs `body` as the one thread inside the session.
-template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) noexcept {
+template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) {
     return guarded(err, err_size, [&] {
         require(session, "session");
         if (session->busy.test_and_set(std::memory_order_acquire)) {
@@ -218,12 +229,13 @@ dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
     info.n_dims = ggml_n_dims(tensor);
     std::copy(tensor->ne, tensor->ne + 4, info.ne);
     info.n_bytes = ggml_nbytes(tensor);
+    info.kernel = dg::product_kernel(tensor->type);
     return info;
 }
 
 // ----------------------------------------------------------------------------------------------------- session
 
-dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0}; }
+dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0, false}; }
 
 dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *options, int32_t *out, char *err,
                          size_t err_size) {
@@ -425,6 +437,12 @@ void dg_noise_renoise(uint64_t seed, uint32_t canvas_index, uint32_t step, int32
 void dg_session_cancel(dg_session *session) { session->session.cancel(); }
 
 void dg_session_clear_cancel(dg_session *session) { session->session.clear_cancel(); }
+
+dg_status dg_session_profile(dg_session *session, bool on, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] { session->session.profile(on); });
+}
+
+dg_timings dg_session_timings(const dg_session *session) { return session->session.timings(); }
 
 dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size) {
     return inside(session, err, err_size, [&] { session->session.set_poll(poll, user); });

@@ -52,7 +52,7 @@
 
 /* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
  * run time compares it with dg_abi_version(). */
-#define DG_ABI_VERSION 3
+#define DG_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -125,7 +125,8 @@ typedef struct dg_sampling {
     double confidence_threshold; /* nats, >= 0: a stop needs the mean entropy of the free rows below it; 0.005 */
 } dg_sampling;
 
-/* Opens a GGUF file; every key and tensor that will be used is checked here (presence, type, shape, bounds).
+/* Opens a GGUF file, or a model in several files by its first part (NAME-00001-of-0000N.gguf), beside which the others
+ * must lie; every key and tensor that will be used is checked here (presence, type, shape, bounds).
  * On failure *out is NULL and nothing is held. */
 DG_API dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err,
                                size_t err_size);
@@ -166,6 +167,7 @@ typedef struct dg_tensor_info {
     int32_t n_dims;
     int64_t ne[4]; /* ggml's order: ne[0] is contiguous */
     size_t n_bytes;
+    const char *kernel; /* what products with it are computed in on the CPU: "8-bit integers", "float32" or "ggml" */
 } dg_tensor_info;
 
 DG_API int64_t dg_model_n_tensors(const dg_model *model);
@@ -174,11 +176,12 @@ DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
 /* ---------------------------------------------------------------------------------------------- session */
 
 typedef struct dg_session_options {
-    int32_t n_ctx;      /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
-    int32_t n_batch;    /* a prompt is encoded in chunks of so many tokens; default 512 */
-    int32_t n_threads;  /* 0: as many as this process may use and a step is worth */
-    dg_kv_type type_kv; /* default DG_KV_F16 */
-    int32_t n_rows;     /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    int32_t n_ctx;       /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
+    int32_t n_batch;     /* a prompt is encoded in chunks of so many tokens; default 512 */
+    int32_t n_threads;   /* 0: as many as this process may use and a step is worth */
+    int32_t type_kv;     /* a dg_kv_type; default DG_KV_F16 */
+    int32_t n_rows;      /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    bool ggml_operators; /* compute with ggml's operators alone, as devices other than the CPU do; default false */
 } dg_session_options;
 
 DG_API dg_session_options dg_session_options_default(void);
@@ -188,7 +191,7 @@ typedef struct dg_memory {
     size_t weights;        /* tensor bytes of the file */
     size_t weights_mapped; /* of which are file pages, shared and reclaimable */
     size_t kv_cache;
-    size_t compute; /* intermediate tensors, for the largest graph */
+    size_t compute; /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
     size_t logits;  /* the logits of a step, V * R floats */
 } dg_memory;
 
@@ -210,6 +213,21 @@ DG_API dg_memory dg_session_memory(const dg_session *session);
 DG_API int32_t dg_session_n_ctx(const dg_session *session);
 DG_API int32_t dg_session_n_threads(const dg_session *session);
 DG_API int32_t dg_session_n_rows(const dg_session *session);
+/* Seconds of computing by what they went into, since dg_session_profile. */
+typedef struct dg_timings {
+    double products; /* by the layers' dense matrices */
+    double experts;  /* products, routing and gathering */
+    double attention;
+    double head;              /* the product that makes logits */
+    double self_conditioning; /* probabilities times the embedding; the MLP behind it counts among the products */
+    double sampling;
+    double other; /* norms, rotations, router, cache */
+} dg_timings;
+
+/* From here on (`on`) operators run one at a time and are timed, from zero; a step takes about 2 % longer. */
+DG_API dg_status dg_session_profile(dg_session *session, bool on, char *err, size_t err_size);
+DG_API dg_timings dg_session_timings(const dg_session *session);
+
 /* Positions in the cache. Safe from any thread. */
 DG_API int32_t dg_session_n_past(const dg_session *session);
 

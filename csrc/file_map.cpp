@@ -1,6 +1,7 @@
 #include "file_map.h"
 
 #include "error.h"
+#include "process.h"
 
 #include <cerrno>
 #include <cstring>
@@ -61,6 +62,12 @@ bool replace_file(const std::string &from, const std::string &to) { return std::
 class ReadFile final : public FileBytes {
   public:
     explicit ReadFile(const std::string &path) {
+#ifndef _WIN32
+        struct stat status = {};
+        if (::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) { // opening a pipe would wait for a writer
+            throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
+        }
+#endif
         std::FILE *file = open_file(path, "rb");
         if (!file) {
             fail_io(path, "cannot open");
@@ -78,13 +85,17 @@ class ReadFile final : public FileBytes {
         }
         std::rewind(file);
         size_ = static_cast<size_t>(end);
+        check_memory(path + ": the file", size_);
         // ggml wants weights on 32-byte boundaries; a GGUF's tensors are aligned relative to the start of the file.
         bytes_.reset(static_cast<unsigned char *>(::operator new(size_ ? size_ : 1, ALIGNMENT, std::nothrow)));
         if (!bytes_) {
             throw Error(DG_ERROR_MEMORY, format("%s: %zu bytes of memory were refused", path.c_str(), size_));
         }
         if (std::fread(bytes_.get(), 1, size_, file) != size_) {
-            fail_io(path, "cannot read");
+            if (std::ferror(file)) {
+                fail_io(path, "cannot read");
+            }
+            throw Error(DG_ERROR_IO, format("%s: it was cut while it was read", path.c_str()));
         }
         data_ = bytes_.get();
     }
@@ -123,36 +134,73 @@ class MappedFile final : public FileBytes {
     }
     ~MappedFile() override { UnmapViewOfFile(data_); }
 #else
-    explicit MappedFile(const std::string &path) {
-        const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        if (fd < 0) {
+    explicit MappedFile(const std::string &path)
+        : path_(path), file_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        if (file_.fd < 0) {
             fail_io(path, "cannot open");
         }
-        struct stat status = {};
-        if (::fstat(fd, &status) != 0) {
-            ::close(fd);
+        if (::fstat(file_.fd, &opened_) != 0) {
             fail_io(path, "cannot stat");
         }
-        if (!S_ISREG(status.st_mode)) {
-            ::close(fd);
+        if (!S_ISREG(opened_.st_mode)) {
             throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
         }
-        size_ = static_cast<size_t>(status.st_size);
+        size_ = static_cast<size_t>(opened_.st_size);
         if (size_ > 0) {
-            void *address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
+            void *address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, file_.fd, 0);
             if (address == MAP_FAILED) {
-                ::close(fd);
+                if (errno == ENOMEM) {
+                    throw Error(DG_ERROR_MEMORY,
+                                format("%s: %zu bytes of address space were refused", path.c_str(), size_));
+                }
                 fail_io(path, "cannot map");
             }
             data_ = static_cast<const unsigned char *>(address);
         }
-        ::close(fd);
     }
     ~MappedFile() override {
         if (data_) {
             ::munmap(const_cast<unsigned char *>(data_), size_);
         }
     }
+    void check_unchanged() const override {
+        struct stat now = {};
+        if (::fstat(file_.fd, &now) == 0 && now.st_size == opened_.st_size && same_time(now, opened_)) {
+            return;
+        }
+        throw Error(DG_ERROR_IO,
+                    format("%s: it was changed after it was opened: open it again, and with use_mmap off if "
+                           "it is written to in place",
+                           path_.c_str()));
+    }
+
+  private:
+    // Closes itself when the constructor throws, too.
+    struct Descriptor {
+        explicit Descriptor(int opened) : fd(opened) {}
+        Descriptor(const Descriptor &) = delete;
+        Descriptor &operator=(const Descriptor &) = delete;
+        ~Descriptor() {
+            if (fd >= 0) {
+                ::close(fd);
+            }
+        }
+        const int fd;
+    };
+
+    static bool same_time(const struct stat &a, const struct stat &b) {
+#    ifdef __APPLE__
+        return a.st_mtimespec.tv_sec == b.st_mtimespec.tv_sec && a.st_mtimespec.tv_nsec == b.st_mtimespec.tv_nsec;
+#    else
+        return a.st_mtim.tv_sec == b.st_mtim.tv_sec && a.st_mtim.tv_nsec == b.st_mtim.tv_nsec;
+#    endif
+    }
+
+    std::string path_;
+    Descriptor file_; // stays open, for check_unchanged
+    struct stat opened_ = {};
+
+  public:
 #endif
     MappedFile(const MappedFile &) = delete;
     MappedFile &operator=(const MappedFile &) = delete;

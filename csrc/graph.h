@@ -6,6 +6,7 @@
 #include "cache.h"
 #include "importance.h"
 #include "model.h"
+#include "work.h"
 
 #include "ggml-cpp.h"
 
@@ -22,11 +23,15 @@ struct GraphIo {
     ggml_tensor *positions = nullptr;     // I32 [pass]
     ggml_tensor *slots_full = nullptr;    // I32 [pass]: the cache row of each position
     ggml_tensor *slots_sliding = nullptr; // I32 [pass]
-    ggml_tensor *mask_full = nullptr;     // F16, rows of visible_rows values; 0 where visible, -inf elsewhere
-    ggml_tensor *mask_sliding = nullptr;  // F16
-    ggml_tensor *attended = nullptr; // F32 [head_dim * n_head of the widest layer, pass]: several segments' outputs
-    ggml_tensor *soft = nullptr;     // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
-    ggml_tensor *logits = nullptr;   // F32 [n_vocab, R]; R: the session's n_rows
+    // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; without it,
+    // the graph is made of ggml's, which every device has. Masks are for those.
+    ggml_tensor *scratch = nullptr;      // F32 [floats of a thread, threads]
+    ggml_tensor *mask_full = nullptr;    // F16, rows of visible_rows values; 0 where visible, -inf elsewhere
+    ggml_tensor *mask_sliding = nullptr; // F16
+    ggml_tensor *attended = nullptr;     // F32 [head_dim * n_head of the widest layer, pass]: several segments' outputs
+    ggml_tensor *soft = nullptr;         // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+    ggml_tensor *logits = nullptr;       // F32 [n_vocab, R]; R: the session's n_rows
+    float longest_embedding = 0.0f;      // longest_row() of the embedding, once a signal was asked for (soft.h)
 };
 
 // What a graph is built for; the shapes of all its tensors follow from it.
@@ -64,7 +69,15 @@ inline bool needs_mask(const Model &model, const Pass &pass, bool sliding) {
 struct Graph {
     ggml_context_ptr context;
     ggml_cgraph *nodes = nullptr; // in context's memory
+    WorkList work;                // of its custom operators
 };
+
+// Whether the CPU's own operators are compiled in.
+bool has_own_operators();
+// What weights of a type are multiplied by then: "8-bit integers" or "float32"; "ggml" without them.
+const char *product_kernel(ggml_type type);
+// Floats of scratch memory that each thread needs for them.
+int64_t scratch_floats(const Model &model);
 
 // One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
 // whose rows are those of the segments, one after the other.
@@ -73,7 +86,7 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
                  Importance *importance = nullptr);
 
 // n_rows of io.logits (processed) -> the same rows of io.soft: the softmax of each row times the embedding, over the
-// whole vocabulary, in slices that bound the memory for the transposed embedding.
+// whole vocabulary; of ggml's operators, in slices that bound the memory for the transposed embedding.
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t n_rows);
 
 } // namespace dg

@@ -4,6 +4,7 @@
 
 #include "ggml.h"
 
+#include <cstring>
 #include <mutex>
 
 namespace dg {
@@ -36,7 +37,9 @@ void on_log(ggml_log_level level, const char *text, void * /*user*/) {
 
 void on_abort(const char *message) {
     if (guarded) {
-        throw Error(DG_ERROR_INTERNAL, std::string("ggml gave up: ") + message);
+        // What ggml asserts of its small allocations (headers, graphs), and of pthread_create.
+        const bool refused = std::strstr(message, "!= NULL") || std::strstr(message, "rc == 0");
+        throw Error(refused ? DG_ERROR_MEMORY : DG_ERROR_INTERNAL, std::string("ggml gave up: ") + message);
     }
 }
 

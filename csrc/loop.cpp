@@ -3,6 +3,8 @@
 #include "error.h"
 #include "random.h"
 
+#include <chrono>
+
 namespace dg {
 namespace {
 
@@ -177,12 +179,16 @@ void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
     active_ = false; // until the sampler is through: it fails only on broken logits, and those end the canvases
     float *logits = session_.logits();
     bool any = false;
+    const auto began = std::chrono::steady_clock::now();
     for (const int32_t i : going) {
         Live &live = canvases_[static_cast<size_t>(i)];
         live.last.step = step_;
         sample(live, logits, handed_in ? handed_in + i : nullptr);
         logits += static_cast<int64_t>(live.n_rows) * n_vocab;
         any = any || live.goes_on;
+    }
+    if (session_.profiled()) {
+        session_.add_sampling_time(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
     }
     for (size_t i = 0; i < canvases_.size(); ++i) {
         out[i] = canvases_[i].last;

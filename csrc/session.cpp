@@ -2,7 +2,9 @@
 
 #include "error.h"
 #include "parallel.h"
+#include "process.h"
 #include "sampler.h"
+#include "soft.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -24,14 +26,14 @@ constexpr int32_t MOST_ROWS = 1 << 16;
 constexpr int32_t PASS_ROWS = 256;
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
 
-ggml_type cache_type(dg_kv_type type) {
+ggml_type cache_type(int32_t type) {
     switch (type) {
         case DG_KV_F32: return GGML_TYPE_F32;
         case DG_KV_F16: return GGML_TYPE_F16;
         case DG_KV_BF16: return GGML_TYPE_BF16;
         case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
     }
-    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", static_cast<int>(type)));
+    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
 }
 
 int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
@@ -92,7 +94,8 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     : model_(std::move(model)), n_ctx_(context_size(*model_, options.n_ctx)),
       n_batch_(std::min(checked("n_batch", options.n_batch, 1, 1 << 20), n_ctx_)),
       n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
-      n_rows_(checked("n_rows", options.n_rows, 0, MOST_ROWS)), type_kv_(cache_type(options.type_kv)) {
+      n_rows_(checked("n_rows", options.n_rows, 0, MOST_ROWS)), type_kv_(cache_type(options.type_kv)),
+      own_operators_(has_own_operators() && !options.ggml_operators) {
     if (n_threads_ == 0) {
         n_threads_ = default_threads(*model_);
     }
@@ -102,11 +105,23 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
     : Session(std::move(model), options, DryRun{}) {
+    plan(false);
+    check_memory(format("a session (KV cache %zu bytes, intermediate tensors and inputs %zu, logits %zu)",
+                        memory_.kv_cache, memory_.compute, memory_.logits),
+                 memory_.kv_cache + memory_.compute + memory_.logits);
+    plan(true);
+    start_threads();
+    tokens_.reserve(static_cast<size_t>(n_ctx_));
+}
+
+Session::~Session() { stop_threads(); }
+
+void Session::start_threads() {
+    process_ = process_id();
     backend_.reset(ggml_backend_cpu_init());
     if (!backend_) {
         throw Error(DG_ERROR_MEMORY, "memory for ggml's CPU backend was refused");
     }
-    plan(true);
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
     params.poll = 1; // idle threads sleep after some 2 ms instead of ggml's 100: a desktop program is mostly idle
     threadpool_ = ggml_threadpool_new(&params);
@@ -117,14 +132,18 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     ggml_backend_cpu_set_n_threads(backend_.get(), n_threads_);
     ggml_backend_cpu_set_abort_callback(
         backend_.get(), [](void *self) { return static_cast<Session *>(self)->should_stop(); }, this);
-    tokens_.reserve(static_cast<size_t>(n_ctx_));
 }
 
-Session::~Session() {
-    if (threadpool_) {
+// In a fork, the parent's threads do not exist, and waiting for their end would take for ever: what is left of them is
+// given up.
+void Session::stop_threads() {
+    if (process_ != process_id()) {
+        backend_.release();
+    } else if (threadpool_) {
         ggml_backend_cpu_set_threadpool(backend_.get(), nullptr);
         ggml_threadpool_free(threadpool_);
     }
+    threadpool_ = nullptr;
 }
 
 dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_session_options &options) {
@@ -166,10 +185,19 @@ void Session::plan(bool allocate) {
         const Graph graph = build_soft_embedding(*model_, io_, 0, canvas_pass());
         memory_.compute += reserve(soft_allocator_.get(), graph, allocate);
     }
+    memory_.compute += io_bytes() - ggml_nbytes(io_.logits);
     memory_.weights = model_->files().n_bytes();
     memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
     memory_.logits = logits_size(n_rows_);
+}
+
+size_t Session::io_bytes() const {
+    size_t bytes = 0;
+    for (ggml_tensor *t = ggml_get_first_tensor(io_context_.get()); t; t = ggml_get_next_tensor(io_context_.get(), t)) {
+        bytes += ggml_nbytes(t);
+    }
+    return bytes;
 }
 
 void Session::make_io(bool allocate) {
@@ -191,8 +219,12 @@ void Session::make_io(bool allocate) {
     for (const LayerWeights &layer : model_->weights().layers) {
         widest = std::max(widest, layer.head_dim * c.n_head);
     }
-    io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
-    io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
+    if (own_operators_) {
+        io_.scratch = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, scratch_floats(*model_), n_threads_);
+    } else {
+        io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
+        io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
+    }
     io_.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
     io_.soft = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_embd, n_rows_);
     io_.logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_vocab, n_rows_);
@@ -246,7 +278,7 @@ void Session::set_pass_inputs(const Pass &pass) {
             slots_sliding[first + i] = cache_->slot(true, written);
         }
         for (const bool sliding : {false, true}) {
-            if (needs_mask(*model_, pass, sliding)) {
+            if (!io_.scratch && needs_mask(*model_, pass, sliding)) {
                 set_mask(pass, first, rows, sliding);
             }
         }
@@ -313,8 +345,23 @@ bool Session::should_stop() {
 }
 
 void Session::compute(const Graph &graph) {
-    const ggml_status status =
-        should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), graph.nodes);
+    model_->files().check_unchanged();
+    if (process_ != process_id()) {
+        stop_threads();
+        start_threads();
+    }
+    for (const std::unique_ptr<Work> &work : graph.work) {
+        work->next.store(0, std::memory_order_relaxed);
+    }
+    if (profiled_) {
+        run_timed(graph);
+    } else {
+        run(graph.nodes);
+    }
+}
+
+void Session::run(ggml_cgraph *nodes) {
+    const ggml_status status = should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), nodes);
     switch (status) {
         case GGML_STATUS_SUCCESS: return;
         case GGML_STATUS_ABORTED: clear_cancel(); throw Error(DG_ERROR_CANCELLED, "cancelled");
@@ -322,6 +369,43 @@ void Session::compute(const Graph &graph) {
         case GGML_STATUS_FAILED: break;
     }
     throw Error(DG_ERROR_INTERNAL, "ggml failed to compute a graph");
+}
+
+void Session::profile(bool on) {
+    profiled_ = on;
+    timings_ = {};
+}
+
+// One operator at a time. What ggml fuses in a whole graph is not fused here, which costs about a percent of a step.
+void Session::run_timed(const Graph &graph) {
+    ggml_init_params params = {};
+    params.mem_size = ggml_graph_overhead_custom(1, false) + ggml_tensor_overhead();
+    params.no_alloc = true;
+    const ggml_context_ptr context(ggml_init(params));
+    if (!context) {
+        throw Error(DG_ERROR_MEMORY, "memory for a graph of one operator was refused");
+    }
+    ggml_cgraph *one = ggml_new_graph_custom(context.get(), 1, false);
+    for (int i = 0; i < ggml_graph_n_nodes(graph.nodes); ++i) {
+        ggml_tensor *node = ggml_graph_node(graph.nodes, i);
+        if (node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE ||
+            node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE) {
+            continue;
+        }
+        ggml_graph_clear(one);
+        ggml_graph_add_node(one, node);
+        const auto began = std::chrono::steady_clock::now();
+        run(one);
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+        switch (part_of(node)) {
+            case Part::OTHER: timings_.other += seconds; break;
+            case Part::PRODUCTS: timings_.products += seconds; break;
+            case Part::EXPERTS: timings_.experts += seconds; break;
+            case Part::ATTENTION: timings_.attention += seconds; break;
+            case Part::HEAD: timings_.head += seconds; break;
+            case Part::SELF_CONDITIONING: timings_.self_conditioning += seconds; break;
+        }
+    }
 }
 
 void Session::encode(const int32_t *ids, int32_t n) {
@@ -353,6 +437,9 @@ void Session::encode_chunk(const int32_t *ids, int32_t n) {
 void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
     if (n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a text is scored after a prefix of at least one token");
+    }
+    if (n_texts < 0) {
+        throw Error(DG_ERROR_ARGUMENT, format("n_texts is %d: it must be 0 or more", n_texts));
     }
     const int32_t most = n_ctx_ - n_past();
     for (int32_t i = 0; i < n_texts; ++i) {
@@ -431,6 +518,11 @@ void Session::condition_on_logits(int32_t n_rows) {
     if (!model_->config().has_self_conditioning) {
         return;
     }
+#if DG_HAS_TILES
+    if (io_.scratch && io_.longest_embedding == 0.0f) {
+        io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
+    }
+#endif
     for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {
@@ -469,91 +561,6 @@ void Session::truncate(int32_t n) {
     if (n == 0) {
         cache_->clear();
     }
-}
-
-// -------------------------------------------------------------------------------------------------- save, load
-
-namespace {
-
-struct SavedHeader {
-    char magic[8];
-    uint64_t fingerprint;
-    int32_t type_kv;
-    int32_t n_past;
-    int32_t first_sliding; // sliding layers hold positions first_sliding .. n_past - 1
-    int32_t reserved;
-};
-constexpr char SAVED_MAGIC[8] = {'D', 'G', 'P', 'R', 'E', 'F', '0', '1'};
-
-} // namespace
-
-void Session::save(const std::string &path) {
-    SavedHeader header = {};
-    std::memcpy(header.magic, SAVED_MAGIC, sizeof header.magic);
-    header.fingerprint = model_->fingerprint();
-    header.type_kv = type_kv_;
-    header.n_past = n_past();
-    header.first_sliding = std::max(0, n_past() - (model_->config().sliding_window - 1));
-    AtomicFile file(path);
-    file.write(&header, sizeof header);
-    file.write(tokens_.data(), tokens_.size() * sizeof tokens_[0]);
-    for (const CacheLayer &layer : cache_->layers()) {
-        for (const ggml_tensor *t : {layer.k, layer.v}) {
-            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
-                file.write(static_cast<const char *>(t->data) +
-                               static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
-                           t->nb[1]);
-            }
-        }
-    }
-    file.commit();
-}
-
-void Session::load(const std::string &path) {
-    truncate(0);
-    const std::unique_ptr<FileBytes> file = FileBytes::open(path, false);
-    size_t at = 0;
-    const auto take = [&](void *out, size_t size) {
-        if (size > file->size() - at) {
-            throw Error(DG_ERROR_FORMAT, format("%s: cut short: not a whole saved session", path.c_str()));
-        }
-        std::memcpy(out, file->data() + at, size);
-        at += size;
-    };
-    SavedHeader header = {};
-    if (file->size() < sizeof header || std::memcmp(file->data(), SAVED_MAGIC, sizeof SAVED_MAGIC) != 0) {
-        throw Error(DG_ERROR_FORMAT, format("%s: not a saved session", path.c_str()));
-    }
-    take(&header, sizeof header);
-    const int32_t expected_first = std::max(0, header.n_past - (model_->config().sliding_window - 1));
-    if (header.fingerprint != model_->fingerprint() || header.type_kv != type_kv_) {
-        throw Error(DG_ERROR_FORMAT, format("%s: saved from another model or with another type_kv", path.c_str()));
-    }
-    if (header.n_past < 0 || header.first_sliding != expected_first) {
-        throw Error(DG_ERROR_FORMAT, format("%s: damaged header", path.c_str()));
-    }
-    if (header.n_past > n_ctx_ - model_->config().canvas_length) {
-        throw Error(DG_ERROR_CONTEXT,
-                    format("%s: its %d tokens and a canvas do not fit n_ctx %d", path.c_str(), header.n_past, n_ctx_));
-    }
-    std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
-    take(tokens.data(), tokens.size() * sizeof(int32_t));
-    check_ids("saved tokens", tokens.data(), header.n_past);
-    for (const CacheLayer &layer : cache_->layers()) {
-        for (ggml_tensor *t : {layer.k, layer.v}) {
-            if (layer.sliding) { // slots before the window stay unwritten: a masked NaN would still spoil the sums
-                std::memset(t->data, 0, ggml_nbytes(t));
-            }
-            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
-                take(static_cast<char *>(t->data) + static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
-                     t->nb[1]);
-            }
-        }
-    }
-    // As if all had been encoded here and a canvas denoised: a ring holds no more than what was saved.
-    cache_->wrote(header.first_sliding > 0 ? header.first_sliding + cache_->slots(true) : header.n_past);
-    tokens_ = std::move(tokens);
-    set_past(header.n_past);
 }
 
 } // namespace dg

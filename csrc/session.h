@@ -64,6 +64,12 @@ class Session {
     void collect(bool on);
     const Importance *importance() const { return importance_.get(); }
 
+    // From here on operators run one at a time and their times are added up, from zero; or no longer.
+    void profile(bool on);
+    bool profiled() const { return profiled_; }
+    void add_sampling_time(double seconds) { timings_.sampling += seconds; }
+    const dg_timings &timings() const { return timings_; }
+
     void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
     void clear_cancel() { cancelled_.store(false, std::memory_order_relaxed); }
     void set_poll(dg_poll poll, void *user) {
@@ -81,18 +87,22 @@ class Session {
     int32_t n_threads_;
     int32_t n_rows_; // R: the most rows that canvases denoised together have
     ggml_type type_kv_;
+    bool own_operators_; // the CPU's (product.h); else ggml's alone
     std::unique_ptr<KvCache> cache_;
     ggml_context_ptr io_context_;
     ggml_backend_buffer_ptr io_buffer_;
     GraphIo io_;
     ggml_backend_ptr backend_;
     ggml_threadpool *threadpool_ = nullptr;
+    int64_t process_ = 0; // whose threads they are: a fork has none of them
     ggml_gallocr_ptr pass_allocator_;
     ggml_gallocr_ptr soft_allocator_;
     Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
     Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
     Graph soft_graph_;
     std::unique_ptr<Importance> importance_;
+    bool profiled_ = false;
+    dg_timings timings_ = {};
     int32_t soft_graph_first_ = 0; // the rows that soft_graph_ is for
     int32_t soft_graph_rows_ = 0;
     std::vector<int32_t> tokens_;
@@ -108,6 +118,9 @@ class Session {
     int32_t largest_pass() const;
     void plan(bool allocate);
     void make_io(bool allocate);
+    size_t io_bytes() const;
+    void start_threads();
+    void stop_threads();
     void set_past(int32_t n);
     void set_pass_inputs(const Pass &pass);
     void set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding);
@@ -115,6 +128,8 @@ class Session {
     void score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
     void encode_chunk(const int32_t *ids, int32_t n);
     void compute(const Graph &graph);
+    void run(ggml_cgraph *nodes);
+    void run_timed(const Graph &graph);
     bool should_stop();
 };
 

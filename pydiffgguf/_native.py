@@ -44,6 +44,7 @@ from pydiffgguf._records import (
     RawStep,
     Sampling,
     TensorInfo,
+    Timings,
 )
 
 try:
@@ -221,6 +222,7 @@ def _fields(struct: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 _SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
 _MEMORY_FIELDS = tuple(Memory.__dataclass_fields__)
+_TIMINGS_FIELDS = tuple(Timings.__dataclass_fields__)
 _CONFIG_FIELDS = tuple(name for name in ModelConfig.__dataclass_fields__ if name != "layers")
 
 
@@ -333,7 +335,7 @@ class NativeModel:
         for i in range(lib.dg_model_n_tensors(pointer)):
             info = lib.dg_model_tensor(pointer, i)
             shape = tuple(info.ne[0 : info.n_dims])
-            result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes))
+            result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes, _text(info.kernel)))
         return result
 
     def n_ctx(self, **options: Any) -> int:
@@ -399,7 +401,12 @@ def _fill_spec(spec: CanvasSpec, sampling: Sampling, canvas_length: int, out: An
 
 
 def _session_options(
-    n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, type_kv: str = "f16", n_rows: int = 0
+    n_ctx: int = 0,
+    n_batch: int = 512,
+    n_threads: int = 0,
+    type_kv: str = "f16",
+    n_rows: int = 0,
+    ggml_operators: bool = False,
 ) -> Any:
     if type_kv not in KV_TYPES:
         raise ValueError(f"type_kv is {type_kv!r}: it must be one of {', '.join(map(repr, KV_TYPES))}")
@@ -409,6 +416,7 @@ def _session_options(
     options.n_threads = int32("n_threads", n_threads)
     options.type_kv = KV_TYPES[type_kv]
     options.n_rows = int32("n_rows", n_rows)
+    options.ggml_operators = bool(ggml_operators)
     return options
 
 
@@ -417,7 +425,8 @@ class NativeSession:
 
     Options: `n_ctx` 0: the smaller of 8192 and the file's context length. `n_batch`: tokens per chunk of a prompt.
     `n_threads` 0: as many as this process may use at once. `type_kv`: a key of KV_TYPES. `n_rows`: the most rows that
-    canvases side by side may have together, 0 for C, which is the least.
+    canvases side by side may have together, 0 for C, which is the least. `ggml_operators`: compute with ggml's
+    operators alone, as devices other than the CPU do.
 
     The computing methods raise SessionBusyError when another thread is inside, CancelledError after cancel(), and what
     a signal handler raised (KeyboardInterrupt) when one ran meanwhile; what then holds stands at each call in
@@ -446,6 +455,15 @@ class NativeSession:
         """Frees the cache and the buffers; a call under way on another thread is cancelled first. Idempotent."""
         self.cancel()
         self._pointer = None
+
+    def profile(self, on: bool) -> None:
+        """From here on operators run one at a time and are timed, from zero; or no longer."""
+        _call(lib.dg_session_profile, self._open_pointer(), bool(on))
+
+    @property
+    def timings(self) -> Timings:
+        """What computing took since `profile(True)`, by part."""
+        return Timings(**_fields(lib.dg_session_timings(self._open_pointer()), _TIMINGS_FIELDS))
 
     def _open_pointer(self) -> Any:
         pointer = self._pointer

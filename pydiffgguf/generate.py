@@ -173,7 +173,8 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
     text = ""
     reason: FinishReason = "length"
     try:
-        encode_prompt(session, request.prompt, stats)
+        if not encode_prompt(session, request.prompt, stats, deadline):
+            return Generation("", [], reason, stats)
         canvas_index = 0
         while True:
             step = yield from _denoise(session, request, canvas_index, began, deadline, stats, view)
@@ -224,8 +225,9 @@ def _timed_encode(session: Session, ids: Sequence[int] | Int32Array, stats: Stat
         stats.prefill_s += time.monotonic() - began
 
 
-def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats) -> None:
-    """Brings the prefix to the prompt, keeping what they have in common."""
+def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, deadline: float | None = None) -> bool:
+    """Brings the prefix to the prompt, keeping what they have in common. Without the whole prompt, at `deadline` (on
+    time.monotonic), it ends after the chunk under way and returns False."""
     room = session.n_ctx - session.config.canvas_length
     if len(prompt) > room:
         raise ContextOverflowError(
@@ -238,8 +240,12 @@ def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats) -> None
     session.truncate(common)
     stats.prefill_s += time.monotonic() - began
     stats.reused_tokens += common
-    if common < len(ids):
-        _timed_encode(session, ids[common:], stats)
+    chunk = len(ids) if deadline is None else session.n_batch
+    for first in range(common, len(ids), max(chunk, 1)):
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        _timed_encode(session, ids[first : first + chunk], stats)
+    return True
 
 
 def _denoise(

@@ -6,6 +6,7 @@ import secrets
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,7 @@ class DiffusionModel:
     where it differs.
 
     Args:
-        path: the GGUF file.
+        path: the GGUF file; of a model in several (``NAME-00001-of-0000N.gguf``) the first, with the others beside it.
         n_ctx: positions of a session: prefix, finished canvases and the live canvas. None: the smaller of 8192 and the
             file's context_length.
         n_batch: a prompt is encoded in chunks of so many tokens.
@@ -118,11 +119,12 @@ class DiffusionModel:
     def from_pretrained(
         cls, repo_id: str, filename: str = "*.gguf", *, revision: str | None = None, **options: Any
     ) -> DiffusionModel:
-        """Opens a file of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there.
+        """Opens a model of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there; of
+        a split one all parts are.
 
         Args:
             repo_id: "owner/repo".
-            filename: a name or a pattern such as "*Q4_K_M.gguf"; it must match one model.
+            filename: a name, a pattern such as "*Q4_K_M.gguf", or a word of the name; it must match one model.
             revision: branch, tag or commit.
             options: those of the constructor.
         """
@@ -168,7 +170,19 @@ class DiffusionModel:
             f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}",
             f"weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
             f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB; all on the CPU",
+            f"products: {self._kernels()}",
         ]
+
+    def _kernels(self) -> str:
+        """Which tensors are multiplied by what: "8-bit integers for 120 tensors of Q4_K, 25 of Q6_K; ..."."""
+        counts: dict[str, Counter[str]] = {}
+        for tensor in self._native.tensors():
+            if len(tensor.shape) > 1:
+                counts.setdefault(tensor.kernel, Counter())[tensor.type.upper()] += 1
+        return "; ".join(
+            f"{kernel} for " + ", ".join(f"{n} of {name}" for name, n in kinds.items())
+            for kernel, kinds in counts.items()
+        )
 
     # ---------------------------------------------------------------------------------------------------------- text
 
@@ -558,18 +572,20 @@ class DiffusionModel:
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
-    def session(self, *, n_rows: int | None = None) -> Session:
+    def session(self, *, n_rows: int | None = None, ggml_operators: bool = False) -> Session:
         """A session of its own, for tests, research and embedders; with the options that the model was opened with.
 
         Args:
             n_rows: the most rows that canvases side by side may have together; None for the canvas length C, which is
                 the least. The buffers grow with it: a row takes V logits and its part of the largest layer.
+            ggml_operators: compute with ggml's operators alone, as devices other than the CPU do: slower, and with
+                other last bits.
 
         Raises OutOfMemoryError when its cache or buffers are refused.
         """
         self._check_open()
         rows = 0 if n_rows is None else integer("n_rows", n_rows, self.config.canvas_length, 2**16)
-        session = Session(self._native, **self._session_options, n_rows=rows)
+        session = Session(self._native, **self._session_options, n_rows=rows, ggml_operators=ggml_operators)
         logger.debug("session: n_ctx %d, %d threads, %s", session.n_ctx, session.n_threads, session.memory)
         return session
 

@@ -27,6 +27,7 @@ from pydiffgguf._records import (
     ModelConfig,
     RawStep,
     Sampling,
+    Timings,
 )
 
 __all__ = [
@@ -82,7 +83,8 @@ class Canvas:
 
 
 #: Options of the canvas loop, by the names that they have everywhere. `time_limit_s` is the only one that is not part
-#: of the sampler itself: no new step begins later than so many seconds after the call.
+#: of the sampler itself: no new step, and in `generate` no new chunk of the prompt, begins later than so many seconds
+#: after the call.
 SAMPLING_OPTIONS = (*(f.name for f in fields(Sampling)), "time_limit_s")
 
 
@@ -120,6 +122,7 @@ class Session:
     def __init__(self, model: NativeModel, **options: Any) -> None:
         self._native = NativeSession(model, **options)
         self._model = model
+        self.n_batch: int = options.get("n_batch", 512)
         self.config: ModelConfig = model.config
         self._defaults = model.sampling
 
@@ -182,6 +185,17 @@ class Session:
     def memory(self) -> Memory:
         """Bytes by kind that this session holds."""
         return self._native.memory
+
+    def profile(self, on: bool = True) -> None:
+        """From here on operators run one at a time and are timed, from zero; or no longer. A step takes about 2 %
+        longer."""
+        self._native.profile(on)
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds of computing since `profile()`, by part: products, experts, attention, head, self-conditioning,
+        sampling and other."""
+        return self._native.timings
 
     def score(self, texts: Sequence[npt.ArrayLike]) -> list[Float64Array]:
         """Encoder mode as a causal language model: for each text (int32 [n], 1 to C ids) float64 [n], the natural log

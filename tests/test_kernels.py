@@ -395,6 +395,10 @@ class DeviceLoop:
     def step(self, noise: Any = None) -> None:
         self.call("step", noise)
 
+    def count(self, what: str) -> int:
+        """ "uploads", or "arguments": how often those of a launch were not those of the one before."""
+        return int(getattr(self.library, f"dgk_loop_{what}")(self.handle))
+
     @property
     def dense(self) -> bool:
         return bool(self.library.dgk_loop_dense(self.handle))
@@ -421,7 +425,11 @@ def softmax(z: Floats) -> npt.NDArray[np.float64]:
 @pytest.mark.parametrize("backwards", [False, True])
 def test_whole_trajectories_are_the_engines(kernels: ctypes.CDLL, tiny_gguf: Path, backwards: bool) -> None:
     """Canvases side by side, free, pinned, watched and restricted, one of them dropped on the way: every step of the
-    device's loop, fed with the same passes, leaves what the engine's loop leaves, and stops where it does."""
+    device's loop, fed with the same passes, leaves what the engine's loop leaves, and stops where it does.
+
+    And what a CUDA graph wants: no step reads what the host wrote since the last one, and the arguments of launches
+    change only when a canvas leaves.
+    """
     sampling = Sampling(
         steps=12,
         max_steps=10,
@@ -453,6 +461,7 @@ def test_whole_trajectories_are_the_engines(kernels: ctypes.CDLL, tiny_gguf: Pat
         signals: list[Floats | None] = [None] * len(specs)
         live = list(range(len(specs)))
         n_steps = [0] * len(specs)
+        n_placed = 1
         while live:
             theirs = batch.step()
             place = 0
@@ -461,7 +470,9 @@ def test_whole_trajectories_are_the_engines(kernels: ctypes.CDLL, tiny_gguf: Pat
                 canvas = loop.ids[place : place + n]
                 loop.logits[place : place + n] = passes.denoise(canvas, signals[i], n_rows=n)
                 place += n
+            uploads = loop.count("uploads")
             loop.step()
+            assert loop.count("uploads") == uploads, "a step depends on what the host wrote"
             assert not loop.dense
             place = 0
             for i in live:
@@ -487,7 +498,9 @@ def test_whole_trajectories_are_the_engines(kernels: ctypes.CDLL, tiny_gguf: Pat
             if going != live:
                 loop.place(going)
                 live = going
+                n_placed += 1 if going else 0
         assert n_steps[1] <= 3
+        assert loop.count("arguments") == n_placed, "a captured graph would have to be captured again"
         assert len(set(n_steps)) > 1, "all canvases stopped together: nothing was moved"
         loop.close()
 
@@ -556,4 +569,18 @@ def test_the_device_says_when_the_signal_is_dense(kernels: ctypes.CDLL) -> None:
     loop.logits[:] = np.nan
     with pytest.raises(RuntimeError, match="NaN"):
         loop.step()
+    loop.close()
+
+
+def test_what_the_device_cannot_take_is_refused(kernels: ctypes.CDLL) -> None:
+    """A canvas of more rows than one block sorts, and more rows than the session has, are told before anything runs; no
+    canvas is under way then."""
+    loop = DeviceLoop(kernels, 1100, np.ones((8, 4), dtype=np.float32), capacity=8, backwards=False)
+    sampling = Sampling(4, 0, 1, 0.5, 0.5, 0.1, 0.005)
+    with pytest.raises(RuntimeError, match="1025 rows: the device's sampler takes 1024"):
+        loop.begin([CanvasSpec(n_rows=1025, canvas=np.zeros(1025))], sampling)
+    with pytest.raises(RuntimeError, match="more rows than the session's 1100"):
+        loop.begin([CanvasSpec(n_rows=n, canvas=np.zeros(n)) for n in (1000, 101)], sampling)
+    with pytest.raises(RuntimeError, match="canvas 0 is not under way"):
+        loop.read(0, 1000)
     loop.close()

@@ -1,5 +1,6 @@
 // The kernels, whose bodies are in row.h, canvas.h and gather.h, and the device that launches them.
 #include "device.h"
+#include "launch.h"
 
 #include "error.h"
 
@@ -72,17 +73,9 @@ class CudaDevice final : public Device {
     }
     void launch(const Step &step) override {
         select();
-        dg_sample_rows<<<static_cast<unsigned>(row_blocks(step)), ROW_THREADS, 0, stream_>>>(step);
-        check(cudaGetLastError(), "dg_sample_rows was not launched");
-        dg_finish_canvases<<<static_cast<unsigned>(canvas_blocks(step)), CANVAS_THREADS, 0, stream_>>>(step);
-        check(cudaGetLastError(), "dg_finish_canvases was not launched");
-        if (const int32_t blocks = gather_blocks(step); blocks > 0) {
-            with_type(step.embedding_type, [&](auto tag) {
-                dg_gather_signal<decltype(tag)::value>
-                    <<<static_cast<unsigned>(blocks), GATHER_THREADS, 0, stream_>>>(step);
-            });
-            check(cudaGetLastError(), "dg_gather_signal was not launched");
-        }
+        check(launch_rows(step, stream_), "dg_sample_rows was not launched");
+        check(launch_canvases(step, stream_), "dg_finish_canvases was not launched");
+        check(launch_gather(step, stream_), "dg_gather_signal was not launched");
     }
 
   private:
@@ -98,6 +91,27 @@ class CudaDevice final : public Device {
 };
 
 } // namespace
+
+cudaError_t launch_rows(const Step &step, cudaStream_t stream) {
+    dg_sample_rows<<<static_cast<unsigned>(row_blocks(step)), ROW_THREADS, 0, stream>>>(step);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_canvases(const Step &step, cudaStream_t stream) {
+    dg_finish_canvases<<<static_cast<unsigned>(canvas_blocks(step)), CANVAS_THREADS, 0, stream>>>(step);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_gather(const Step &step, cudaStream_t stream) {
+    const int32_t blocks = gather_blocks(step);
+    if (blocks == 0) {
+        return cudaSuccess;
+    }
+    with_type(step.embedding_type, [&](auto tag) {
+        dg_gather_signal<decltype(tag)::value><<<static_cast<unsigned>(blocks), GATHER_THREADS, 0, stream>>>(step);
+    });
+    return cudaGetLastError();
+}
 
 std::unique_ptr<Device> make_cuda_device(int index) { return std::make_unique<CudaDevice>(index); }
 

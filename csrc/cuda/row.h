@@ -1,7 +1,7 @@
 // One row of logits, read once: softcap, temperature, greatest, sum, entropy, argmax, and a draw from the softmax;
 // then, of those tiles of the row that matter, the tokens and probabilities that make up the self-conditioning signal.
 //
-// What sample_step (csrc/sampler.h) does with a row, for a block of 512 threads. A warp takes a tile of 1,024 logits
+// What sample_step (csrc/sampler.h) does with a row, for a block of 512 threads. A warp takes a tile of 512 logits
 // into registers, so a tile's greatest is known before its terms are summed, and the tiles' sums are brought to one
 // scale at the end. The draw walks the tiles' sums and computes one tile again.
 //
@@ -79,7 +79,8 @@ struct RowShared {
     RowInput in;   // here and not in registers, which the tiles fill
     RowInput view; // what the pass that is under way takes for the row
     Best warp_best[RowBlock::N_WARPS];
-    Sums group_sums[N_GROUPS]; // of 32 tiles each; then of 32 entries of the drawn tile
+    int32_t group_count[N_GROUPS]; // candidates of 32 tiles each; then how many come before the group's
+    Sums group_sums[N_GROUPS];     // of 32 tiles each; then of 32 entries of the drawn tile
     Best best;
     Sums total;
     double target; // the draw's, in units of the sum
@@ -356,6 +357,37 @@ DG_HD void draw(RowBlock &block, RowShared &s, const RowInput &in) {
     });
 }
 
+// Each tile's count of candidates becomes that of all tiles before it, s.n_candidates the sum. In two levels: on one
+// thread, 512 additions that wait for each other are some 10,000 cycles, where a row's bytes take an H100 140,000.
+DG_HD void count_before(RowBlock &block, RowShared &s, int32_t n_tiles) {
+    const auto scan = [](int32_t *counts, int32_t n) {
+        int32_t before = 0;
+        for (int32_t i = 0; i < n; ++i) {
+            const int32_t own = counts[i];
+            counts[i] = before;
+            before += own;
+        }
+        return before;
+    };
+    block.phase([&](int thread) {
+        if (thread < N_GROUPS) {
+            const int32_t first = thread * WARP;
+            const int32_t n = n_tiles - first < WARP ? n_tiles - first : WARP;
+            s.group_count[thread] = scan(s.tile_count + first, n);
+        }
+    });
+    block.phase([&](int thread) {
+        if (thread == 0) {
+            s.n_candidates = scan(s.group_count, N_GROUPS);
+        }
+    });
+    block.phase([&](int thread) {
+        for (int32_t i = thread; i < n_tiles; i += ROW_THREADS) {
+            s.tile_count[i] += s.group_count[i / WARP];
+        }
+    });
+}
+
 // Counts the candidates of each tile, then writes them where they have room. A tile whose greatest is too low is not
 // looked at: of a confident row's 512 tiles a handful are.
 DG_HD void collect(RowBlock &block, RowShared &s, const RowInput &in, const Candidates &out) {
@@ -404,16 +436,10 @@ DG_HD void collect(RowBlock &block, RowShared &s, const RowInput &in, const Cand
             });
         }
         if (writes == 0) {
+            count_before(block, s, n_tiles);
             block.phase([&](int thread) {
                 if (thread == 0) {
-                    int32_t sum = 0;
-                    for (int32_t i = 0; i < n_tiles; ++i) {
-                        const int32_t count = s.tile_count[i];
-                        s.tile_count[i] = sum;
-                        sum += count;
-                    }
-                    s.n_candidates = sum;
-                    *out.count = sum;
+                    *out.count = s.n_candidates;
                 }
             });
             if (s.n_candidates > out.capacity) {

@@ -11,6 +11,10 @@
 
 namespace dg::cuda {
 
+// Room for candidates that serves: 17 MB for a canvas of 256 rows. Were every row full, the gather would read 4.8 GB at
+// the released shape, where the generic soft embedding moves 13.2 GB whatever the rows look like.
+constexpr int32_t CAPACITY = 8192;
+
 // Device pointers, and sizes. The same from step to step, until a canvas leaves.
 struct Step {
     Canvas *canvases; // [n_canvases], first_row ascending

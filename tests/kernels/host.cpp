@@ -16,14 +16,23 @@ using namespace dg::cuda;
 class HostDevice final : public Device {
   public:
     bool backwards = false;
+    int32_t n_uploads = 0;
+    int32_t n_arguments = 0; // how often a launch's arguments were not those of the launch before
 
     // Filled with what is no sensible number, so that nothing relies on zeros.
     void *allocate(size_t n_bytes) override { return std::memset(std::malloc(n_bytes + 1), 0xA5, n_bytes + 1); }
     void release(void *memory) noexcept override { std::free(memory); }
-    void upload(void *to, const void *from, size_t n_bytes) override { std::memcpy(to, from, n_bytes); }
+    void upload(void *to, const void *from, size_t n_bytes) override {
+        ++n_uploads;
+        std::memcpy(to, from, n_bytes);
+    }
     void download(void *to, const void *from, size_t n_bytes) override { std::memcpy(to, from, n_bytes); }
     void move(void *to, const void *from, size_t n_bytes) override { std::memmove(to, from, n_bytes); }
     void launch(const Step &step) override {
+        if (std::memcmp(&step, &last_, sizeof step) != 0) {
+            ++n_arguments;
+            std::memcpy(&last_, &step, sizeof step);
+        }
         run<RowBlock, RowShared>(
             row_blocks(step), [&](RowBlock &block, RowShared &shared, int32_t i) { step_row(block, shared, step, i); });
         run<CanvasBlock, CanvasShared>(canvas_blocks(step), [&](CanvasBlock &block, CanvasShared &shared, int32_t i) {
@@ -37,6 +46,8 @@ class HostDevice final : public Device {
     }
 
   private:
+    Step last_ = {};
+
     // As on the device, a block finds in its shared memory what the last one left.
     template <typename B, typename Shared, typename Body> void run(int32_t n_blocks, const Body &body) const {
         B block;
@@ -142,6 +153,8 @@ int dgk_loop_place(Loop *l, const int32_t *which, int32_t n) {
 int dgk_loop_step(Loop *l, const dg_noise *noise) {
     return guarded(l, [&] { l->loop.step(noise); });
 }
+int32_t dgk_loop_uploads(const Loop *l) { return l->device.n_uploads; }
+int32_t dgk_loop_arguments(const Loop *l) { return l->device.n_arguments; }
 int dgk_loop_dense(const Loop *l) { return l->loop.wants_dense_signal() ? 1 : 0; }
 int dgk_loop_read(Loop *l, int32_t index, int32_t *argmax, int32_t *canvas, uint8_t *accepted, double *entropy,
                   double *logprob, double *mean_entropy, int32_t *flags) {
