@@ -106,9 +106,9 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
     : Session(std::move(model), options, DryRun{}) {
     plan(false);
-    check_memory(format("a session (KV cache %zu bytes, intermediate tensors %zu, logits and inputs %zu)",
-                        memory_.kv_cache, memory_.compute, io_bytes()),
-                 memory_.kv_cache + memory_.compute + io_bytes());
+    check_memory(format("a session (KV cache %zu bytes, intermediate tensors and inputs %zu, logits %zu)",
+                        memory_.kv_cache, memory_.compute, memory_.logits),
+                 memory_.kv_cache + memory_.compute + memory_.logits);
     plan(true);
     start_threads();
     tokens_.reserve(static_cast<size_t>(n_ctx_));
@@ -185,10 +185,7 @@ void Session::plan(bool allocate) {
         const Graph graph = build_soft_embedding(*model_, io_, 0, canvas_pass());
         memory_.compute += reserve(soft_allocator_.get(), graph, allocate);
     }
-    for (const ggml_tensor *t = ggml_get_first_tensor(io_context_.get()); t;
-         t = ggml_get_next_tensor(io_context_.get(), const_cast<ggml_tensor *>(t))) {
-        memory_.compute += t == io_.logits ? 0 : ggml_nbytes(t);
-    }
+    memory_.compute += io_bytes() - ggml_nbytes(io_.logits);
     memory_.weights = model_->files().n_bytes();
     memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
@@ -521,9 +518,11 @@ void Session::condition_on_logits(int32_t n_rows) {
     if (!model_->config().has_self_conditioning) {
         return;
     }
+#if DG_HAS_TILES
     if (io_.scratch && io_.longest_embedding == 0.0f) {
         io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
     }
+#endif
     for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {
@@ -562,95 +561,6 @@ void Session::truncate(int32_t n) {
     if (n == 0) {
         cache_->clear();
     }
-}
-
-// -------------------------------------------------------------------------------------------------- save, load
-
-namespace {
-
-struct SavedHeader {
-    char magic[8];
-    uint64_t fingerprint;
-    int32_t type_kv;
-    int32_t n_past;
-    int32_t first_sliding; // sliding layers hold positions first_sliding .. n_past - 1
-    int32_t reserved;
-};
-constexpr char SAVED_MAGIC[8] = {'D', 'G', 'P', 'R', 'E', 'F', '0', '1'};
-
-} // namespace
-
-void Session::save(const std::string &path) {
-    SavedHeader header = {};
-    std::memcpy(header.magic, SAVED_MAGIC, sizeof header.magic);
-    header.fingerprint = model_->fingerprint();
-    header.type_kv = type_kv_;
-    header.n_past = n_past();
-    header.first_sliding = std::max(0, n_past() - (model_->config().sliding_window - 1));
-    AtomicFile file(path);
-    file.write(&header, sizeof header);
-    file.write(tokens_.data(), tokens_.size() * sizeof tokens_[0]);
-    for (const CacheLayer &layer : cache_->layers()) {
-        for (const ggml_tensor *t : {layer.k, layer.v}) {
-            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
-                file.write(static_cast<const char *>(t->data) +
-                               static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
-                           t->nb[1]);
-            }
-        }
-    }
-    file.commit();
-}
-
-void Session::load(const std::string &path) {
-    truncate(0);
-    const std::unique_ptr<FileBytes> file = FileBytes::open(path, false);
-    size_t at = 0;
-    const auto take = [&](void *out, size_t size) {
-        if (size > file->size() - at) {
-            throw Error(DG_ERROR_FORMAT, format("%s: cut short: not a whole saved session", path.c_str()));
-        }
-        std::copy_n(file->data() + at, size, static_cast<unsigned char *>(out));
-        at += size;
-    };
-    SavedHeader header = {};
-    if (file->size() < sizeof header || std::memcmp(file->data(), SAVED_MAGIC, sizeof SAVED_MAGIC) != 0) {
-        throw Error(DG_ERROR_FORMAT, format("%s: not a saved session", path.c_str()));
-    }
-    take(&header, sizeof header);
-    const int32_t expected_first = std::max(0, header.n_past - (model_->config().sliding_window - 1));
-    if (header.fingerprint != model_->fingerprint() || header.type_kv != type_kv_) {
-        throw Error(DG_ERROR_FORMAT, format("%s: saved from another model or with another type_kv", path.c_str()));
-    }
-    if (header.n_past < 0 || header.first_sliding != expected_first) {
-        throw Error(DG_ERROR_FORMAT, format("%s: damaged header", path.c_str()));
-    }
-    if (header.n_past > n_ctx_ - model_->config().canvas_length) {
-        throw Error(DG_ERROR_CONTEXT,
-                    format("%s: its %d tokens and a canvas do not fit n_ctx %d", path.c_str(), header.n_past, n_ctx_));
-    }
-    std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
-    take(tokens.data(), tokens.size() * sizeof(int32_t));
-    try {
-        check_ids("saved tokens", tokens.data(), header.n_past);
-    } catch (const Error &error) {
-        throw Error(DG_ERROR_FORMAT, path + ": " + error.what());
-    }
-    for (const CacheLayer &layer : cache_->layers()) {
-        for (ggml_tensor *t : {layer.k, layer.v}) {
-            if (layer.sliding) { // slots before the window stay unwritten: a masked NaN would still spoil the sums
-                std::memset(t->data, 0, ggml_nbytes(t));
-            }
-            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
-                take(static_cast<char *>(t->data) + static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
-                     t->nb[1]);
-            }
-        }
-    }
-    // As if all had been encoded here and a canvas denoised: a ring holds no more than what was saved.
-    cache_->wrote(header.first_sliding > 0 ? header.first_sliding + cache_->slots(true) : header.n_past);
-    tokens_ = std::move(tokens);
-    set_past(header.n_past);
 }
 
 } // namespace dg
