@@ -497,6 +497,8 @@ dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, 
 
 // ------------------------------------------------------------------------------------------------------- build
 
+void dg_set_log(dg_log log, void *user) { dg::set_log(log, user); }
+
 const char *dg_version(void) { return DG_VERSION; }
 
 int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
@@ -514,6 +516,8 @@ const char *dg_compiler(void) {
     return "unknown";
 #endif
 }
+
+const char *dg_build_flags(void) { return DG_BUILD_FLAGS; }
 
 const char *dg_cpu_features(void) {
     static const std::string features = [] {

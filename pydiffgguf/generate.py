@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from pydiffgguf._log import logger
 from pydiffgguf._records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
 from pydiffgguf.chat import CLOSE, OPEN, StopStrings, split_reasoning
 from pydiffgguf.errors import CancelledError, ContextOverflowError
@@ -70,7 +71,7 @@ Event = DenoiseStep | Block
 
 @dataclass
 class Stats:
-    """What a generation cost.
+    """What a generation cost; also an edit and a choice, whose canvases and prompts add up.
 
     `steps`: denoise steps of each canvas. `prompt_tokens`: length of the prompt, of which `reused_tokens` were still
     in the cache from an earlier call. `prefill_s`: encoding the prompt and finished canvases. `denoise_s`: the steps.
@@ -199,6 +200,7 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
             canvas_index += 1
     except CancelledError:
         reason = "cancelled"
+    logger.debug("generated: %s, %s", reason, stats)
     return Generation(text, done, reason, stats, view.split(done)[0])
 
 
@@ -237,7 +239,7 @@ def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, deadlin
     began = time.monotonic()
     session.truncate(common)
     stats.prefill_s += time.monotonic() - began
-    stats.reused_tokens = common
+    stats.reused_tokens += common
     chunk = len(ids) if deadline is None else session.n_batch
     for first in range(common, len(ids), max(chunk, 1)):
         if deadline is not None and time.monotonic() >= deadline:

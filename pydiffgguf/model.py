@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from pydiffgguf._arguments import MAX_SEED, integer
+from pydiffgguf._log import logger
 from pydiffgguf._native import Metadata, NativeModel, StrPath
 from pydiffgguf._records import Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf.chat import StopStrings, render
-from pydiffgguf.edit import Edit, choose, edit
+from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
 from pydiffgguf.generate import DenoiseStep, Event, Generation, Request, TextView, common_head, run
 from pydiffgguf.infill import Fill, Infill, stream_fill, stream_infill
@@ -62,7 +63,8 @@ class DiffusionModel:
         n_gpu_layers: "auto" (as many as fit; none on a CPU build) or a number.
         type_kv: "f16", "f32", "bf16" or "q8_0".
         use_mmap: map the file instead of reading it into memory.
-        verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise.
+        verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
+            logger "pydiffgguf".
 
     Raises:
         OSError: no such file, a directory, not readable.
@@ -104,10 +106,14 @@ class DiffusionModel:
         self._predicted = self._native.memory(**self._session_options)
         self._tokenizer = _read_tokenizer(self._native.metadata, self.config.n_vocab)
         self._view = TextView(self._tokenizer)
+        logger.info("opened %s", self.path)
+        for line in self._description():
+            logger.info("%s", line)
+            if verbose:
+                print(f"pydiffgguf: {line}", file=sys.stderr)
         for warning in self._native.warnings:
+            logger.warning("%s: %s", self.path.name, warning)
             warnings.warn(f"{self.path.name}: {warning}", ModelWarning, stacklevel=2)
-        if verbose:
-            self._describe()
 
     @classmethod
     def from_pretrained(
@@ -155,17 +161,17 @@ class DiffusionModel:
             sessions = [*self._active, *self._idle]
         return sessions[-1].memory if sessions else self._predicted
 
-    def _describe(self) -> None:
+    def _description(self) -> list[str]:
+        """What was opened and what it takes, for people."""
         c, memory = self.config, self._predicted
         full = sum(not layer.sliding for layer in c.layers)
-        print(
-            f"pydiffgguf: {self.path.name}: {c.n_layer} layers ({full} full), hidden {c.n_embd}, {c.n_expert} experts "
-            f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}\n"
-            f"pydiffgguf: weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
-            f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB; all on the CPU\n"
-            f"pydiffgguf: products: {self._kernels()}",
-            file=sys.stderr,
-        )
+        return [
+            f"{self.path.name}: {c.n_layer} layers ({full} full), hidden {c.n_embd}, {c.n_expert} experts "
+            f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}",
+            f"weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
+            f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB; all on the CPU",
+            f"products: {self._kernels()}",
+        ]
 
     def _kernels(self) -> str:
         """Which tensors are multiplied by what: "8-bit integers for 120 tensors of Q4_K, 25 of Q6_K; ..."."""
@@ -549,10 +555,9 @@ class DiffusionModel:
         self._check_open()
         return edit(self, text, spans, strength=strength, seed=seed, **sampling)
 
-    def choose(
-        self, template: str, slots: Mapping[str, Sequence[str]], *, draws: int = 4, seed: int = 0
-    ) -> dict[str, dict[str, float]]:
-        """Probabilities of given options: for each slot, option -> probability; they sum to 1 over the slot's options.
+    def choose(self, template: str, slots: Mapping[str, Sequence[str]], *, draws: int = 4, seed: int = 0) -> Choice:
+        """Probabilities of given options: a dict, for each slot, of option -> probability, which sum to 1 over the
+        slot's options; its `stats` say what it cost.
 
         Each slot stands in the template once, as ``<name/>``. One denoise step is made for each option and draw, side
         by side: the option's log-probability under the first step's logits, its tokens taken as independent, the other
@@ -580,7 +585,9 @@ class DiffusionModel:
         """
         self._check_open()
         rows = 0 if n_rows is None else integer("n_rows", n_rows, self.config.canvas_length, 2**16)
-        return Session(self._native, **self._session_options, n_rows=rows, ggml_operators=ggml_operators)
+        session = Session(self._native, **self._session_options, n_rows=rows, ggml_operators=ggml_operators)
+        logger.debug("session: n_ctx %d, %d threads, %s", session.n_ctx, session.n_threads, session.memory)
+        return session
 
     @contextmanager
     def session_for(self, prompt: Sequence[int]) -> Iterator[Session]:
@@ -631,6 +638,8 @@ class DiffusionModel:
         """Cancels what is running and lets go of the file. Idempotent; every later call raises ModelClosedError.
         Sessions made by `session()` go on until they are closed."""
         with self._lock:
+            if not self._native.closed:
+                logger.info("closed %s", self.path)
             self._native.close()
             idle, self._idle = self._idle, []
         self.cancel()

@@ -186,7 +186,7 @@ LIMITED = """
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are read from Linux's /proc")
 @pytest.mark.parametrize("kind", ["AS", "DATA"])
 def test_a_session_that_does_not_fit_is_refused_with_both_figures(tiny_gguf: Path, kind: str) -> None:
-    done = run(LIMITED, tiny_gguf, 24 << 20, 4096, kind)
+    done = run(LIMITED, tiny_gguf, 16 << 20, 4096, kind)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(
         rf"OutOfMemoryError a session .* needs \d+\.\d MiB of memory, and RLIMIT_{kind} leaves \d+\.\d MiB", done.stdout
