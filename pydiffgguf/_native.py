@@ -38,6 +38,7 @@ from pydiffgguf._records import (
     Int32Array,
     LayerConfig,
     Memory,
+    Timings,
     MetadataValue,
     ModelConfig,
     RawSample,
