@@ -61,7 +61,7 @@ def dependencies(name: str) -> dict[str, int]:
     while queue:
         for line in importlib.metadata.requires(queue.pop()) or []:
             wanted, _, marker = line.partition(";")
-            distribution = re.split(r"[\s<>=!~\[(]", wanted.strip())[0].lower()
+            distribution = re.split(r"[\s<>=!~\[(]", wanted.strip())[0].lower().replace("_", "-")
             if "extra" in marker or distribution in found:
                 continue
             try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gguf_rewrite import DROP, rewrite
 
-from pydiffgguf import Choice, DiffusionModel, ModelFormatError, ModelWarning, Stats, demo_model_path
+from pydiffgguf import Choice, DiffusionModel, ModelWarning, Stats, _native, demo_model_path
 from pydiffgguf._log import from_ggml
 
 PREFIX = "On Sunday Emma found a"
@@ -92,6 +92,16 @@ def test_a_broken_file_is_an_exception_and_no_line(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.DEBUG, "pydiffgguf"), pytest.raises(ModelFormatError, match="at byte 997"):
         DiffusionModel(broken)
     assert not caplog.records
+
+
+def test_a_line_that_c_hands_over_reaches_the_logger(caplog: pytest.LogCaptureFixture) -> None:
+    """The function that the C library is given, called as C calls it; bytes that are no UTF-8 are shown escaped."""
+    log = _native.ffi.addressof(_native.lib, "dg_python_log")
+    with caplog.at_level(logging.DEBUG, "pydiffgguf"):
+        log(3, _native.ffi.new("char[]", b"no \xff room\n"), _native.ffi.NULL)
+    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("pydiffgguf.ggml", "WARNING", "no \\xff room")
+    ]
 
 
 def test_lines_of_ggml_keep_their_level(caplog: pytest.LogCaptureFixture) -> None:
