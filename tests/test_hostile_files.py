@@ -169,20 +169,17 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path, use_mmap: bool)
 LIMITED = """
     import resource, sys
     import numpy, tokenizers
-    from pydiffgguf import DiffusionModel, ModelFormatError, OutOfMemoryError
+    from pydiffgguf import DiffusionModel, OutOfMemoryError
     path, spare, n_ctx, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     used = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in open("/proc/self/status") if " kB" in line}
     limit, key = (resource.RLIMIT_AS, "VmSize") if kind == "AS" else (resource.RLIMIT_DATA, "VmData")
     resource.setrlimit(limit, (used[key] + spare, resource.RLIM_INFINITY))
     try:
         with DiffusionModel(path, n_ctx=n_ctx, n_batch=n_ctx) as model:
-            model.generate("hello", max_tokens=8, seed=1)
+            model.generate([2, 20, 21], max_tokens=8, seed=1)
         print("worked")
     except (OutOfMemoryError, MemoryError) as error:
         print(type(error).__name__, error)
-    except ModelFormatError as error:  # Python says MemoryError of a template that nests too deeply as well
-        assert str(error).endswith("MemoryError"), error
-        print("MemoryError", error)
 """
 
 
@@ -210,7 +207,8 @@ def test_a_file_that_does_not_fit_is_refused_with_both_figures(tiny_gguf: Path, 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are read from Linux's /proc")
 def test_running_out_anywhere_is_an_error_with_the_process_alive(tiny_gguf: Path) -> None:
     """From no spare memory at all to enough, so that the refusal meets another allocation each time: Python's, ours,
-    ggml's headers and buffers, and threads' stacks."""
+    ggml's headers and buffers, and threads' stacks. Without a chat template: CPython 3.11 itself says SystemError when
+    it runs out inside jinja2."""
     outcomes = set()
     for mebibytes in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 512):
         done = run(LIMITED, tiny_gguf, mebibytes << 20, 512, "AS")
