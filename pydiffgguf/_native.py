@@ -38,7 +38,6 @@ from pydiffgguf._records import (
     Int32Array,
     LayerConfig,
     Memory,
-    Timings,
     MetadataValue,
     ModelConfig,
     RawSample,

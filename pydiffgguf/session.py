@@ -24,7 +24,6 @@ from pydiffgguf._records import (
     Float64Array,
     Int32Array,
     Memory,
-    Timings,
     ModelConfig,
     RawStep,
     Sampling,
@@ -186,17 +185,6 @@ class Session:
     def memory(self) -> Memory:
         """Bytes by kind that this session holds."""
         return self._native.memory
-
-    def profile(self, on: bool = True) -> None:
-        """From here on operators run one at a time and are timed, from zero; or no longer. A step takes about 2 %
-        longer."""
-        self._native.profile(on)
-
-    @property
-    def timings(self) -> Timings:
-        """Seconds of computing since `profile()`, by part: products, experts, attention, head, self-conditioning,
-        sampling and other."""
-        return self._native.timings
 
     def profile(self, on: bool = True) -> None:
         """From here on operators run one at a time and are timed, from zero; or no longer. A step takes about 2 %
