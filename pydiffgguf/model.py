@@ -604,6 +604,7 @@ class DiffusionModel:
             with self._lock:
                 self._active.add(session)
         try:
+            self._check_open()  # close() cancels what it finds in _active: it may have looked while this one was made
             yield session
         finally:
             with self._lock:
