@@ -1,6 +1,7 @@
 // The C boundary. Every exception stops here and becomes a status and a message.
 #include "diffgguf.h"
 
+#include "devices.h"
 #include "error.h"
 #include "log_capture.h"
 #include "loop.h"
@@ -14,6 +15,7 @@
 #include "ggml-cpu.h"
 #include "gguf.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -75,6 +77,21 @@ void require(const void *pointer, const char *name) {
     }
 }
 
+// Runs `body` as the one thread that speaks to the model's devices.
+template <typename Body> void with_devices(const dg::Model &model, const Body &body) {
+    const dg::Devices &devices = model.devices();
+    const dg::Devices::Turn turn(devices);
+    try {
+        body();
+    } catch (const dg::Error &error) {
+        if (error.status() != DG_ERROR_DEVICE) {
+            throw;
+        }
+        throw dg::Error(DG_ERROR_DEVICE, std::string(error.what()) + " (of " + devices.servers() +
+                                             "); close the model, and open it again when all servers answer");
+    }
+}
+
 // Runs `body` as the one thread inside the session.
 template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) noexcept {
     return guarded(err, err_size, [&] {
@@ -86,7 +103,7 @@ template <typename Body> dg_status inside(dg_session *session, char *err, size_t
             std::atomic_flag &busy;
             ~Leave() { busy.clear(std::memory_order_release); }
         } const leave{session->busy};
-        body();
+        with_devices(session->session.model(), body);
     });
 }
 
@@ -98,7 +115,15 @@ bool valid_kv(const dg_model *model, int64_t index) { return index >= 0 && index
 
 // ------------------------------------------------------------------------------------------------------- model
 
-dg_model_options dg_model_options_default(void) { return {0, true}; }
+dg_model_options dg_model_options_default(void) {
+    dg_model_options options = {};
+    options.n_gpu_layers = -1;
+    options.use_mmap = true;
+    options.offload_kv = true;
+    options.main_gpu = -1;
+    options.expected = dg_session_options_default();
+    return options;
+}
 
 dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err, size_t err_size) {
     return guarded(err, err_size, [&] {
@@ -202,6 +227,25 @@ size_t dg_model_kv_strings(const dg_model *model, int64_t index, char *out, size
     return needed;
 }
 
+int32_t dg_model_n_devices(const dg_model *model) { return static_cast<int32_t>(model->model->devices().size()); }
+
+dg_device dg_model_device(const dg_model *model, int32_t index) {
+    dg_device out = {};
+    if (index < 0 || index >= dg_model_n_devices(model)) {
+        return out;
+    }
+    const dg::Device &device = model->model->devices()[static_cast<size_t>(index)];
+    const std::vector<int32_t> &layers = model->model->placement().layers;
+    out.name = device.name.c_str();
+    out.endpoint = device.endpoint.c_str();
+    out.memory_free = device.free;
+    out.memory_total = device.total;
+    out.weights = model->model->weights_on(index);
+    out.n_layers = static_cast<int32_t>(std::count(layers.begin(), layers.end(), index));
+    out.is_main = model->model->placement().head == index;
+    return out;
+}
+
 int64_t dg_model_n_tensors(const dg_model *model) {
     return static_cast<int64_t>(model->model->files().tensors().size());
 }
@@ -241,7 +285,7 @@ dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg
         require(model, "model");
         require(options, "options");
         require(out, "out");
-        *out = dg::Session::predict(model->model, *options);
+        with_devices(*model->model, [&] { *out = dg::Session::predict(model->model, *options); });
     });
 }
 
@@ -252,11 +296,18 @@ dg_status dg_session_create(dg_session **out, dg_model *model, const dg_session_
         *out = nullptr;
         require(model, "model");
         require(options, "options");
-        *out = new dg_session(model->model, *options);
+        with_devices(*model->model, [&] { *out = new dg_session(model->model, *options); });
     });
 }
 
-void dg_session_free(dg_session *session) { delete session; }
+void dg_session_free(dg_session *session) {
+    if (session) {
+        const std::shared_ptr<const dg::Model> model =
+            session->session.shared_model(); // until nobody needs its devices
+        const dg::Devices::Turn turn(model->devices());
+        delete session;
+    }
+}
 
 dg_memory dg_session_memory(const dg_session *session) { return session->session.memory(); }
 
@@ -334,7 +385,7 @@ dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t
         s.check_ids("canvas", canvas, n_rows);
         session->loop.drop();
         if (self_conditioning) {
-            std::memcpy(s.logits(), self_conditioning, s.logits_size(n_rows));
+            s.set_logits(self_conditioning, n_rows);
             s.condition_on_logits(n_rows);
         } else {
             s.condition_on_nothing();
@@ -481,7 +532,7 @@ dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, 
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 3; }
+int32_t dg_abi_version(void) { return 4; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 
@@ -541,4 +592,13 @@ const char *dg_backend_name(int32_t index) {
     return index >= 0 && index < dg_n_backends()
                ? ggml_backend_reg_name(ggml_backend_reg_get(static_cast<size_t>(index)))
                : nullptr;
+}
+
+// --------------------------------------------------------------------------------------------- other machines
+
+dg_status dg_rpc_serve(const char *endpoint, int32_t n_threads, char *err, size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(endpoint, "endpoint");
+        dg::serve(endpoint, n_threads);
+    });
 }

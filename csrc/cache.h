@@ -26,6 +26,9 @@ class KvCache {
     // `allocate` false: sizes only, for predictions.
     KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate);
 
+    // Slots of a layer in a cache made of these.
+    static int32_t slots_for(const dg_config &config, bool sliding, int32_t n_ctx, int32_t largest_pass);
+
     const std::vector<CacheLayer> &layers() const { return layers_; }
     int32_t slots(bool sliding) const { return sliding ? slots_sliding_ : slots_full_; }
     size_t bytes() const { return bytes_; }
@@ -50,8 +53,8 @@ class KvCache {
     int32_t high_ = 0; // one past the greatest position ever written since clear()
     size_t bytes_ = 0;
     std::vector<CacheLayer> layers_;
-    ggml_context_ptr context_;
-    ggml_backend_buffer_ptr buffer_;
+    std::vector<ggml_context_ptr> contexts_; // of each device
+    std::vector<ggml_backend_buffer_ptr> buffers_;
 };
 
 } // namespace dg

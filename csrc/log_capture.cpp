@@ -4,6 +4,7 @@
 
 #include "ggml.h"
 
+#include <cstring>
 #include <mutex>
 
 namespace dg {
@@ -19,6 +20,9 @@ void on_log(ggml_log_level /*level*/, const char *text, void * /*user*/) {
 }
 
 void on_abort(const char *message) {
+    if (guarded && std::strstr(message, "Remote RPC server")) {
+        throw Error(DG_ERROR_DEVICE, "the connection to an RPC server was lost");
+    }
     if (guarded) {
         throw Error(DG_ERROR_INTERNAL, std::string("ggml gave up: ") + message);
     }

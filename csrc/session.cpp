@@ -18,21 +18,12 @@ namespace {
 
 constexpr int32_t DEFAULT_CONTEXT = 8192;
 constexpr int32_t MOST_ROWS = 1 << 16;
+constexpr size_t MOST_IO = 32; // tensors that graphs read and write, on one device
 // Canvases side by side go through the layers so many rows at a time. Eight canvases of 256 rows (724 M parameters,
 // Q8_0) took 1.09 times what they took one after the other in one pass of 2048 rows, and 1.03 times in passes of 512:
 // the work is arithmetic, and larger intermediate tensors leave the processor's cache.
 constexpr int32_t PASS_ROWS = 256;
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
-
-ggml_type cache_type(dg_kv_type type) {
-    switch (type) {
-        case DG_KV_F32: return GGML_TYPE_F32;
-        case DG_KV_F16: return GGML_TYPE_F16;
-        case DG_KV_BF16: return GGML_TYPE_BF16;
-        case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
-    }
-    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", static_cast<int>(type)));
-}
 
 int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
     if (value < least || value > most) {
@@ -41,25 +32,10 @@ int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
     return value;
 }
 
-// Bytes for the intermediate tensors of `graph`, which are allocated too unless this is a prediction.
-size_t reserve(ggml_gallocr_t allocator, const Graph &graph, bool allocate) {
-    size_t size = 0;
-    if (!allocate) {
-        ggml_gallocr_reserve_n_size(allocator, graph.nodes, nullptr, nullptr, &size);
-        return size;
-    }
-    if (!ggml_gallocr_reserve(allocator, graph.nodes)) {
-        throw Error(DG_ERROR_MEMORY,
-                    "memory for intermediate tensors was refused; a smaller n_ctx or n_batch needs less");
-    }
-    return ggml_gallocr_get_buffer_size(allocator, 0);
-}
+void upload(ggml_tensor *tensor, const void *data, size_t size) { ggml_backend_tensor_set(tensor, data, 0, size); }
 
-// Gives the graph's tensors their places; within what was reserved, nothing is allocated.
-void place(ggml_gallocr_t allocator, const Graph &graph) {
-    if (!ggml_gallocr_alloc_graph(allocator, graph.nodes)) {
-        throw Error(DG_ERROR_MEMORY, "memory for intermediate tensors was refused");
-    }
+void upload(ggml_tensor *tensor, const std::vector<int32_t> &values) {
+    upload(tensor, values.data(), values.size() * sizeof values[0]);
 }
 
 // As many as this process may use, but no more than the work of a step is worth: barriers cost a small model more than
@@ -73,6 +49,16 @@ int32_t default_threads(const Model &model) {
 }
 
 } // namespace
+
+ggml_type Session::cache_type(dg_kv_type type) {
+    switch (type) {
+        case DG_KV_F32: return GGML_TYPE_F32;
+        case DG_KV_F16: return GGML_TYPE_F16;
+        case DG_KV_BF16: return GGML_TYPE_BF16;
+        case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
+    }
+    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", static_cast<int>(type)));
+}
 
 int32_t Session::context_size(const Model &model, int32_t asked) {
     const dg_config &c = model.config();
@@ -98,31 +84,29 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     }
     const int32_t canvas = model_->config().canvas_length;
     n_rows_ = n_rows_ == 0 ? canvas : checked("n_rows", n_rows_, canvas, MOST_ROWS);
+    backends_ = model_->devices().start();
 }
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
     : Session(std::move(model), options, DryRun{}) {
-    backend_.reset(ggml_backend_cpu_init());
-    if (!backend_) {
-        throw Error(DG_ERROR_MEMORY, "memory for ggml's CPU backend was refused");
-    }
     plan(true);
+    ggml_backend_t cpu = backends_.back().get();
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
     params.poll = 1; // idle threads sleep after some 2 ms instead of ggml's 100: a desktop program is mostly idle
     threadpool_ = ggml_threadpool_new(&params);
     if (!threadpool_) {
         throw Error(DG_ERROR_MEMORY, format("%d threads were refused", n_threads_));
     }
-    ggml_backend_cpu_set_threadpool(backend_.get(), threadpool_);
-    ggml_backend_cpu_set_n_threads(backend_.get(), n_threads_);
+    ggml_backend_cpu_set_threadpool(cpu, threadpool_);
+    ggml_backend_cpu_set_n_threads(cpu, n_threads_);
     ggml_backend_cpu_set_abort_callback(
-        backend_.get(), [](void *self) { return static_cast<Session *>(self)->should_stop(); }, this);
+        cpu, [](void *self) { return static_cast<Session *>(self)->should_stop(); }, this);
     tokens_.reserve(static_cast<size_t>(n_ctx_));
 }
 
 Session::~Session() {
     if (threadpool_) {
-        ggml_backend_cpu_set_threadpool(backend_.get(), nullptr);
+        ggml_backend_cpu_set_threadpool(backends_.back().get(), nullptr);
         ggml_threadpool_free(threadpool_);
     }
 }
@@ -146,74 +130,137 @@ void Session::plan(bool allocate) {
     cache_ = std::make_unique<KvCache>(*model_, n_ctx_, largest_segment() + 1, type_kv_, allocate);
     make_io(allocate);
 
-    ggml_backend_buffer_type_t host = ggml_backend_cpu_buffer_type();
-    pass_allocator_.reset(ggml_gallocr_new(host));
-    soft_allocator_.reset(ggml_gallocr_new(host));
     const int32_t longest_chunk = std::min(n_batch_, n_ctx_ - canvas);
     std::vector<int32_t> canvases(static_cast<size_t>(canvas_pass() / canvas), canvas);
     if (canvas_pass() % canvas > 0) {
         canvases.push_back(canvas_pass() % canvas);
     }
-    const Pass largest[] = {{Mode::ENCODE, n_ctx_ - canvas - longest_chunk, {longest_chunk}, 0},
-                            {Mode::SCORE, n_ctx_ - canvas, canvases, 0},
-                            {Mode::DENOISE, n_ctx_ - canvas, canvases, 0}};
-    memory_.compute = 0;
-    for (const Pass &pass : largest) {
-        const Graph graph = build_pass(*model_, *cache_, io_, pass);
-        memory_.compute = std::max(memory_.compute, reserve(pass_allocator_.get(), graph, allocate));
+    const bool sampled = samples_on_device();
+    Pass chunk = {Mode::ENCODE, n_ctx_ - canvas - longest_chunk, {longest_chunk}};
+    Pass texts = {Mode::SCORE, n_ctx_ - canvas, canvases};
+    Pass steps = {Mode::DENOISE, n_ctx_ - canvas, canvases};
+    texts.watched = steps.sampled = steps.watched = sampled;
+    std::vector<Graph> largest;
+    for (const Pass &pass : {chunk, texts, steps}) {
+        largest.push_back(build_pass(*model_, *cache_, io_, pass));
     }
+    passes_ = make_executor(largest, allocate);
     if (model_->config().has_self_conditioning) {
-        const Graph graph = build_soft_embedding(*model_, io_, 0, canvas_pass());
-        memory_.compute += reserve(soft_allocator_.get(), graph, allocate);
+        std::vector<Graph> soft;
+        soft.push_back(build_soft_embedding(*model_, io_, 0, 0, canvas_pass()));
+        soft_ = make_executor(soft, allocate);
     }
     memory_.weights = model_->files().n_bytes();
+    for (size_t i = 0; i < model_->devices().size(); ++i) {
+        memory_.weights_on_devices += model_->weights_on(static_cast<int32_t>(i));
+    }
     memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
-    memory_.logits = logits_size(n_rows_);
+    memory_.logits = ggml_nbytes(io_.logits);
+}
+
+std::unique_ptr<Executor> Session::make_executor(const std::vector<Graph> &largest, bool allocate) {
+    int n_nodes = 0;
+    for (const Graph &graph : largest) {
+        n_nodes = std::max(n_nodes, ggml_graph_size(graph.nodes));
+    }
+    auto executor = std::make_unique<Executor>(backends_, static_cast<size_t>(n_nodes));
+    size_t bytes = 0;
+    for (const Graph &graph : largest) {
+        if (allocate) {
+            executor->reserve(graph);
+        } else {
+            bytes = std::max(bytes, executor->measure(graph));
+        }
+    }
+    memory_.compute += allocate ? executor->bytes() : bytes;
+    return executor;
 }
 
 void Session::make_io(bool allocate) {
     const dg_config &c = model_->config();
+    const Placement &placement = model_->placement();
     const int64_t pass = largest_pass();
     ggml_init_params params = {};
-    params.mem_size = 16 * ggml_tensor_overhead();
+    params.mem_size = MOST_IO * ggml_tensor_overhead();
     params.no_alloc = true;
-    io_context_.reset(ggml_init(params));
-    if (!io_context_) {
-        throw Error(DG_ERROR_MEMORY, "memory for input headers was refused");
+    for (size_t i = 0; i < backends_.size(); ++i) {
+        io_contexts_.emplace_back(ggml_init(params));
+        if (!io_contexts_.back()) {
+            throw Error(DG_ERROR_MEMORY, "memory for input headers was refused");
+        }
     }
-    ggml_context *ctx = io_context_.get();
-    io_.ids = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-    io_.positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-    io_.slots_full = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-    io_.slots_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
+    const auto on = [&](int32_t device) { return io_contexts_[static_cast<size_t>(device)].get(); };
     int64_t widest = 0;
     for (const LayerWeights &layer : model_->weights().layers) {
         widest = std::max(widest, layer.head_dim * c.n_head);
     }
-    io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
-    io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
-    io_.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
-    io_.soft = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_embd, n_rows_);
-    io_.logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_vocab, n_rows_);
+    io_.devices.resize(backends_.size());
+    for (size_t i = 0; i < placement.layers.size(); ++i) {
+        for (const int32_t device : {placement.layers[i], placement.cache[i]}) {
+            DeviceIo &io = io_.devices[static_cast<size_t>(device)];
+            if (io.positions) {
+                continue;
+            }
+            ggml_context *ctx = on(device);
+            io.positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
+            io.slots_full = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
+            io.slots_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
+            io.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
+            io.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
+            io.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
+        }
+    }
+    io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, pass);
+    io_.soft = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, n_rows_);
+    ggml_context *head = on(placement.head);
+    if (samples_on_device()) {
+        io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, canvas_pass());
+        io_.coming = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, n_rows_);
+        io_.sample.make(head, canvas_pass());
+    } else {
+        io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, n_rows_);
+    }
     if (allocate) {
-        io_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type()));
-        if (!io_buffer_) {
-            throw Error(DG_ERROR_MEMORY,
-                        format("%zu bytes for a canvas of logits and the inputs were refused",
-                               ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, ggml_backend_cpu_buffer_type())));
+        for (size_t i = 0; i < io_contexts_.size(); ++i) {
+            allocate_io(static_cast<int32_t>(i));
         }
         condition_on_nothing();
-    } else {
-        // Planning asks only whether a tensor has memory, never where.
-        static char placeholder;
+        return;
+    }
+    // Planning asks on which device a tensor has memory, never where.
+    static char placeholder;
+    const auto pretend = [&](ggml_tensor *t, int32_t device) {
+        t->data = &placeholder;
+        t->buffer = io_buffers_[static_cast<size_t>(device)].get();
+    };
+    for (size_t i = 0; i < io_contexts_.size(); ++i) {
+        const auto device = static_cast<int32_t>(i);
+        io_buffers_.emplace_back(ggml_backend_buft_alloc_buffer(model_->devices().buffer_type(device), 1));
+        ggml_context *ctx = on(device);
         for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-            t->data = &placeholder;
+            pretend(t, device);
         }
-        for (const CacheLayer &layer : cache_->layers()) {
-            layer.k->data = &placeholder;
-            layer.v->data = &placeholder;
-        }
+    }
+    for (size_t i = 0; i < placement.layers.size(); ++i) {
+        pretend(cache_->layers()[i].k, placement.cache[i]);
+        pretend(cache_->layers()[i].v, placement.cache[i]);
+    }
+}
+
+void Session::allocate_io(int32_t device) {
+    ggml_context *ctx = io_contexts_[static_cast<size_t>(device)].get();
+    if (!ggml_get_first_tensor(ctx)) {
+        return;
+    }
+    const ggml_backend_buffer_type_t type = model_->devices().buffer_type(device);
+    io_buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctx, type));
+    if (!io_buffers_.back()) {
+        throw Error(DG_ERROR_MEMORY, format("%zu bytes for a canvas of logits and the inputs were refused",
+                                            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type)));
+    }
+    if (device != model_->devices().cpu()) {
+        ggml_backend_buffer_clear(io_buffers_.back().get(), 0); // of rows that no pass has written, none is a NaN
     }
 }
 
@@ -232,25 +279,34 @@ void Session::check_ids(const char *what, const int32_t *ids, int32_t n) const {
 // ------------------------------------------------------------------------------------------------------ passes
 
 void Session::set_pass_inputs(const Pass &pass) {
-    auto *positions = static_cast<int32_t *>(io_.positions->data);
-    auto *slots_full = static_cast<int32_t *>(io_.slots_full->data);
-    auto *slots_sliding = static_cast<int32_t *>(io_.slots_sliding->data);
-    int32_t first = 0;
+    std::vector<int32_t> positions;
+    std::vector<int32_t> slots_full;
+    std::vector<int32_t> slots_sliding;
     for (const int32_t rows : pass.segments) {
         for (int32_t i = 0; i < rows; ++i) {
             const int32_t position = pass.first_position() + i;
             const bool repeated = pass.mode == Mode::SCORE && i == 0;
             const int32_t written = repeated ? pass.end(rows) : position;
-            positions[first + i] = position;
-            slots_full[first + i] = cache_->slot(false, written);
-            slots_sliding[first + i] = cache_->slot(true, written);
+            positions.push_back(position);
+            slots_full.push_back(cache_->slot(false, written));
+            slots_sliding.push_back(cache_->slot(true, written));
         }
-        for (const bool sliding : {false, true}) {
-            if (needs_mask(*model_, pass, sliding)) {
+    }
+    for (const DeviceIo &io : io_.devices) {
+        if (io.positions) {
+            upload(io.positions, positions);
+            upload(io.slots_full, slots_full);
+            upload(io.slots_sliding, slots_sliding);
+        }
+    }
+    for (const bool sliding : {false, true}) {
+        if (needs_mask(*model_, pass, sliding)) {
+            int32_t first = 0;
+            for (const int32_t rows : pass.segments) {
                 set_mask(pass, first, rows, sliding);
+                first += rows;
             }
         }
-        first += rows;
     }
 }
 
@@ -265,17 +321,23 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
     for (int32_t slot = 0; slot < n_slots; ++slot) {
         held[static_cast<size_t>(slot)] = cache_->position(sliding, slot, end);
     }
-    auto *mask = static_cast<ggml_fp16_t *>((sliding ? io_.mask_sliding : io_.mask_full)->data) +
-                 int64_t{first} * cache_->slots(sliding);
+    std::vector<ggml_fp16_t> mask(static_cast<size_t>(rows) * static_cast<size_t>(n_slots));
     for (int32_t i = 0; i < rows; ++i) {
         // The canvas has no window inside: all its rows look back from its first one.
         const int32_t last = pass.causal() ? pass.first_position() + i : end - 1;
         const int32_t anchor = pass.causal() ? last : pass.n_past;
         const int32_t oldest = sliding ? std::max(0, anchor - (window - 1)) : 0;
-        ggml_fp16_t *row = mask + int64_t{i} * n_slots;
+        ggml_fp16_t *row = mask.data() + int64_t{i} * n_slots;
         for (int32_t slot = 0; slot < n_slots; ++slot) {
             const int32_t position = held[static_cast<size_t>(slot)];
             row[slot] = position >= oldest && position <= last ? visible : hidden;
+        }
+    }
+    const size_t offset = static_cast<size_t>(first) * static_cast<size_t>(cache_->slots(sliding)) * sizeof mask[0];
+    for (const DeviceIo &io : io_.devices) {
+        if (io.positions) {
+            ggml_backend_tensor_set(sliding ? io.mask_sliding : io.mask_full, mask.data(), offset,
+                                    mask.size() * sizeof mask[0]);
         }
     }
 }
@@ -284,7 +346,7 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
 void Session::prepare(const Pass &pass) {
     ready_ = {};
     pass_graph_ = build_pass(*model_, *cache_, io_, pass, importance_.get());
-    place(pass_allocator_.get(), pass_graph_);
+    passes_->place(pass_graph_);
     set_pass_inputs(pass);
     cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
 }
@@ -312,9 +374,8 @@ bool Session::should_stop() {
     return false;
 }
 
-void Session::compute(const Graph &graph) {
-    const ggml_status status =
-        should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), graph.nodes);
+void Session::compute(Executor &executor, const Graph &graph) {
+    const ggml_status status = should_stop() ? GGML_STATUS_ABORTED : executor.compute(graph);
     switch (status) {
         case GGML_STATUS_SUCCESS: return;
         case GGML_STATUS_ABORTED: clear_cancel(); throw Error(DG_ERROR_CANCELLED, "cancelled");
@@ -342,10 +403,10 @@ void Session::encode(const int32_t *ids, int32_t n) {
 }
 
 void Session::encode_chunk(const int32_t *ids, int32_t n) {
-    const Pass pass = {Mode::ENCODE, n_past(), {n}, 0};
+    const Pass pass = {Mode::ENCODE, n_past(), {n}};
     prepare(pass);
-    std::memcpy(io_.ids->data, ids, static_cast<size_t>(n) * sizeof *ids);
-    compute(pass_graph_);
+    upload(io_.ids, ids, static_cast<size_t>(n) * sizeof *ids);
+    compute(*passes_, pass_graph_);
     tokens_.insert(tokens_.end(), ids, ids + n);
     set_past(pass.end());
 }
@@ -381,23 +442,37 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
 }
 
 void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
-    const Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}, 0};
+    Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}};
+    pass.watched = samples_on_device();
     prepare(pass);
     // Row i predicts id i: it reads the one before.
-    auto *inputs = static_cast<int32_t *>(io_.ids->data);
-    std::memcpy(inputs + 1, ids, static_cast<size_t>(pass.rows() - 1) * sizeof *ids);
+    std::vector<int32_t> inputs(static_cast<size_t>(pass.rows()));
+    std::copy(ids, ids + pass.rows() - 1, inputs.begin() + 1);
     for (int32_t i = 0, first = 0; i < n_texts; first += lengths[i++]) {
-        inputs[first] = tokens_.back();
+        inputs[static_cast<size_t>(first)] = tokens_.back();
     }
-    compute(pass_graph_);
+    upload(io_.ids, inputs);
+    if (pass.watched) {
+        upload(io_.sample.watched, ids, static_cast<size_t>(pass.rows()) * sizeof *ids);
+    }
+    compute(*passes_, pass_graph_);
+    if (pass.watched) {
+        for (const RowResult &row : read_results(io_.sample, pass.rows())) {
+            if (!row.before.sound()) {
+                throw_unsound_row();
+            }
+            *logprob++ = row.logprob();
+        }
+        return;
+    }
     const int32_t n_vocab = model_->config().n_vocab;
     parallel_rows(pass.rows(), n_vocab, n_threads_, [&](int32_t row) {
         logprob[row] = log_probability(logits() + int64_t{row} * n_vocab, n_vocab, ids[row]);
     });
 }
 
-void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
-    const Pass whole = {Mode::DENOISE, n_past(), segments, 0};
+void Session::check_canvases(const std::vector<int32_t> &segments) const {
+    const Pass whole = {Mode::DENOISE, n_past(), segments};
     if (n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a canvas needs a prefix of at least one token");
     }
@@ -409,21 +484,89 @@ void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) 
         throw Error(DG_ERROR_CONTEXT, format("a canvas of %d after a prefix of %d does not fit n_ctx %d",
                                              whole.end() - n_past(), n_past(), n_ctx_));
     }
-    Pass pass = {Mode::DENOISE, n_past(), {}, 0};
+}
+
+// Calls `run` for one pass after the other, each with its graph ready and its ids in place.
+template <typename Run>
+void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run) {
+    check_canvases(segments);
+    pass.mode = Mode::DENOISE;
+    pass.n_past = n_past();
     for (size_t i = 0; i < segments.size(); ++i) {
         pass.segments.push_back(segments[i]);
         const int32_t rows = pass.rows();
         if (i + 1 < segments.size() && rows + segments[i + 1] <= canvas_pass()) {
             continue;
         }
+        pass.first_logit = samples_on_device() ? 0 : pass.first_row;
         if (!(ready_ == pass)) {
             prepare(pass);
             ready_ = pass;
         }
-        std::memcpy(io_.ids->data, ids + pass.first_row, static_cast<size_t>(rows) * sizeof *ids);
-        compute(pass_graph_);
+        upload(io_.ids, ids + pass.first_row, static_cast<size_t>(rows) * sizeof *ids);
+        run(pass);
         pass.first_row += rows;
         pass.segments.clear();
+    }
+}
+
+void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
+    if (samples_on_device()) {
+        host_logits_.resize(static_cast<size_t>(n_rows_) * static_cast<size_t>(model_->config().n_vocab));
+    }
+    each_pass(ids, segments, Pass(), [&](const Pass &pass) {
+        compute(*passes_, pass_graph_);
+        if (samples_on_device()) {
+            float *out = host_logits_.data() + int64_t{pass.first_row} * model_->config().n_vocab;
+            ggml_backend_tensor_get(io_.logits, out, 0, logits_size(pass.rows()));
+        }
+    });
+}
+
+std::vector<RowResult> Session::denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
+                                                   const RowInputs &inputs) {
+    std::vector<RowResult> results;
+    Pass kind;
+    kind.sampled = true;
+    kind.watched = !inputs.watched.empty();
+    const auto set = [](ggml_tensor *tensor, const auto &values, const Pass &pass) {
+        upload(tensor, values.data() + pass.first_row, static_cast<size_t>(pass.rows()) * sizeof values[0]);
+    };
+    each_pass(ids, segments, kind, [&](const Pass &pass) {
+        set(io_.sample.temperature, inputs.temperature, pass);
+        set(io_.sample.uniform, inputs.uniform, pass);
+        set(io_.sample.pinned, inputs.pinned, pass);
+        set(io_.sample.is_pinned, inputs.is_pinned, pass);
+        if (pass.watched) {
+            set(io_.sample.watched, inputs.watched, pass);
+        }
+        compute(*passes_, pass_graph_);
+        const std::vector<RowResult> rows = read_results(io_.sample, pass.rows());
+        results.insert(results.end(), rows.begin(), rows.end());
+    });
+    // Only now, so that a step that was cancelled between two passes may be repeated.
+    if (model_->config().has_self_conditioning) {
+        take_coming(static_cast<int32_t>(results.size()));
+    }
+    return results;
+}
+
+// The signal that was made where the logits are becomes the next pass's.
+void Session::take_coming(int32_t n_rows) {
+    if (model_->placement().layers.front() == model_->placement().head) {
+        ggml_backend_tensor_copy(io_.coming, io_.soft);
+        return;
+    }
+    std::vector<char> rows(static_cast<size_t>(n_rows) * io_.soft->nb[1]);
+    ggml_backend_tensor_get(io_.coming, rows.data(), 0, rows.size());
+    upload(io_.soft, rows.data(), rows.size());
+}
+
+void Session::set_logits(const float *logits, int32_t n_rows) {
+    if (samples_on_device()) {
+        host_logits_.assign(logits, logits + int64_t{n_rows} * model_->config().n_vocab);
+    } else {
+        upload(io_.logits, logits, logits_size(n_rows));
     }
 }
 
@@ -435,22 +578,28 @@ void Session::condition_on_logits(int32_t n_rows) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {
             soft_graph_rows_ = 0;
-            soft_graph_ = build_soft_embedding(*model_, io_, first, n);
-            place(soft_allocator_.get(), soft_graph_);
+            soft_graph_ = build_soft_embedding(*model_, io_, first, samples_on_device() ? 0 : first, n);
+            soft_->place(soft_graph_);
             soft_graph_first_ = first;
             soft_graph_rows_ = n;
         }
-        compute(soft_graph_);
+        if (samples_on_device()) {
+            upload(io_.logits, host_logits_.data() + int64_t{first} * model_->config().n_vocab, logits_size(n));
+        }
+        compute(*soft_, soft_graph_);
+    }
+    if (samples_on_device()) {
+        take_coming(n_rows);
     }
 }
 
-void Session::condition_on_nothing() { std::memset(io_.soft->data, 0, ggml_nbytes(io_.soft)); }
+void Session::condition_on_nothing() { ggml_backend_tensor_memset(io_.soft, 0, 0, ggml_nbytes(io_.soft)); }
 
 void Session::move_condition(int32_t from, int32_t to, int32_t n) {
     const size_t row = io_.soft->nb[1];
-    auto *rows = static_cast<char *>(io_.soft->data);
-    std::memmove(rows + static_cast<size_t>(to) * row, rows + static_cast<size_t>(from) * row,
-                 static_cast<size_t>(n) * row);
+    std::vector<char> rows(static_cast<size_t>(n) * row);
+    ggml_backend_tensor_get(io_.soft, rows.data(), static_cast<size_t>(from) * row, rows.size());
+    ggml_backend_tensor_set(io_.soft, rows.data(), static_cast<size_t>(to) * row, rows.size());
 }
 
 void Session::truncate(int32_t n) {
@@ -469,91 +618,6 @@ void Session::truncate(int32_t n) {
     if (n == 0) {
         cache_->clear();
     }
-}
-
-// -------------------------------------------------------------------------------------------------- save, load
-
-namespace {
-
-struct SavedHeader {
-    char magic[8];
-    uint64_t fingerprint;
-    int32_t type_kv;
-    int32_t n_past;
-    int32_t first_sliding; // sliding layers hold positions first_sliding .. n_past - 1
-    int32_t reserved;
-};
-constexpr char SAVED_MAGIC[8] = {'D', 'G', 'P', 'R', 'E', 'F', '0', '1'};
-
-} // namespace
-
-void Session::save(const std::string &path) {
-    SavedHeader header = {};
-    std::memcpy(header.magic, SAVED_MAGIC, sizeof header.magic);
-    header.fingerprint = model_->fingerprint();
-    header.type_kv = type_kv_;
-    header.n_past = n_past();
-    header.first_sliding = std::max(0, n_past() - (model_->config().sliding_window - 1));
-    AtomicFile file(path);
-    file.write(&header, sizeof header);
-    file.write(tokens_.data(), tokens_.size() * sizeof tokens_[0]);
-    for (const CacheLayer &layer : cache_->layers()) {
-        for (const ggml_tensor *t : {layer.k, layer.v}) {
-            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
-                file.write(static_cast<const char *>(t->data) +
-                               static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
-                           t->nb[1]);
-            }
-        }
-    }
-    file.commit();
-}
-
-void Session::load(const std::string &path) {
-    truncate(0);
-    const std::unique_ptr<FileBytes> file = FileBytes::open(path, false);
-    size_t at = 0;
-    const auto take = [&](void *out, size_t size) {
-        if (size > file->size() - at) {
-            throw Error(DG_ERROR_FORMAT, format("%s: cut short: not a whole saved session", path.c_str()));
-        }
-        std::memcpy(out, file->data() + at, size);
-        at += size;
-    };
-    SavedHeader header = {};
-    if (file->size() < sizeof header || std::memcmp(file->data(), SAVED_MAGIC, sizeof SAVED_MAGIC) != 0) {
-        throw Error(DG_ERROR_FORMAT, format("%s: not a saved session", path.c_str()));
-    }
-    take(&header, sizeof header);
-    const int32_t expected_first = std::max(0, header.n_past - (model_->config().sliding_window - 1));
-    if (header.fingerprint != model_->fingerprint() || header.type_kv != type_kv_) {
-        throw Error(DG_ERROR_FORMAT, format("%s: saved from another model or with another type_kv", path.c_str()));
-    }
-    if (header.n_past < 0 || header.first_sliding != expected_first) {
-        throw Error(DG_ERROR_FORMAT, format("%s: damaged header", path.c_str()));
-    }
-    if (header.n_past > n_ctx_ - model_->config().canvas_length) {
-        throw Error(DG_ERROR_CONTEXT,
-                    format("%s: its %d tokens and a canvas do not fit n_ctx %d", path.c_str(), header.n_past, n_ctx_));
-    }
-    std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
-    take(tokens.data(), tokens.size() * sizeof(int32_t));
-    check_ids("saved tokens", tokens.data(), header.n_past);
-    for (const CacheLayer &layer : cache_->layers()) {
-        for (ggml_tensor *t : {layer.k, layer.v}) {
-            if (layer.sliding) { // slots before the window stay unwritten: a masked NaN would still spoil the sums
-                std::memset(t->data, 0, ggml_nbytes(t));
-            }
-            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
-                take(static_cast<char *>(t->data) + static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
-                     t->nb[1]);
-            }
-        }
-    }
-    // As if all had been encoded here and a canvas denoised: a ring holds no more than what was saved.
-    cache_->wrote(header.first_sliding > 0 ? header.first_sliding + cache_->slots(true) : header.n_past);
-    tokens_ = std::move(tokens);
-    set_past(header.n_past);
 }
 
 } // namespace dg

@@ -81,11 +81,25 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Device:
+    """A device that a model may lie on besides the CPU, and what lies there; see dg_device in csrc/diffgguf.h."""
+
+    name: str
+    endpoint: str
+    memory_free: int
+    memory_total: int
+    weights: int
+    n_layers: int
+    is_main: bool
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes by kind; see dg_memory in csrc/diffgguf.h."""
 
     weights: int
     weights_mapped: int
+    weights_on_devices: int
     kv_cache: int
     compute: int
     logits: int
