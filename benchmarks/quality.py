@@ -111,12 +111,15 @@ def measure(
     return {"kl": total / rows, "top1": same / rows, "steps": steps, "tasks": share}
 
 
-def run(source: Path, names: Sequence[str], work: Path, limit: int | None, bar: Progress) -> list[dict[str, Any]]:
+def run(
+    source: Path, names: Sequence[str], work: Path, limit: int, n_tasks: int, bar: Progress
+) -> list[dict[str, Any]]:
     """One row for each file: F32, then every recipe without and with importance."""
     base = work / "f32.gguf"
     convert(source, base, type="f32")
     held_out = [json.loads(line) for line in TASKS.read_text(encoding="utf-8").splitlines()]
-    tasks = [t for t in held_out if "prompt" in t or t["kind"] == "infill"][: None if limit is None else 2 * limit]
+    tasks = [t for t in held_out if "prompt" in t or t["kind"] == "infill"]
+    tasks = tasks[:: max(1, len(tasks) // n_tasks)]
     documents = [t["prefix"] + t["gap"] + t["suffix"] for t in held_out if t["kind"] == "infill"][:limit]
     plans: list[tuple[str, bool]] = [(n, i) for n in names for i in (False, True)]
     plans = [(n, i) for n, i in plans if not (i and (RECIPES[n].big in FLOAT_TYPES or n == "q8_0"))]
@@ -160,14 +163,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what each quantization costs.")
     parser.add_argument("model", type=Path)
     parser.add_argument("--types", nargs="+", default=[n for n in RECIPES if n != "f32"], choices=RECIPES)
-    parser.add_argument("--limit", type=int, help="only so many documents, and twice as many tasks: a quick look")
+    parser.add_argument("--documents", type=int, default=200, help="at most so many (200)")
+    parser.add_argument("--tasks", type=int, default=400, help="about so many, evenly drawn from all (400)")
     parser.add_argument("--out", type=Path, help="the figures as JSON too")
     args = parser.parse_args()
     began = time.monotonic()
     console = Console(stderr=True)
     warnings.filterwarnings("ignore", message=".*is quantized already")  # the bundled model is, and is the reference
     with tempfile.TemporaryDirectory() as work, Progress(console=console, disable=not console.is_terminal) as bar:
-        rows = run(args.model, args.types, Path(work), args.limit, bar)
+        rows = run(args.model, args.types, Path(work), args.documents, args.tasks, bar)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1))
     print(table(rows))

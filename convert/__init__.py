@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .collect import CollectProgress, CollectReport, collect
 from .conversion import convert
+from .diff import FileDiff, compare_files
 from .inspect import FileReport, Finding, inspect_file
 from .writing import ConversionReport, ConvertProgress, Fallback
 
@@ -13,9 +14,11 @@ __all__ = [
     "ConversionReport",
     "ConvertProgress",
     "Fallback",
+    "FileDiff",
     "FileReport",
     "Finding",
     "collect",
+    "compare_files",
     "convert",
     "inspect_file",
 ]

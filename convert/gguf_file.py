@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,11 +60,18 @@ Scalar = int | float | bool | str
 @dataclass(frozen=True)
 class Value:
     """One key's value: `type` as in names.KEYS ("u32", "arr[str]"); of an array, `count` elements, of which `value`
-    holds the first `KEPT`."""
+    holds the first `KEPT`. In its file it stands from byte `start` to `end`."""
 
     type: str
     value: Scalar | list[Scalar]
     count: int = 1
+    start: int = field(default=0, compare=False, repr=False)
+    end: int = field(default=0, compare=False, repr=False)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `value` holds all of it."""
+        return not isinstance(self.value, list) or len(self.value) == self.count
 
 
 @dataclass(frozen=True)
@@ -255,7 +262,8 @@ def read_keys(cursor: Cursor, n_keys: int) -> dict[str, Value]:
         name = cursor.name(f"key {i}")
         if name in keys:
             raise cursor.fail(f"key '{name:.100}' is there twice")
-        keys[name] = read_value(cursor, f"key '{name:.100}'")
+        start = cursor.tell()
+        keys[name] = replace(read_value(cursor, f"key '{name:.100}'"), start=start, end=cursor.tell())
     return keys
 
 

@@ -107,13 +107,19 @@ class TypeShare:
 class MemoryEstimate:
     """Bytes that are needed at a context of `n_ctx` positions: the weights, and the KV cache in `type_kv`.
 
-    Working buffers come on top; only an open model knows them. `kv_bytes` is None when the keys do not tell.
+    Working buffers come on top; only an open model knows them. `kv_layers`: the cache's bytes on each layer; None when
+    the keys do not tell.
     """
 
     n_ctx: int | None
     type_kv: str
     weight_bytes: int
-    kv_bytes: int | None
+    kv_layers: tuple[int, ...] | None
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """The whole cache."""
+        return None if self.kv_layers is None else sum(self.kv_layers)
 
 
 @dataclass(frozen=True)
@@ -257,11 +263,11 @@ def estimate_memory(head: GGUFHead, n_ctx: int | None, type_kv: str) -> MemoryEs
         return MemoryEstimate(n_ctx, type_kv, weights, None)
     ring = min(n_ctx, window - 1 + max(DEFAULT_BATCH, canvas) + 1)
     block, size = GGML_QUANT_SIZES[KV_TYPES[type_kv]]
-    kv_bytes = 0
+    kv_layers = []
     for sliding, kv_heads, head_dim in zip(layers.sliding, layers.kv_heads, layers.head_dims, strict=True):
         one = (ring if sliding else n_ctx) * -(-kv_heads * head_dim // block) * size
-        kv_bytes += 2 * (-(-one // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT)
-    return MemoryEstimate(n_ctx, type_kv, weights, kv_bytes)
+        kv_layers.append(2 * (-(-one // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT))
+    return MemoryEstimate(n_ctx, type_kv, weights, tuple(kv_layers))
 
 
 def find_missing(head: GGUFHead) -> list[Finding]:

@@ -10,6 +10,7 @@ bits.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("q2_k", T.Q2_K, LlamaFileType.MOSTLY_Q2_K),
         Recipe("mxfp4", T.MXFP4, LlamaFileType.MOSTLY_MXFP4_MOE),
         # Readers go by the tensors' types; the number says only that no recipe of llama.cpp made the file.
-        Recipe("dg4", T.Q4_K, LlamaFileType.GUESSED),
+        Recipe("dg4", T.IQ4_XS, LlamaFileType.GUESSED),
     )
 }
 
@@ -129,14 +130,32 @@ class Override:
 class TypeRules:
     """Gives each tensor of one model its type: overrides first, then the recipe, then the fallback for odd rows.
 
-    `with_importance`: an importance matrix will be used, which a few of llama.cpp's rules ask for.
+    `with_importance`: an importance matrix will be used, which a few of llama.cpp's rules ask for. `level`: of dg4's
+    DG4_LEVELS, see `settle`.
     """
 
     recipe: Recipe
     facts: ModelFacts
     overrides: Sequence[Override] = ()
     with_importance: bool = False
+    level: int = 0
     matched: set[str] = field(default_factory=set)
+
+    def settle(self, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Looks at all of a model's tensors (name, row-major shape) before the first choice: dg4 lowers its `level`
+        until a file is no larger than q4_k_m's."""
+        if self.recipe.name != "dg4":
+            return
+
+        def size(rules: TypeRules) -> int:
+            kinds = ((shape, rules.choose(name, shape).kind) for name, shape in tensors)
+            return sum(math.prod(shape[:-1]) * row_bytes(shape[-1], kind) for shape, kind in kinds)
+
+        most = size(TypeRules(RECIPES["q4_k_m"], self.facts, with_importance=self.with_importance))
+        for level in range(len(DG4_LEVELS)):
+            self.level = level
+            if size(TypeRules(self.recipe, self.facts, level=level)) <= most:
+                return
 
     def choose(self, name: str, shape: tuple[int, ...]) -> Choice:
         """The type of tensor `name` of row-major `shape`."""
@@ -251,16 +270,25 @@ def ffn_down_type(layer: int, rules: TypeRules) -> GGMLQuantizationType:
     return base
 
 
+# dg4's types, by what a tensor's name has in it: first what a byte buys most in (benchmarks/results/quality.md).
+DG4_EXPERTS = T.IQ4_XS
+DG4_SENSITIVE = re.compile(r"^token_embd|attn_(v|k|output)\.weight$")
+
+# (sensitive tensors, other tensors beside the experts): the first level that makes a file no larger than q4_k_m's.
+DG4_LEVELS = ((T.Q8_0, T.Q5_K), (T.Q6_K, T.Q5_K), (T.Q5_K, T.Q5_K), (T.Q5_K, T.Q4_K), (T.Q4_K, T.Q4_K))
+
+
 def dg4_type(name: str, shape: tuple[int, ...], rules: TypeRules) -> GGMLQuantizationType:
     """Bits where this model is sensitive, few in the experts, which hold nine tenths of the weights.
 
-    Low bits in attention, embedding, dense FFN and self-conditioning cost denoise steps; in the experts they cost
-    little (benchmarks/results/quality.md). A mixture made for autoregressive models spends its extra bits on every
-    third `ffn_down`, experts' included.
+    The mixtures made for autoregressive models spend their extra bits on every third `ffn_down`, experts' included.
+    Here those buy next to nothing; embedding (which is the head too, and the signal of self-conditioning), values,
+    keys and attention's output buy most.
     """
     if "_exps" in name:
-        return T.IQ4_NL if shape[-1] % 256 else T.Q4_K
-    return T.Q8_0
+        return DG4_EXPERTS
+    sensitive, other = DG4_LEVELS[rules.level]
+    return sensitive if DG4_SENSITIVE.search(name) else other
 
 
 def model_facts(n_layer: int, n_expert: int, heads: int, kv_heads: int, names: Iterable[str]) -> ModelFacts:

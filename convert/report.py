@@ -1,4 +1,4 @@
-"""A FileReport as a table for the terminal, and as JSON types."""
+"""A FileReport or a FileDiff as a table for the terminal, and as JSON types."""
 
 from __future__ import annotations
 
@@ -12,22 +12,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .gguf_file import Scalar, Value
-from .inspect import FileReport, MemoryEstimate, TypeShare
+from .diff import FileDiff, first_difference
+from .gguf_file import Scalar, TensorInfo, Value
+from .inspect import FileReport, MemoryEstimate, TypeShare, base_name
 from .output import human
 
 
 def to_dict(report: FileReport, *, tensors: bool = False) -> dict[str, Any]:
     """The report in JSON types. Arrays of over 64 elements are cut (`count` has their length); `tensors`: one entry
     per tensor too."""
-
-    def plain(value: Scalar) -> Scalar | None:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    def key(value: Value) -> dict[str, Any]:
-        if isinstance(value.value, list):
-            return {"type": value.type, "count": value.count, "value": [plain(v) for v in value.value[:64]]}
-        return {"type": value.type, "value": plain(value.value)}
 
     def share(s: TypeShare) -> dict[str, int]:
         return {"tensors": s.tensors, "values": s.values, "bytes": s.n_bytes}
@@ -38,7 +31,7 @@ def to_dict(report: FileReport, *, tensors: bool = False) -> dict[str, Any]:
         "gguf_version": report.version,
         "parameters": report.n_parameters,
         "n_tensors": len(report.tensors),
-        "keys": {name: key(value) for name, value in report.keys.items()},
+        "keys": {name: value_to_dict(value) for name, value in report.keys.items()},
         "types": {kind: share(s) for kind, s in report.types.items()},
         "classes": {name: {kind: share(s) for kind, s in kinds.items()} for name, kinds in report.classes.items()},
         "memory": {
@@ -55,6 +48,51 @@ def to_dict(report: FileReport, *, tensors: bool = False) -> dict[str, Any]:
             for t in report.tensors
         ]
     return out
+
+
+def value_to_dict(value: Value) -> dict[str, Any]:
+    """A key's value in JSON types; what is no finite number is null."""
+
+    def plain(value: Scalar) -> Scalar | None:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    if isinstance(value.value, list):
+        return {"type": value.type, "count": value.count, "value": [plain(v) for v in value.value[:64]]}
+    return {"type": value.type, "value": plain(value.value)}
+
+
+def diff_to_dict(diff: FileDiff) -> dict[str, Any]:
+    """The comparison in JSON types. `data`: names of tensors whose weights differ, null when they were not compared."""
+    a, b = diff.a, diff.b
+
+    def tensor(t: TensorInfo) -> dict[str, Any]:
+        return {"type": t.type.name, "shape": list(t.shape), "bytes": t.n_bytes}
+
+    return {
+        "a": str(a.path),
+        "b": str(b.path),
+        "same": diff.same,
+        "keys": {
+            "only_a": {name: value_to_dict(a.keys[name]) for name in diff.keys_only_a},
+            "only_b": {name: value_to_dict(b.keys[name]) for name in diff.keys_only_b},
+            "changed": {
+                name: {
+                    "a": value_to_dict(a.keys[name]),
+                    "b": value_to_dict(b.keys[name]),
+                    "first_difference": first_difference(a.keys[name], b.keys[name]),
+                }
+                for name in diff.changed_keys
+            },
+        },
+        "tensors": {
+            "only_a": {name: tensor(a.tensors[name]) for name in diff.tensors_only_a},
+            "only_b": {name: tensor(b.tensors[name]) for name in diff.tensors_only_b},
+            "changed": {
+                name: {"a": tensor(a.tensors[name]), "b": tensor(b.tensors[name])} for name in diff.changed_tensors
+            },
+        },
+        "data": None if diff.changed_data is None else list(diff.changed_data),
+    }
 
 
 def printable(text: str, limit: int = 100) -> str:
@@ -96,6 +134,68 @@ def render(report: FileReport, *, tensors: bool = False) -> RenderableType:
     if not report.findings:
         parts.append(Text("Nothing is missing."))
     return Group(*parts)
+
+
+def render_diff(diff: FileDiff) -> RenderableType:
+    """The comparison for rich. Layers whose tensors of a name changed alike stand on one line."""
+    a, b = diff.a, diff.b
+    keys = [(printable(name), show_value(a.keys[name]), "") for name in diff.keys_only_a]
+    keys += [(printable(name), "", show_value(b.keys[name])) for name in diff.keys_only_b]
+    keys += [(printable(name), *show_change(a.keys[name], b.keys[name])) for name in diff.changed_keys]
+    tensors = [(name, show_tensor(a.tensors[name]), "") for name in diff.tensors_only_a]
+    tensors += [(name, "", show_tensor(b.tensors[name])) for name in diff.tensors_only_b]
+    tensors += [(name, show_tensor(a.tensors[name]), show_tensor(b.tensors[name])) for name in diff.changed_tensors]
+    tensors += [(name, "other weights", "other weights") for name in diff.changed_data or ()]
+    parts: list[RenderableType] = [
+        Text(f"{letter}: {printable(str(head.path), 300)}, {human(head.size)}, {len(head.tensors)} tensors")
+        for letter, head in (("a", a), ("b", b))
+    ]
+    if keys:
+        parts.append(table("Keys", ["key", "a", "b"], keys, right=set()))
+    if tensors:
+        parts.append(table("Tensors", ["tensor", "layers", "a", "b"], by_layers(tensors), right=set()))
+    if diff.same:
+        parts.append(Text("Nothing differs."))
+    if diff.changed_data is None:
+        parts.append(Text("The weights were not compared."))
+    return Group(*parts)
+
+
+def show_tensor(tensor: TensorInfo) -> str:
+    return f"{tensor.type.name} {' x '.join(map(str, tensor.shape))}"
+
+
+def show_change(one: Value, other: Value) -> tuple[str, str]:
+    """Two values that differ; of arrays the first entry that does, where it is known."""
+    at = first_difference(one, other)
+    if at is None or not isinstance(one.value, list) or not isinstance(other.value, list):
+        shown = [f"{v.count} entries" if isinstance(v.value, list) else show_value(v) for v in (one, other)]
+        if one.type != other.type:
+            return f"{shown[0]}, {one.type}", f"{shown[1]}, {other.type}"
+        return shown[0], f"{shown[1]}, others" if shown[0] == shown[1] else shown[1]
+    return f"[{at}]: {printable(str(one.value[at]), 40)}", f"[{at}]: {printable(str(other.value[at]), 40)}"
+
+
+def by_layers(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, ...]]:
+    """(name, a, b) of tensors -> (name without the layer, layers, a, b), one row for all layers that agree."""
+    layers: dict[tuple[str, str, str], list[int]] = {}
+    for name, one, other in rows:
+        base = base_name(name)
+        found = layers.setdefault((base, one, other), [])
+        if base != name:
+            found.append(int(name.split(".")[1]))
+    return [(printable(name), show_runs(numbers), one, other) for (name, one, other), numbers in layers.items()]
+
+
+def show_runs(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(f"{first}-{last}" if first != last else f"{first}" for first, last in runs)
 
 
 def show_file_type(value: Value | None) -> str:

@@ -112,6 +112,7 @@ def plan_tensors(source: Source, rules: TypeRules) -> tuple[list[PlannedTensor],
     plan = []
     fallbacks = []
     kinds: dict[GGMLQuantizationType, str] = {}
+    rules.settle([(tensor.name, tensor.shape) for tensor in source.tensors])
     for index, tensor in enumerate(source.tensors):
         choice = rules.choose(tensor.name, tensor.shape)
         row = tensor.shape[-1]

@@ -9,6 +9,7 @@
 #include "quantize.h"
 #include "random.h"
 #include "sampler.h"
+#include "sampler_graph.h"
 #include "session.h"
 
 #include "ggml-backend.h"
@@ -41,10 +42,12 @@ struct dg_session {
 
 namespace {
 
+// One line, whatever a file's strings or a path that the message quotes hold: no control character passes.
 void write_message(const char *message, char *err, size_t err_size) noexcept {
     if (err && err_size > 0) {
         const size_t n = std::min(std::strlen(message), err_size - 1);
-        std::memcpy(err, message, n);
+        std::replace_copy_if(
+            message, message + n, err, [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, '?');
         err[n] = '\0';
     }
 }
@@ -262,12 +265,13 @@ dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
     info.n_dims = ggml_n_dims(tensor);
     std::copy(tensor->ne, tensor->ne + 4, info.ne);
     info.n_bytes = ggml_nbytes(tensor);
+    info.kernel = dg::product_kernel(tensor->type);
     return info;
 }
 
 // ----------------------------------------------------------------------------------------------------- session
 
-dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0}; }
+dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0, false}; }
 
 dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *options, int32_t *out, char *err,
                          size_t err_size) {
@@ -423,8 +427,8 @@ dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, 
 }
 
 dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
-                    const dg_noise *noise, const int32_t *pinned, int32_t *argmax, int32_t *canvas, uint8_t *accepted,
-                    double *entropy, char *err, size_t err_size) {
+                    const dg_noise *noise, const int32_t *pinned, bool ggml_operators, int32_t *argmax, int32_t *canvas,
+                    uint8_t *accepted, double *entropy, char *err, size_t err_size) {
     return guarded(err, err_size, [&] {
         require(z, "z");
         require(sampling, "sampling");
@@ -447,8 +451,16 @@ dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sa
         dg::check_rules(rules, n_rows, n_vocab);
         std::vector<float> processed(z, z + static_cast<int64_t>(n_rows) * n_vocab);
         dg::SamplerScratch scratch;
-        dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, rules, 1, scratch,
-                        {argmax, canvas, accepted, entropy, nullptr});
+        const dg::StepOutput out = {argmax, canvas, accepted, entropy, nullptr};
+        if (ggml_operators) {
+            const auto t = static_cast<float>(dg::temperature(*sampling, step));
+            const std::vector<dg::RowResult> rows =
+                dg::sample_by_graph(processed.data(), n_rows, n_vocab, t, noise->uniform);
+            dg::take_rows(rows.data(), n_rows, rules, scratch, out);
+            dg::finish_step(n_rows, n_vocab, *sampling, *noise, rules, scratch, out);
+        } else {
+            dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, rules, 1, scratch, out);
+        }
     });
 }
 
@@ -476,6 +488,12 @@ void dg_noise_renoise(uint64_t seed, uint32_t canvas_index, uint32_t step, int32
 void dg_session_cancel(dg_session *session) { session->session.cancel(); }
 
 void dg_session_clear_cancel(dg_session *session) { session->session.clear_cancel(); }
+
+dg_status dg_session_profile(dg_session *session, bool on, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] { session->session.profile(on); });
+}
+
+dg_timings dg_session_timings(const dg_session *session) { return session->session.timings(); }
 
 dg_status dg_session_set_poll(dg_session *session, dg_poll poll, void *user, char *err, size_t err_size) {
     return inside(session, err, err_size, [&] { session->session.set_poll(poll, user); });
@@ -532,7 +550,7 @@ dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, 
 
 const char *dg_version(void) { return DG_VERSION; }
 
-int32_t dg_abi_version(void) { return 4; }
+int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
 
 const char *dg_ggml_version(void) { return ggml_version(); }
 

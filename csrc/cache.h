@@ -32,6 +32,7 @@ class KvCache {
     const std::vector<CacheLayer> &layers() const { return layers_; }
     int32_t slots(bool sliding) const { return sliding ? slots_sliding_ : slots_full_; }
     size_t bytes() const { return bytes_; }
+    size_t bytes_on(size_t device) const;
 
     int32_t slot(bool sliding, int32_t position) const { return position % slots(sliding); }
     // Rows that a pass reads when the last position it wrote is end - 1.

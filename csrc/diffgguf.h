@@ -26,6 +26,8 @@
  * caller's buffer `err` of `err_size` bytes (NULL and 0 are allowed). There is no other error state anywhere. What a
  * failed call leaves behind is said at the call. Nothing here aborts, exits or prints.
  *
+ * Paths are UTF-8 on Windows and whatever bytes the system takes elsewhere.
+ *
  * Arrays are row-major. C is the canvas length, V the vocabulary size, both from dg_model_config.
  * This file compiles as C, alone, and is the one source of the Python binding's declarations.
  */
@@ -47,6 +49,10 @@
 #else
 #    define DG_API
 #endif
+
+/* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
+ * run time compares it with dg_abi_version(). */
+#define DG_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -76,11 +82,12 @@ typedef struct dg_session dg_session;
 /* ------------------------------------------------------------------------------------------------ model */
 
 typedef struct dg_session_options {
-    int32_t n_ctx;      /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
-    int32_t n_batch;    /* a prompt is encoded in chunks of so many tokens; default 512 */
-    int32_t n_threads;  /* 0: as many as this process may use and a step is worth */
-    dg_kv_type type_kv; /* default DG_KV_F16 */
-    int32_t n_rows;     /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    int32_t n_ctx;       /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
+    int32_t n_batch;     /* a prompt is encoded in chunks of so many tokens; default 512 */
+    int32_t n_threads;   /* 0: as many as this process may use and a step is worth */
+    int32_t type_kv;     /* a dg_kv_type; default DG_KV_F16 */
+    int32_t n_rows;      /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    bool ggml_operators; /* compute with ggml's operators alone, as devices other than the CPU do; default false */
 } dg_session_options;
 
 /* Where the model lies. Devices are those behind the RPC servers, in the order of `rpc`, then this machine's GPUs. A
@@ -181,6 +188,7 @@ typedef struct dg_tensor_info {
     int32_t n_dims;
     int64_t ne[4]; /* ggml's order: ne[0] is contiguous */
     size_t n_bytes;
+    const char *kernel; /* what products with it are computed in on the CPU: "8-bit integers", "float32" or "ggml" */
 } dg_tensor_info;
 
 /* A device of a model, and what lies there. */
@@ -210,7 +218,7 @@ typedef struct dg_memory {
     size_t weights_mapped;     /* of which are file pages, shared and reclaimable */
     size_t weights_on_devices; /* and which lie on devices; the CPU needs no pages for them */
     size_t kv_cache;
-    size_t compute; /* intermediate tensors, for the largest graph */
+    size_t compute; /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
     size_t logits;  /* the logits of a step, V * R floats */
 } dg_memory;
 
@@ -232,6 +240,21 @@ DG_API dg_memory dg_session_memory(const dg_session *session);
 DG_API int32_t dg_session_n_ctx(const dg_session *session);
 DG_API int32_t dg_session_n_threads(const dg_session *session);
 DG_API int32_t dg_session_n_rows(const dg_session *session);
+/* Seconds of computing by what they went into, since dg_session_profile. */
+typedef struct dg_timings {
+    double products; /* by the layers' dense matrices */
+    double experts;  /* products, routing and gathering */
+    double attention;
+    double head;              /* the product that makes logits */
+    double self_conditioning; /* probabilities times the embedding; the MLP behind it counts among the products */
+    double sampling;
+    double other; /* norms, rotations, router, cache */
+} dg_timings;
+
+/* From here on (`on`) operators run one at a time and are timed, from zero; a step takes about 2 % longer. */
+DG_API dg_status dg_session_profile(dg_session *session, bool on, char *err, size_t err_size);
+DG_API dg_timings dg_session_timings(const dg_session *session);
+
 /* Positions in the cache. Safe from any thread. */
 DG_API int32_t dg_session_n_past(const dg_session *session);
 
@@ -322,10 +345,12 @@ DG_API dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noi
 DG_API dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, size_t err_size);
 
 /* The sampler alone, on handed-in logits z [n_rows, n_vocab] (softcapped, before temperature); no session is needed.
- * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. Needs finite or -inf logits. */
+ * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. Needs finite or -inf logits.
+ * `ggml_operators`: as the logits of a device are sampled, in float32: where u lies within rounding of a cumulative
+ * probability, the neighbouring id may be drawn. */
 DG_API dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
-                           const dg_noise *noise, const int32_t *pinned, int32_t *argmax, int32_t *canvas,
-                           uint8_t *accepted, double *entropy, char *err, size_t err_size);
+                           const dg_noise *noise, const int32_t *pinned, bool ggml_operators, int32_t *argmax,
+                           int32_t *canvas, uint8_t *accepted, double *entropy, char *err, size_t err_size);
 
 /* The Philox4x32-10 draws that the loop makes for itself: a pure function of the arguments, row by row. */
 DG_API void dg_noise_canvas(uint64_t seed, uint32_t canvas_index, int32_t n_rows, int32_t n_vocab, int32_t *out);
@@ -372,7 +397,7 @@ DG_API dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst
 /* ------------------------------------------------------------------------------------------------ build */
 
 DG_API const char *dg_version(void);      /* of this library, MAJOR.MINOR.PATCH */
-DG_API int32_t dg_abi_version(void);      /* changes when a struct or a signature above changes */
+DG_API int32_t dg_abi_version(void);      /* DG_ABI_VERSION of the header that it was compiled with */
 DG_API const char *dg_ggml_version(void); /* of the ggml inside */
 DG_API const char *dg_compiler(void);
 DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */

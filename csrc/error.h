@@ -8,7 +8,9 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__GNUC__)
+#if defined(__MINGW32__) // its "printf" is Microsoft's old one, which knows no %zu; C++ gets the other
+#    define DG_PRINTF(fmt, args) __attribute__((format(gnu_printf, fmt, args)))
+#elif defined(__GNUC__)
 #    define DG_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 #else
 #    define DG_PRINTF(fmt, args)

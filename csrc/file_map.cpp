@@ -1,6 +1,7 @@
 #include "file_map.h"
 
 #include "error.h"
+#include "process.h"
 
 #include <cerrno>
 #include <cstring>
@@ -8,7 +9,9 @@
 
 #ifdef _WIN32
 #    define WIN32_LEAN_AND_MEAN
-#    define NOMINMAX
+#    ifndef NOMINMAX // MinGW's C++ headers have it
+#        define NOMINMAX
+#    endif
 #    include <io.h>
 #    include <process.h>
 #    include <windows.h>
@@ -26,10 +29,46 @@ namespace {
     throw Error(DG_ERROR_IO, format("%s: %s: %s", path.c_str(), what, std::strerror(errno)));
 }
 
+#ifdef _WIN32
+// Paths are UTF-8; the calls that take bytes would read them in the system's code page.
+std::wstring wide(const std::string &text) {
+    const int size = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.c_str(), -1, nullptr, 0);
+    if (size <= 0) {
+        throw Error(DG_ERROR_IO, format("%s: the path is not UTF-8", text.c_str()));
+    }
+    std::wstring result(static_cast<size_t>(size), L'\0');
+    MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.c_str(), -1, result.data(), size);
+    result.pop_back(); // the NUL
+    return result;
+}
+
+std::FILE *open_file(const std::string &path, const char *mode) {
+    return _wfopen(wide(path).c_str(), wide(mode).c_str());
+}
+
+void remove_file(const std::string &path) { _wremove(wide(path).c_str()); }
+
+bool replace_file(const std::string &from, const std::string &to) {
+    return MoveFileExW(wide(from).c_str(), wide(to).c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
+}
+#else
+std::FILE *open_file(const std::string &path, const char *mode) { return std::fopen(path.c_str(), mode); }
+
+void remove_file(const std::string &path) { std::remove(path.c_str()); }
+
+bool replace_file(const std::string &from, const std::string &to) { return std::rename(from.c_str(), to.c_str()) == 0; }
+#endif
+
 class ReadFile final : public FileBytes {
   public:
     explicit ReadFile(const std::string &path) {
-        std::FILE *file = std::fopen(path.c_str(), "rb");
+#ifndef _WIN32
+        struct stat status = {};
+        if (::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) { // opening a pipe would wait for a writer
+            throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
+        }
+#endif
+        std::FILE *file = open_file(path, "rb");
         if (!file) {
             fail_io(path, "cannot open");
         }
@@ -46,13 +85,17 @@ class ReadFile final : public FileBytes {
         }
         std::rewind(file);
         size_ = static_cast<size_t>(end);
+        check_memory(path + ": the file", size_);
         // ggml wants weights on 32-byte boundaries; a GGUF's tensors are aligned relative to the start of the file.
         bytes_.reset(static_cast<unsigned char *>(::operator new(size_ ? size_ : 1, ALIGNMENT, std::nothrow)));
         if (!bytes_) {
             throw Error(DG_ERROR_MEMORY, format("%s: %zu bytes of memory were refused", path.c_str(), size_));
         }
         if (std::fread(bytes_.get(), 1, size_, file) != size_) {
-            fail_io(path, "cannot read");
+            if (std::ferror(file)) {
+                fail_io(path, "cannot read");
+            }
+            throw Error(DG_ERROR_IO, format("%s: it was cut while it was read", path.c_str()));
         }
         data_ = bytes_.get();
     }
@@ -70,13 +113,13 @@ class MappedFile final : public FileBytes {
 #ifdef _WIN32
     explicit MappedFile(const std::string &path) {
         const HANDLE file =
-            CreateFileA(path.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
+            CreateFileW(wide(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
         if (file == INVALID_HANDLE_VALUE) {
             throw Error(DG_ERROR_IO, format("%s: cannot open: error %lu", path.c_str(), GetLastError()));
         }
         LARGE_INTEGER size = {};
         const bool sized = GetFileSizeEx(file, &size);
-        const HANDLE mapping = sized ? CreateFileMappingA(file, nullptr, PAGE_READONLY, 0, 0, nullptr) : nullptr;
+        const HANDLE mapping = sized ? CreateFileMappingW(file, nullptr, PAGE_READONLY, 0, 0, nullptr) : nullptr;
         const DWORD failure = GetLastError();
         CloseHandle(file);
         if (!mapping) {
@@ -91,36 +134,73 @@ class MappedFile final : public FileBytes {
     }
     ~MappedFile() override { UnmapViewOfFile(data_); }
 #else
-    explicit MappedFile(const std::string &path) {
-        const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        if (fd < 0) {
+    explicit MappedFile(const std::string &path)
+        : path_(path), file_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        if (file_.fd < 0) {
             fail_io(path, "cannot open");
         }
-        struct stat status = {};
-        if (::fstat(fd, &status) != 0) {
-            ::close(fd);
+        if (::fstat(file_.fd, &opened_) != 0) {
             fail_io(path, "cannot stat");
         }
-        if (!S_ISREG(status.st_mode)) {
-            ::close(fd);
+        if (!S_ISREG(opened_.st_mode)) {
             throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
         }
-        size_ = static_cast<size_t>(status.st_size);
+        size_ = static_cast<size_t>(opened_.st_size);
         if (size_ > 0) {
-            void *address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
+            void *address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, file_.fd, 0);
             if (address == MAP_FAILED) {
-                ::close(fd);
+                if (errno == ENOMEM) {
+                    throw Error(DG_ERROR_MEMORY,
+                                format("%s: %zu bytes of address space were refused", path.c_str(), size_));
+                }
                 fail_io(path, "cannot map");
             }
             data_ = static_cast<const unsigned char *>(address);
         }
-        ::close(fd);
     }
     ~MappedFile() override {
         if (data_) {
             ::munmap(const_cast<unsigned char *>(data_), size_);
         }
     }
+    void check_unchanged() const override {
+        struct stat now = {};
+        if (::fstat(file_.fd, &now) == 0 && now.st_size == opened_.st_size && same_time(now, opened_)) {
+            return;
+        }
+        throw Error(DG_ERROR_IO,
+                    format("%s: it was changed after it was opened: open it again, and with use_mmap off if "
+                           "it is written to in place",
+                           path_.c_str()));
+    }
+
+  private:
+    // Closes itself when the constructor throws, too.
+    struct Descriptor {
+        explicit Descriptor(int opened) : fd(opened) {}
+        Descriptor(const Descriptor &) = delete;
+        Descriptor &operator=(const Descriptor &) = delete;
+        ~Descriptor() {
+            if (fd >= 0) {
+                ::close(fd);
+            }
+        }
+        const int fd;
+    };
+
+    static bool same_time(const struct stat &a, const struct stat &b) {
+#    ifdef __APPLE__
+        return a.st_mtimespec.tv_sec == b.st_mtimespec.tv_sec && a.st_mtimespec.tv_nsec == b.st_mtimespec.tv_nsec;
+#    else
+        return a.st_mtim.tv_sec == b.st_mtim.tv_sec && a.st_mtim.tv_nsec == b.st_mtim.tv_nsec;
+#    endif
+    }
+
+    std::string path_;
+    Descriptor file_; // stays open, for check_unchanged
+    struct stat opened_ = {};
+
+  public:
 #endif
     MappedFile(const MappedFile &) = delete;
     MappedFile &operator=(const MappedFile &) = delete;
@@ -141,7 +221,7 @@ AtomicFile::AtomicFile(const std::string &path) : path_(path) {
 #else
     temporary_ = path + format(".tmp%d", static_cast<int>(::getpid()));
 #endif
-    file_ = std::fopen(temporary_.c_str(), "wb");
+    file_ = open_file(temporary_, "wb");
     if (!file_) {
         fail_io(path_, "cannot write");
     }
@@ -150,7 +230,7 @@ AtomicFile::AtomicFile(const std::string &path) : path_(path) {
 AtomicFile::~AtomicFile() {
     if (file_) {
         std::fclose(file_);
-        std::remove(temporary_.c_str());
+        remove_file(temporary_);
     }
 }
 
@@ -175,14 +255,10 @@ void AtomicFile::commit() {
     std::FILE *file = file_;
     file_ = nullptr;
     const bool closed = std::fclose(file) == 0;
-#ifdef _WIN32
-    const bool renamed = closed && MoveFileExA(temporary_.c_str(), path_.c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
-#else
-    const bool renamed = closed && std::rename(temporary_.c_str(), path_.c_str()) == 0;
-#endif
+    const bool renamed = closed && replace_file(temporary_, path_);
     if (!renamed) {
         const int reason = errno;
-        std::remove(temporary_.c_str());
+        remove_file(temporary_);
         errno = reason;
         fail_io(path_, "cannot write");
     }

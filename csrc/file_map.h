@@ -15,6 +15,9 @@ class FileBytes {
     virtual ~FileBytes() = default;
     const unsigned char *data() const { return data_; }
     size_t size() const { return size_; }
+    // Throws dg::Error (IO) when the mapped file was cut or written to since it was opened: its pages may be gone, and
+    // reading one would end the process. Where the system keeps others from writing (Windows), there is nothing to do.
+    virtual void check_unchanged() const {}
 
   protected:
     const unsigned char *data_ = nullptr;

@@ -1,6 +1,7 @@
 #include "gguf_files.h"
 
 #include "error.h"
+#include "gguf_header.h"
 #include "gguf_keys.h"
 #include "log_capture.h"
 #include "names.h"
@@ -34,6 +35,12 @@ const FileTensor *GgufFiles::find(const std::string &name) const {
     return found == index_.end() ? nullptr : &tensors_[found->second];
 }
 
+void GgufFiles::check_unchanged() const {
+    for (const Part &part : parts_) {
+        part.file->check_unchanged();
+    }
+}
+
 void GgufFiles::add_part(const std::string &path) {
     Part part;
     part.file = FileBytes::open(path, mapped_);
@@ -44,6 +51,7 @@ void GgufFiles::add_part(const std::string &path) {
     if (file.size() < 4 || std::memcmp(file.data(), "GGUF", 4) != 0) {
         fail_format(path, "not a GGUF file (its first four bytes are not \"GGUF\")");
     }
+    check_gguf_header(file.data(), file.size(), path);
     LogCapture log;
     ggml_context *context = nullptr;
     gguf_init_params params = {};

@@ -36,6 +36,8 @@ class GgufFiles {
     // Of all tensors.
     size_t n_bytes() const { return n_bytes_; }
     bool mapped() const { return mapped_; }
+    // Throws DG_ERROR_IO when a mapped file was cut or written to since it was opened.
+    void check_unchanged() const;
 
   private:
     struct Part {

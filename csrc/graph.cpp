@@ -1,6 +1,10 @@
 #include "graph.h"
 
+#include "attention.h"
 #include "error.h"
+#include "int8.h"
+#include "product.h"
+#include "soft.h"
 
 #include <algorithm>
 #include <cmath>
@@ -62,7 +66,7 @@ ggml_tensor *rows_of_io(ggml_context *ctx, ggml_tensor *input, int64_t first, in
 
 int64_t soft_slice(const dg_config &c) { return std::clamp<int64_t>(SOFT_SLICE_FLOATS / c.n_embd, 32, c.n_vocab); }
 
-size_t soft_nodes(const dg_config &c) {
+size_t soft_embedding_nodes(const dg_config &c) {
     const int64_t slice = soft_slice(c);
     return static_cast<size_t>((c.n_vocab + slice - 1) / slice) * 7 + 32;
 }
@@ -84,7 +88,7 @@ void soft_embedding(ggml_context *ctx, ggml_cgraph *graph, const Model &model, g
         }
         ggml_tensor *transposed = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n, n_embd]
         ggml_tensor *weights = ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
-        ggml_tensor *product = ggml_mul_mat(ctx, transposed, weights); // [n_embd, n]
+        ggml_tensor *product = mark(ggml_mul_mat(ctx, transposed, weights), Part::SELF_CONDITIONING); // [n_embd, n]
         sum = sum ? ggml_add(ctx, sum, product) : product;
     }
     if (pins) {
@@ -102,7 +106,8 @@ class PassBuilder {
           graph_(make_graph(
               static_cast<size_t>(c_.n_layer) * (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
                                                  NODES_PER_SEGMENT * pass.segments.size()) +
-              NODES_BESIDES + (pass.sampled || pass.watched ? sample_nodes(c_.n_vocab, n_) + soft_nodes(c_) : 0))),
+              NODES_BESIDES +
+              (pass.sampled || pass.watched ? sample_nodes(c_.n_vocab, n_) + soft_embedding_nodes(c_) : 0))),
           ctx_(graph_.context.get()), settler_(graph_, model.devices()) {}
 
     Graph build() {
@@ -167,18 +172,38 @@ class PassBuilder {
     ggml_tensor *norm(ggml_tensor *x) const { return ggml_rms_norm(ctx_, x, c_.norm_eps); }
     ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight) const { return ggml_mul(ctx_, norm(x), weight); }
 
-    // Every product with a weight matrix goes through these two.
-    ggml_tensor *multiply(ggml_tensor *weight, ggml_tensor *x) const {
+#if DG_HAS_TILES
+    bool own_operators() const { return io_.scratch && device_ == model_.devices().cpu(); }
+    ProductOps own() { return {ctx_, graph_.work, io_.scratch}; }
+#endif
+
+    // Every product with a weight matrix goes through these three, or is one with the operators around it in gated_mlp
+    // and experts. -> [n_out, n]
+    ggml_tensor *multiply(ggml_tensor *weight, Operand &x, float softcap = 0.0f) {
         if (importance_) {
-            importance_->watch(ctx_, graph_.nodes, weight, x, nullptr);
+            importance_->watch(ctx_, graph_.nodes, weight, x.rows, nullptr);
         }
-        return ggml_mul_mat(ctx_, weight, x);
+#if DG_HAS_TILES
+        if (own_operators()) {
+            return own().multiply(weight, x, softcap);
+        }
+#endif
+        ggml_tensor *product = mark(ggml_mul_mat(ctx_, weight, x.rows), Part::PRODUCTS);
+        if (softcap > 0.0f) {
+            product = ggml_tanh_inplace(ctx_, ggml_scale_inplace(ctx_, product, 1.0f / softcap));
+            product = ggml_scale_inplace(ctx_, product, softcap);
+        }
+        return product;
+    }
+    ggml_tensor *multiply(ggml_tensor *weight, ggml_tensor *x) {
+        Operand in = {x, n_, nullptr, nullptr};
+        return multiply(weight, in);
     }
     ggml_tensor *multiply_experts(ggml_tensor *weights, ggml_tensor *x, ggml_tensor *selected) const {
         if (importance_) {
             importance_->watch(ctx_, graph_.nodes, weights, x, selected);
         }
-        return ggml_mul_mat_id(ctx_, weights, x, selected);
+        return mark(ggml_mul_mat_id(ctx_, weights, x, selected), Part::EXPERTS);
     }
 
     // gelu_tanh(gate) * up, in float32: gelu_tanh(g) = g * sigmoid(g * w) with w = 2 sqrt(2/pi) (1 + 0.044715 g^2), and
@@ -190,8 +215,16 @@ class PassBuilder {
         return ggml_swiglu_split(ctx_, ggml_mul(ctx_, gate, w), ggml_div(ctx_, up, w));
     }
 
-    ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) const {
-        return multiply(down, gelu_mul(multiply(gate, x), multiply(up, x)));
+    ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) {
+        Operand in = {x, n_, nullptr, nullptr};
+#if DG_HAS_TILES
+        if (own_operators() && !importance_) {
+            Operand hidden = own().gated(gate, up, in);
+            return own().multiply(down, hidden);
+        }
+#endif
+        ggml_tensor *gated = gelu_mul(multiply(gate, in), multiply(up, in));
+        return multiply(down, gated);
     }
 
     // -> [n_embd, n]
@@ -250,13 +283,25 @@ class PassBuilder {
     }
 
     // q: [head_dim, n_head, n] -> [head_dim * n_head, n]. Scale 1: the norms of q and k take its place.
-    ggml_tensor *attend(const Segment &s, const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) const {
+    ggml_tensor *attend(const Segment &s, const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) {
+#if DG_HAS_TILES
+        if (own_operators()) {
+            Visible visible;
+            visible.first = pass_.first_position();
+            visible.end = s.end;
+            visible.slots = cache_.slots(l.sliding);
+            visible.window = l.sliding ? c_.sliding_window : 0;
+            visible.causal = pass_.causal();
+            visible.n_past = pass_.n_past;
+            return attention_op(ctx_, graph_.work, io_.scratch, q, cache.k, cache.v, l.n_head_kv, visible);
+        }
+#endif
         ggml_tensor *k = read_cache(s, l, cache.k);
         ggml_tensor *v = read_cache(s, l, cache.v);
         if (v->type != GGML_TYPE_F32) {
-            v = ggml_cast(ctx_, v, GGML_TYPE_F32);
+            v = mark(ggml_cast(ctx_, v, GGML_TYPE_F32), Part::ATTENTION);
         }
-        v = ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 0, 2, 3)); // [rows, head_dim, n_head_kv]
+        v = mark(ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 0, 2, 3)), Part::ATTENTION); // [rows, head_dim, n_head_kv]
         ggml_tensor *mask = nullptr;
         if (needs_mask(model_, pass_, l.sliding)) {
             ggml_tensor *input = l.sliding ? inputs().mask_sliding : inputs().mask_full;
@@ -265,15 +310,16 @@ class PassBuilder {
             mask = ggml_view_2d(ctx_, input, rows, s.n, ggml_row_size(input->type, rows), first);
         }
         ggml_tensor *scores = ggml_mul_mat(ctx_, k, ggml_permute(ctx_, q, 0, 2, 1, 3)); // [rows, n, n_head]
-        scores = ggml_soft_max_ext(ctx_, scores, mask, 1.0f, 0.0f);
-        ggml_tensor *out = ggml_mul_mat(ctx_, v, scores); // [head_dim, n, n_head]
-        out = ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3));
+        mark(scores, Part::ATTENTION);
+        scores = mark(ggml_soft_max_ext(ctx_, scores, mask, 1.0f, 0.0f), Part::ATTENTION);
+        ggml_tensor *out = mark(ggml_mul_mat(ctx_, v, scores), Part::ATTENTION); // [head_dim, n, n_head]
+        out = mark(ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3)), Part::ATTENTION);
         return ggml_reshape_2d(ctx_, out, l.head_dim * c_.n_head, s.n);
     }
 
     ggml_tensor *attention(size_t index, ggml_tensor *x, bool only_cache) {
         const LayerWeights &l = model_.weights().layers[index];
-        ggml_tensor *h = norm(x, l.attn_norm);
+        Operand h = {norm(x, l.attn_norm), n_, nullptr, nullptr};
         ggml_tensor *k = multiply(l.attn_k, h);
         ggml_tensor *v = l.attn_v ? multiply(l.attn_v, h) : k; // the raw projection, before k_norm and rope
         k = ggml_reshape_3d(ctx_, k, l.head_dim, l.n_head_kv, n_);
@@ -337,8 +383,14 @@ class PassBuilder {
         ggml_tensor *scales = ggml_get_rows(ctx_, l.down_exps_scale, ggml_reshape_1d(ctx_, selected, n_used * n_));
         weights = ggml_mul(ctx_, weights, ggml_reshape_2d(ctx_, scales, n_used, n_));
 
-        ggml_tensor *h = ggml_reshape_3d(ctx_, norm(x, l.pre_ffw_norm_2), c_.n_embd, 1, n_);
+        ggml_tensor *h = norm(x, l.pre_ffw_norm_2);
         const Elsewhere expert_device(*this, model_.placement().experts[index]);
+#if DG_HAS_TILES
+        if (own_operators() && !importance_) {
+            return own().experts(h, selected, weights, l.gate_up_exps, l.gate_exps, l.up_exps, l.down_exps);
+        }
+#endif
+        h = ggml_reshape_3d(ctx_, h, c_.n_embd, 1, n_);
         ggml_tensor *gate = nullptr;
         ggml_tensor *up = nullptr; // both [n_ff_exp, n_used, n]
         if (l.gate_up_exps) {
@@ -379,15 +431,12 @@ class PassBuilder {
     // The product is placed in io.logits and softcapped there: a canvas of logits exists once (268 MB at the released
     // shape).
     void head(ggml_tensor *x) {
-        ggml_tensor *logits = multiply(model_.weights().token_embd, norm(x, model_.weights().output_norm));
-        logits->data =
+        Operand h = {norm(x, model_.weights().output_norm), n_, nullptr, nullptr};
+        ggml_tensor *logits = multiply(model_.weights().token_embd, h, c_.logit_softcap);
+        ggml_tensor *product = mark(logits->view_src ? logits->view_src : logits, Part::HEAD);
+        product->data =
             static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_logit) * io_.logits->nb[1];
-        logits->buffer = io_.logits->buffer;
-        if (c_.logit_softcap > 0.0f) {
-            logits = ggml_scale_inplace(ctx_, logits, 1.0f / c_.logit_softcap);
-            logits = ggml_tanh_inplace(ctx_, logits);
-            logits = ggml_scale_inplace(ctx_, logits, c_.logit_softcap);
-        }
+        product->buffer = io_.logits->buffer;
         ggml_build_forward_expand(graph_.nodes, logits);
         if (pass_.sampled || pass_.watched) {
             sample_ops(ctx_, graph_.nodes, io_.sample, logits, pass_.sampled, pass_.watched);
@@ -405,6 +454,31 @@ int32_t Pass::rows() const { return std::accumulate(segments.begin(), segments.e
 
 int32_t Pass::end() const { return end(*std::max_element(segments.begin(), segments.end())); }
 
+bool has_own_operators() { return DG_HAS_TILES != 0; }
+
+const char *product_kernel(ggml_type type) {
+#if DG_HAS_TILES
+    return has_int8_product(type) ? "8-bit integers" : "float32";
+#else
+    (void)type;
+    return "ggml";
+#endif
+}
+
+int64_t scratch_floats(const Model &model) {
+#if DG_HAS_TILES
+    int64_t n = product_scratch(model.config().n_embd, model.config().n_ff_exp);
+    n = std::max(n, soft_scratch(model.config().n_embd));
+    for (const LayerWeights &layer : model.weights().layers) {
+        n = std::max(n, attention_scratch(layer.head_dim));
+    }
+    return (n + 15) / 16 * 16; // each thread's part begins at a vector
+#else
+    (void)model;
+    return 0;
+#endif
+}
+
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
                  Importance *importance) {
     return PassBuilder(model, cache, io, pass, importance).build();
@@ -412,12 +486,19 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
 
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,
                            int32_t n_rows) {
-    Graph graph = make_graph(soft_nodes(model.config()));
-    Settler settler(graph, model.devices());
+    Graph graph = make_graph(soft_embedding_nodes(model.config()));
     ggml_context *ctx = graph.context.get();
-    ggml_tensor *p = ggml_soft_max(ctx, rows_of_io(ctx, io.logits, first_logit, n_rows));
+    ggml_tensor *logits = rows_of_io(ctx, io.logits, first_logit, n_rows);
     ggml_tensor *out = rows_of_io(ctx, io.coming ? io.coming : io.soft, first_row, n_rows);
-    soft_embedding(ctx, graph.nodes, model, p, out, nullptr);
+#if DG_HAS_TILES
+    if (io.scratch && !io.coming) {
+        soft_embedding_ops(ctx, graph.nodes, graph.work, io.scratch, model.weights().token_embd, logits, out,
+                           &io.longest_embedding);
+        return graph;
+    }
+#endif
+    Settler settler(graph, model.devices());
+    soft_embedding(ctx, graph.nodes, model, ggml_soft_max(ctx, logits), out, nullptr);
     settler.settle(model.placement().head);
     return graph;
 }

@@ -7,6 +7,7 @@
 #include "importance.h"
 #include "model.h"
 #include "sampler_graph.h"
+#include "work.h"
 
 #include "ggml-cpp.h"
 
@@ -18,7 +19,8 @@ namespace dg {
 
 enum class Mode { ENCODE, SCORE, DENOISE };
 
-// What the attention of the layers on one device reads besides its weights, written anew for each pass.
+// What the attention of the layers on one device reads besides its weights, written anew for each pass. Masks are for
+// ggml's operators; the CPU's own need none.
 struct DeviceIo {
     ggml_tensor *positions = nullptr;     // I32 [pass]
     ggml_tensor *slots_full = nullptr;    // I32 [pass]: the cache row of each position
@@ -37,6 +39,10 @@ struct GraphIo {
                                    // head; else those of a pass
     ggml_tensor *coming = nullptr; // F32 [n_embd, R]: where a sampled pass leaves the next step's soft
     SampleIo sample;               // of a sampled pass
+    // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
+    // without it, the graph is made of ggml's, which every device has.
+    ggml_tensor *scratch = nullptr; // F32 [floats of a thread, threads]
+    float longest_embedding = 0.0f; // longest_row() of the embedding, once a signal was asked for (soft.h)
 };
 
 // What a graph is built for; the shapes of all its tensors follow from it.
@@ -80,7 +86,15 @@ struct Graph {
     ggml_cgraph *nodes = nullptr; // in context's memory
     // Where nodes are to be computed. Empty when all are on the CPU.
     std::vector<std::pair<ggml_tensor *, int32_t>> devices;
+    WorkList work; // of its custom operators
 };
+
+// Whether the CPU's own operators are compiled in.
+bool has_own_operators();
+// What weights of a type are multiplied by then: "8-bit integers" or "float32"; "ggml" without them.
+const char *product_kernel(ggml_type type);
+// Floats of scratch memory that each thread needs for them.
+int64_t scratch_floats(const Model &model);
 
 // One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
 // whose rows are those of the segments, one after the other.

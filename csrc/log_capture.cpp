@@ -24,7 +24,9 @@ void on_abort(const char *message) {
         throw Error(DG_ERROR_DEVICE, "the connection to an RPC server was lost");
     }
     if (guarded) {
-        throw Error(DG_ERROR_INTERNAL, std::string("ggml gave up: ") + message);
+        // What ggml asserts of its small allocations (headers, graphs), and of pthread_create.
+        const bool refused = std::strstr(message, "!= NULL") || std::strstr(message, "rc == 0");
+        throw Error(refused ? DG_ERROR_MEMORY : DG_ERROR_INTERNAL, std::string("ggml gave up: ") + message);
     }
 }
 

@@ -4,6 +4,7 @@
 #include "random.h"
 
 #include <algorithm>
+#include <chrono>
 
 namespace dg {
 namespace {
@@ -210,6 +211,7 @@ void CanvasLoop::sample_here(const std::vector<int32_t> &going, const std::vecto
     session_.denoise(ids_.data(), segments);
     conditioned_ = false;
     active_ = false; // until the sampler is through: it fails only on broken logits, and those end the canvases
+    const auto began = std::chrono::steady_clock::now();
     const int32_t n_vocab = session_.model().config().n_vocab;
     float *logits = session_.logits();
     for (const int32_t i : going) {
@@ -219,6 +221,9 @@ void CanvasLoop::sample_here(const std::vector<int32_t> &going, const std::vecto
                     scratch_, live.output());
         logits += static_cast<int64_t>(live.n_rows) * n_vocab;
         judge(live);
+    }
+    if (session_.profiled()) {
+        session_.add_sampling_time(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
     }
 }
 
@@ -249,32 +254,10 @@ void CanvasLoop::sample_there(const std::vector<int32_t> &going, const std::vect
     const RowResult *result = results.data();
     for (size_t k = 0; k < going.size(); ++k) {
         Live &live = canvases_[static_cast<size_t>(going[k])];
-        live.take(result, scratch_);
+        take_rows(result, live.n_rows, live.rules(), scratch_, live.output());
         result += live.n_rows;
         finish_step(live.n_rows, n_vocab, live.sampling, noises[k], live.rules(), scratch_, live.output());
         judge(live);
-    }
-}
-
-// What a device found out about its rows.
-void CanvasLoop::Live::take(const RowResult *results, SamplerScratch &scratch) {
-    scratch.draws.resize(static_cast<size_t>(n_rows));
-    for (int32_t row = 0; row < n_rows; ++row) {
-        const auto at = static_cast<size_t>(row);
-        RowResult result = results[row];
-        const bool is_pinned = rules().is_pinned(row);
-        if (!is_pinned && !result.sums.sound()) {
-            throw_unsound_row();
-        }
-        argmax[at] = is_pinned ? pinned[at] : result.argmax;
-        entropy[at] = is_pinned ? 0.0 : result.sums.entropy();
-        scratch.draws[at] = result.draw;
-        if (!logprob.empty()) {
-            if (watched[at] < 0) {
-                result.before.moment = 0.0f; // the argmax's distance to itself
-            }
-            logprob[at] = is_pinned ? 0.0 : result.logprob();
-        }
     }
 }
 

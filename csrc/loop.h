@@ -46,7 +46,6 @@ class CanvasLoop {
         RowRules rules() const;
         dg_noise philox_noise(int32_t n_vocab);
         StepOutput output();
-        void take(const RowResult *results, SamplerScratch &scratch);
     };
 
     Session &session_;

@@ -2,10 +2,14 @@
 
 #include "error.h"
 
+#include "ggml-alloc.h"
 #include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 namespace dg {
 namespace {
@@ -195,6 +199,68 @@ std::vector<RowResult> read_results(const SampleIo &io, int64_t n) {
         r.before = {sums[3 * stride + i], sums[4 * stride + i], sums[5 * stride + i]};
     }
     return results;
+}
+
+void take_rows(const RowResult *results, int32_t n_rows, const RowRules &rules, SamplerScratch &scratch,
+               const StepOutput &out) {
+    scratch.draws.resize(static_cast<size_t>(n_rows));
+    for (int32_t row = 0; row < n_rows; ++row) {
+        RowResult result = results[row];
+        if (rules.is_pinned(row)) {
+            out.argmax[row] = rules.pinned[row];
+            out.entropy[row] = 0.0;
+            if (out.logprob) {
+                out.logprob[row] = 0.0;
+            }
+            continue;
+        }
+        if (!result.sums.sound()) {
+            throw_unsound_row();
+        }
+        out.argmax[row] = result.argmax;
+        out.entropy[row] = result.sums.entropy();
+        scratch.draws[static_cast<size_t>(row)] = result.draw;
+        if (out.logprob) {
+            if (rules.watched[row] < 0) {
+                result.before.moment = 0.0f; // the argmax's distance to itself
+            }
+            out.logprob[row] = result.logprob();
+        }
+    }
+}
+
+std::vector<RowResult> sample_by_graph(const float *z, int32_t n_rows, int32_t n_vocab, float t,
+                                       const double *uniform) {
+    const ggml_backend_ptr cpu(ggml_backend_cpu_init());
+    const size_t n_nodes = sample_nodes(n_vocab, n_rows);
+    ggml_init_params params = {};
+    params.mem_size = ggml_graph_overhead_custom(n_nodes, false) + (n_nodes + 16) * ggml_tensor_overhead();
+    params.no_alloc = true;
+    const ggml_context_ptr inputs(ggml_init(params));
+    const ggml_context_ptr context(ggml_init(params));
+    if (!cpu || !inputs || !context) {
+        throw Error(DG_ERROR_MEMORY, "memory for a graph was refused");
+    }
+    SampleIo io;
+    io.make(inputs.get(), n_rows);
+    ggml_tensor *logits = ggml_new_tensor_2d(inputs.get(), GGML_TYPE_F32, n_vocab, n_rows);
+    const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(inputs.get(), cpu.get()));
+    ggml_cgraph *graph = ggml_new_graph_custom(context.get(), n_nodes, false);
+    sample_ops(context.get(), graph, io, logits, true, false);
+    const ggml_gallocr_ptr allocator(ggml_gallocr_new(ggml_backend_cpu_buffer_type()));
+    if (!buffer || !ggml_gallocr_alloc_graph(allocator.get(), graph)) {
+        throw Error(DG_ERROR_MEMORY, "memory for the logits and the sampler's intermediate tensors was refused");
+    }
+    const std::vector<float> temperatures(static_cast<size_t>(n_rows), t);
+    std::vector<float> draws;
+    std::transform(uniform, uniform + n_rows, std::back_inserter(draws), uniform_in_float);
+    ggml_backend_tensor_set(io.temperature, temperatures.data(), 0, ggml_nbytes(io.temperature));
+    ggml_backend_tensor_set(io.uniform, draws.data(), 0, ggml_nbytes(io.uniform));
+    ggml_backend_tensor_set(logits, z, 0, ggml_nbytes(logits));
+    if (ggml_backend_graph_compute(cpu.get(), graph) != GGML_STATUS_SUCCESS) {
+        throw Error(DG_ERROR_INTERNAL, "ggml failed to compute a graph");
+    }
+    return read_results(io, n_rows);
 }
 
 float uniform_in_float(double u) { return std::min(static_cast<float>(u), std::nextafter(1.0f, 0.0f)); }

@@ -8,6 +8,8 @@
 // these. The argmax is the lowest id among equals in both.
 #pragma once
 
+#include "sampler.h"
+
 #include "ggml.h"
 
 #include <cmath>
@@ -69,6 +71,13 @@ ggml_tensor *with_pins(ggml_context *ctx, const SampleIo &io, ggml_tensor *sum, 
 
 // The results of the first n rows of a graph that was computed.
 std::vector<RowResult> read_results(const SampleIo &io, int64_t n);
+
+// What the rows' results come to: argmax, entropy and logprob of `out`, draws of `scratch`. Throws as draw_row does.
+void take_rows(const RowResult *results, int32_t n_rows, const RowRules &rules, SamplerScratch &scratch,
+               const StepOutput &out);
+
+// The sampler alone, on logits in this process's memory: what a test compares with sampler.h.
+std::vector<RowResult> sample_by_graph(const float *z, int32_t n_rows, int32_t n_vocab, float t, const double *uniform);
 
 // u as the sampler above takes it.
 float uniform_in_float(double u);

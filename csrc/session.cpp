@@ -2,7 +2,9 @@
 
 #include "error.h"
 #include "parallel.h"
+#include "process.h"
 #include "sampler.h"
+#include "soft.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -18,7 +20,6 @@ namespace {
 
 constexpr int32_t DEFAULT_CONTEXT = 8192;
 constexpr int32_t MOST_ROWS = 1 << 16;
-constexpr size_t MOST_IO = 32; // tensors that graphs read and write, on one device
 // Canvases side by side go through the layers so many rows at a time. Eight canvases of 256 rows (724 M parameters,
 // Q8_0) took 1.09 times what they took one after the other in one pass of 2048 rows, and 1.03 times in passes of 512:
 // the work is arithmetic, and larger intermediate tensors leave the processor's cache.
@@ -50,14 +51,14 @@ int32_t default_threads(const Model &model) {
 
 } // namespace
 
-ggml_type Session::cache_type(dg_kv_type type) {
+ggml_type Session::cache_type(int32_t type) {
     switch (type) {
         case DG_KV_F32: return GGML_TYPE_F32;
         case DG_KV_F16: return GGML_TYPE_F16;
         case DG_KV_BF16: return GGML_TYPE_BF16;
         case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
     }
-    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", static_cast<int>(type)));
+    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
 }
 
 int32_t Session::context_size(const Model &model, int32_t asked) {
@@ -78,7 +79,8 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     : model_(std::move(model)), n_ctx_(context_size(*model_, options.n_ctx)),
       n_batch_(std::min(checked("n_batch", options.n_batch, 1, 1 << 20), n_ctx_)),
       n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
-      n_rows_(checked("n_rows", options.n_rows, 0, MOST_ROWS)), type_kv_(cache_type(options.type_kv)) {
+      n_rows_(checked("n_rows", options.n_rows, 0, MOST_ROWS)), type_kv_(cache_type(options.type_kv)),
+      own_operators_(has_own_operators() && !options.ggml_operators) {
     if (n_threads_ == 0) {
         n_threads_ = default_threads(*model_);
     }
@@ -89,27 +91,16 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
     : Session(std::move(model), options, DryRun{}) {
+    plan(false);
+    check_memory(format("a session (KV cache %zu bytes, intermediate tensors %zu, logits and inputs %zu)",
+                        memory_.kv_cache, memory_.compute, io_bytes()),
+                 host_bytes());
     plan(true);
-    ggml_backend_t cpu = backends_.back().get();
-    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
-    params.poll = 1; // idle threads sleep after some 2 ms instead of ggml's 100: a desktop program is mostly idle
-    threadpool_ = ggml_threadpool_new(&params);
-    if (!threadpool_) {
-        throw Error(DG_ERROR_MEMORY, format("%d threads were refused", n_threads_));
-    }
-    ggml_backend_cpu_set_threadpool(cpu, threadpool_);
-    ggml_backend_cpu_set_n_threads(cpu, n_threads_);
-    ggml_backend_cpu_set_abort_callback(
-        cpu, [](void *self) { return static_cast<Session *>(self)->should_stop(); }, this);
+    start_threads();
     tokens_.reserve(static_cast<size_t>(n_ctx_));
 }
 
-Session::~Session() {
-    if (threadpool_) {
-        ggml_backend_cpu_set_threadpool(backends_.back().get(), nullptr);
-        ggml_threadpool_free(threadpool_);
-    }
-}
+Session::~Session() { stop_threads(); }
 
 dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_session_options &options) {
     Session session(model, options, DryRun{});
@@ -122,147 +113,6 @@ int32_t Session::largest_segment() const { return std::max(n_batch_, model_->con
 int32_t Session::canvas_pass() const { return std::min(n_rows_, std::max(PASS_ROWS, model_->config().canvas_length)); }
 
 int32_t Session::largest_pass() const { return std::max(n_batch_, canvas_pass()); }
-
-// Cache, inputs and the memory of the largest graphs: what a session holds for its whole life.
-void Session::plan(bool allocate) {
-    const int32_t canvas = model_->config().canvas_length;
-    // A scored text writes one row behind itself.
-    cache_ = std::make_unique<KvCache>(*model_, n_ctx_, largest_segment() + 1, type_kv_, allocate);
-    make_io(allocate);
-
-    const int32_t longest_chunk = std::min(n_batch_, n_ctx_ - canvas);
-    std::vector<int32_t> canvases(static_cast<size_t>(canvas_pass() / canvas), canvas);
-    if (canvas_pass() % canvas > 0) {
-        canvases.push_back(canvas_pass() % canvas);
-    }
-    const bool sampled = samples_on_device();
-    Pass chunk = {Mode::ENCODE, n_ctx_ - canvas - longest_chunk, {longest_chunk}};
-    Pass texts = {Mode::SCORE, n_ctx_ - canvas, canvases};
-    Pass steps = {Mode::DENOISE, n_ctx_ - canvas, canvases};
-    texts.watched = steps.sampled = steps.watched = sampled;
-    std::vector<Graph> largest;
-    for (const Pass &pass : {chunk, texts, steps}) {
-        largest.push_back(build_pass(*model_, *cache_, io_, pass));
-    }
-    passes_ = make_executor(largest, allocate);
-    if (model_->config().has_self_conditioning) {
-        std::vector<Graph> soft;
-        soft.push_back(build_soft_embedding(*model_, io_, 0, 0, canvas_pass()));
-        soft_ = make_executor(soft, allocate);
-    }
-    memory_.weights = model_->files().n_bytes();
-    for (size_t i = 0; i < model_->devices().size(); ++i) {
-        memory_.weights_on_devices += model_->weights_on(static_cast<int32_t>(i));
-    }
-    memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
-    memory_.kv_cache = cache_->bytes();
-    memory_.logits = ggml_nbytes(io_.logits);
-}
-
-std::unique_ptr<Executor> Session::make_executor(const std::vector<Graph> &largest, bool allocate) {
-    int n_nodes = 0;
-    for (const Graph &graph : largest) {
-        n_nodes = std::max(n_nodes, ggml_graph_size(graph.nodes));
-    }
-    auto executor = std::make_unique<Executor>(backends_, static_cast<size_t>(n_nodes));
-    size_t bytes = 0;
-    for (const Graph &graph : largest) {
-        if (allocate) {
-            executor->reserve(graph);
-        } else {
-            bytes = std::max(bytes, executor->measure(graph));
-        }
-    }
-    memory_.compute += allocate ? executor->bytes() : bytes;
-    return executor;
-}
-
-void Session::make_io(bool allocate) {
-    const dg_config &c = model_->config();
-    const Placement &placement = model_->placement();
-    const int64_t pass = largest_pass();
-    ggml_init_params params = {};
-    params.mem_size = MOST_IO * ggml_tensor_overhead();
-    params.no_alloc = true;
-    for (size_t i = 0; i < backends_.size(); ++i) {
-        io_contexts_.emplace_back(ggml_init(params));
-        if (!io_contexts_.back()) {
-            throw Error(DG_ERROR_MEMORY, "memory for input headers was refused");
-        }
-    }
-    const auto on = [&](int32_t device) { return io_contexts_[static_cast<size_t>(device)].get(); };
-    int64_t widest = 0;
-    for (const LayerWeights &layer : model_->weights().layers) {
-        widest = std::max(widest, layer.head_dim * c.n_head);
-    }
-    io_.devices.resize(backends_.size());
-    for (size_t i = 0; i < placement.layers.size(); ++i) {
-        for (const int32_t device : {placement.layers[i], placement.cache[i]}) {
-            DeviceIo &io = io_.devices[static_cast<size_t>(device)];
-            if (io.positions) {
-                continue;
-            }
-            ggml_context *ctx = on(device);
-            io.positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-            io.slots_full = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-            io.slots_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-            io.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
-            io.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
-            io.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
-        }
-    }
-    io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, pass);
-    io_.soft = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, n_rows_);
-    ggml_context *head = on(placement.head);
-    if (samples_on_device()) {
-        io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, canvas_pass());
-        io_.coming = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, n_rows_);
-        io_.sample.make(head, canvas_pass());
-    } else {
-        io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, n_rows_);
-    }
-    if (allocate) {
-        for (size_t i = 0; i < io_contexts_.size(); ++i) {
-            allocate_io(static_cast<int32_t>(i));
-        }
-        condition_on_nothing();
-        return;
-    }
-    // Planning asks on which device a tensor has memory, never where.
-    static char placeholder;
-    const auto pretend = [&](ggml_tensor *t, int32_t device) {
-        t->data = &placeholder;
-        t->buffer = io_buffers_[static_cast<size_t>(device)].get();
-    };
-    for (size_t i = 0; i < io_contexts_.size(); ++i) {
-        const auto device = static_cast<int32_t>(i);
-        io_buffers_.emplace_back(ggml_backend_buft_alloc_buffer(model_->devices().buffer_type(device), 1));
-        ggml_context *ctx = on(device);
-        for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-            pretend(t, device);
-        }
-    }
-    for (size_t i = 0; i < placement.layers.size(); ++i) {
-        pretend(cache_->layers()[i].k, placement.cache[i]);
-        pretend(cache_->layers()[i].v, placement.cache[i]);
-    }
-}
-
-void Session::allocate_io(int32_t device) {
-    ggml_context *ctx = io_contexts_[static_cast<size_t>(device)].get();
-    if (!ggml_get_first_tensor(ctx)) {
-        return;
-    }
-    const ggml_backend_buffer_type_t type = model_->devices().buffer_type(device);
-    io_buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctx, type));
-    if (!io_buffers_.back()) {
-        throw Error(DG_ERROR_MEMORY, format("%zu bytes for a canvas of logits and the inputs were refused",
-                                            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type)));
-    }
-    if (device != model_->devices().cpu()) {
-        ggml_backend_buffer_clear(io_buffers_.back().get(), 0); // of rows that no pass has written, none is a NaN
-    }
-}
 
 void Session::set_past(int32_t n) { n_past_.store(n, std::memory_order_relaxed); }
 
@@ -299,8 +149,10 @@ void Session::set_pass_inputs(const Pass &pass) {
             upload(io.slots_sliding, slots_sliding);
         }
     }
+    const bool masks =
+        std::any_of(io_.devices.begin(), io_.devices.end(), [](const DeviceIo &io) { return io.mask_full; });
     for (const bool sliding : {false, true}) {
-        if (needs_mask(*model_, pass, sliding)) {
+        if (masks && needs_mask(*model_, pass, sliding)) {
             int32_t first = 0;
             for (const int32_t rows : pass.segments) {
                 set_mask(pass, first, rows, sliding);
@@ -335,7 +187,7 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
     }
     const size_t offset = static_cast<size_t>(first) * static_cast<size_t>(cache_->slots(sliding)) * sizeof mask[0];
     for (const DeviceIo &io : io_.devices) {
-        if (io.positions) {
+        if (io.mask_full) {
             ggml_backend_tensor_set(sliding ? io.mask_sliding : io.mask_full, mask.data(), offset,
                                     mask.size() * sizeof mask[0]);
         }
@@ -344,6 +196,7 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
 
 // Graph and inputs of a pass, but for its ids.
 void Session::prepare(const Pass &pass) {
+    renew_in_fork();
     ready_ = {};
     pass_graph_ = build_pass(*model_, *cache_, io_, pass, importance_.get());
     passes_->place(pass_graph_);
@@ -375,7 +228,19 @@ bool Session::should_stop() {
 }
 
 void Session::compute(Executor &executor, const Graph &graph) {
-    const ggml_status status = should_stop() ? GGML_STATUS_ABORTED : executor.compute(graph);
+    model_->files().check_unchanged();
+    for (const std::unique_ptr<Work> &work : graph.work) {
+        work->next.store(0, std::memory_order_relaxed);
+    }
+    if (profiled_) {
+        run_timed(graph);
+    } else {
+        run([&] { return executor.compute(graph); });
+    }
+}
+
+template <typename Compute> void Session::run(const Compute &compute) {
+    const ggml_status status = should_stop() ? GGML_STATUS_ABORTED : compute();
     switch (status) {
         case GGML_STATUS_SUCCESS: return;
         case GGML_STATUS_ABORTED: clear_cancel(); throw Error(DG_ERROR_CANCELLED, "cancelled");
@@ -383,6 +248,46 @@ void Session::compute(Executor &executor, const Graph &graph) {
         case GGML_STATUS_FAILED: break;
     }
     throw Error(DG_ERROR_INTERNAL, "ggml failed to compute a graph");
+}
+
+void Session::profile(bool on) {
+    if (on && !model_->devices().empty()) {
+        throw Error(DG_ERROR_UNSUPPORTED, "the parts of a step are timed on the CPU alone; use n_gpu_layers=0");
+    }
+    profiled_ = on;
+    timings_ = {};
+}
+
+// One operator at a time. What ggml fuses in a whole graph is not fused here, which costs about a percent of a step.
+void Session::run_timed(const Graph &graph) {
+    ggml_init_params params = {};
+    params.mem_size = ggml_graph_overhead_custom(1, false) + ggml_tensor_overhead();
+    params.no_alloc = true;
+    const ggml_context_ptr context(ggml_init(params));
+    if (!context) {
+        throw Error(DG_ERROR_MEMORY, "memory for a graph of one operator was refused");
+    }
+    ggml_cgraph *one = ggml_new_graph_custom(context.get(), 1, false);
+    for (int i = 0; i < ggml_graph_n_nodes(graph.nodes); ++i) {
+        ggml_tensor *node = ggml_graph_node(graph.nodes, i);
+        if (node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE ||
+            node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE) {
+            continue;
+        }
+        ggml_graph_clear(one);
+        ggml_graph_add_node(one, node);
+        const auto began = std::chrono::steady_clock::now();
+        run([&] { return ggml_backend_graph_compute(backends_.back().get(), one); });
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+        switch (part_of(node)) {
+            case Part::OTHER: timings_.other += seconds; break;
+            case Part::PRODUCTS: timings_.products += seconds; break;
+            case Part::EXPERTS: timings_.experts += seconds; break;
+            case Part::ATTENTION: timings_.attention += seconds; break;
+            case Part::HEAD: timings_.head += seconds; break;
+            case Part::SELF_CONDITIONING: timings_.self_conditioning += seconds; break;
+        }
+    }
 }
 
 void Session::encode(const int32_t *ids, int32_t n) {
@@ -414,6 +319,9 @@ void Session::encode_chunk(const int32_t *ids, int32_t n) {
 void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
     if (n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a text is scored after a prefix of at least one token");
+    }
+    if (n_texts < 0) {
+        throw Error(DG_ERROR_ARGUMENT, format("n_texts is %d: it must be 0 or more", n_texts));
     }
     const int32_t most = n_ctx_ - n_past();
     for (int32_t i = 0; i < n_texts; ++i) {
@@ -490,6 +398,7 @@ void Session::check_canvases(const std::vector<int32_t> &segments) const {
 template <typename Run>
 void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run) {
     check_canvases(segments);
+    renew_in_fork();
     pass.mode = Mode::DENOISE;
     pass.n_past = n_past();
     for (size_t i = 0; i < segments.size(); ++i) {
@@ -573,6 +482,10 @@ void Session::set_logits(const float *logits, int32_t n_rows) {
 void Session::condition_on_logits(int32_t n_rows) {
     if (!model_->config().has_self_conditioning) {
         return;
+    }
+    renew_in_fork();
+    if (io_.scratch && io_.longest_embedding == 0.0f && !samples_on_device()) {
+        io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
     }
     for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);

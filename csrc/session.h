@@ -37,7 +37,7 @@ class Session {
 
     // What n_ctx comes to when `asked` is 0; throws CONTEXT for one that is too small or too large.
     static int32_t context_size(const Model &model, int32_t asked);
-    static ggml_type cache_type(dg_kv_type type);
+    static ggml_type cache_type(int32_t type);
     // What a session would take, by the arithmetic that makes one.
     static dg_memory predict(const std::shared_ptr<const Model> &model, const dg_session_options &options);
 
@@ -83,6 +83,12 @@ class Session {
     void collect(bool on);
     const Importance *importance() const { return importance_.get(); }
 
+    // From here on, or no longer, the parts of steps are timed, from zero.
+    void profile(bool on);
+    bool profiled() const { return profiled_; }
+    void add_sampling_time(double seconds) { timings_.sampling += seconds; }
+    const dg_timings &timings() const { return timings_; }
+
     void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
     void clear_cancel() { cancelled_.store(false, std::memory_order_relaxed); }
     void set_poll(dg_poll poll, void *user) {
@@ -100,6 +106,7 @@ class Session {
     int32_t n_threads_;
     int32_t n_rows_; // R: the most rows that canvases denoised together have
     ggml_type type_kv_;
+    bool own_operators_; // the CPU's (product.h); else ggml's alone
     std::unique_ptr<KvCache> cache_;
     std::vector<ggml_backend_ptr> backends_;    // the CPU's is last
     std::vector<ggml_context_ptr> io_contexts_; // of each of them
@@ -107,6 +114,7 @@ class Session {
     GraphIo io_;
     std::vector<float> host_logits_; // [R, V], where they are made on a device and wanted here
     ggml_threadpool *threadpool_ = nullptr;
+    int64_t process_ = 0; // whose threads they are: a fork has none of them
     std::unique_ptr<Executor> passes_;
     std::unique_ptr<Executor> soft_;
     Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
@@ -118,6 +126,8 @@ class Session {
     std::vector<int32_t> tokens_;
     std::atomic<int32_t> n_past_{0};
     dg_memory memory_ = {};
+    bool profiled_ = false;
+    dg_timings timings_ = {};
     std::atomic<bool> cancelled_{false};
     dg_poll poll_ = nullptr;
     void *poll_user_ = nullptr;
@@ -129,6 +139,13 @@ class Session {
     void plan(bool allocate);
     void make_io(bool allocate);
     void allocate_io(int32_t device);
+    size_t io_bytes() const;
+    size_t io_bytes_on(size_t device) const;
+    size_t host_bytes() const;
+    void start_threads();
+    void stop_threads();
+    void renew_in_fork();
+    void make_executors(bool allocate);
     std::unique_ptr<Executor> make_executor(const std::vector<Graph> &largest, bool allocate);
     void set_past(int32_t n);
     void set_pass_inputs(const Pass &pass);
@@ -141,6 +158,8 @@ class Session {
     void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run);
     void take_coming(int32_t n_rows);
     void compute(Executor &executor, const Graph &graph);
+    template <typename Compute> void run(const Compute &compute);
+    void run_timed(const Graph &graph);
     bool should_stop();
 };
 

@@ -76,7 +76,7 @@ void Session::load(const std::string &path) {
         if (size > file->size() - at) {
             throw Error(DG_ERROR_FORMAT, format("%s: cut short: not a whole saved session", path.c_str()));
         }
-        std::memcpy(out, file->data() + at, size);
+        std::copy_n(file->data() + at, size, static_cast<unsigned char *>(out));
         at += size;
     };
     SavedHeader header = {};
@@ -97,7 +97,11 @@ void Session::load(const std::string &path) {
     }
     std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
     take(tokens.data(), tokens.size() * sizeof(int32_t));
-    check_ids("saved tokens", tokens.data(), header.n_past);
+    try {
+        check_ids("saved tokens", tokens.data(), header.n_past);
+    } catch (const Error &error) {
+        throw Error(DG_ERROR_FORMAT, path + ": " + error.what());
+    }
     std::vector<char> bytes;
     for (const CacheLayer &layer : cache_->layers()) {
         for (ggml_tensor *t : {layer.k, layer.v}) {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pydiffgguf.errors import (
         CancelledError,
         ContextOverflowError,
+        DeviceError,
         DiffGGUFError,
         ModelClosedError,
         ModelFormatError,
@@ -39,6 +40,7 @@ __all__ = [
     "CanvasSpec",
     "ContextOverflowError",
     "DenoiseStep",
+    "DeviceError",
     "DiffGGUFError",
     "DiffusionModel",
     "Edit",
@@ -64,6 +66,7 @@ _HOME = {
     "errors": (
         "CancelledError",
         "ContextOverflowError",
+        "DeviceError",
         "DiffGGUFError",
         "ModelClosedError",
         "ModelFormatError",

@@ -43,6 +43,7 @@ from pydiffgguf._records import (
     RawStep,
     Sampling,
     TensorInfo,
+    Timings,
 )
 
 try:
@@ -184,6 +185,7 @@ def _fields(struct: Any, names: tuple[str, ...]) -> dict[str, Any]:
 _SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
 _DEVICE_FIELDS = tuple(Device.__dataclass_fields__)
 _MEMORY_FIELDS = tuple(Memory.__dataclass_fields__)
+_TIMINGS_FIELDS = tuple(Timings.__dataclass_fields__)
 _CONFIG_FIELDS = tuple(name for name in ModelConfig.__dataclass_fields__ if name != "layers")
 
 
@@ -321,7 +323,7 @@ class NativeModel:
         for i in range(lib.dg_model_n_tensors(pointer)):
             info = lib.dg_model_tensor(pointer, i)
             shape = tuple(info.ne[0 : info.n_dims])
-            result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes))
+            result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes, _text(info.kernel)))
         return result
 
     def devices(self) -> list[Device]:
@@ -396,7 +398,12 @@ def _fill_spec(spec: CanvasSpec, sampling: Sampling, canvas_length: int, out: An
 
 
 def _session_options(
-    n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, type_kv: str = "f16", n_rows: int = 0
+    n_ctx: int = 0,
+    n_batch: int = 512,
+    n_threads: int = 0,
+    type_kv: str = "f16",
+    n_rows: int = 0,
+    ggml_operators: bool = False,
 ) -> Any:
     if type_kv not in KV_TYPES:
         raise ValueError(f"type_kv is {type_kv!r}: it must be one of {', '.join(map(repr, KV_TYPES))}")
@@ -406,6 +413,7 @@ def _session_options(
     options.n_threads = int32("n_threads", n_threads)
     options.type_kv = KV_TYPES[type_kv]
     options.n_rows = int32("n_rows", n_rows)
+    options.ggml_operators = bool(ggml_operators)
     return options
 
 
@@ -414,7 +422,8 @@ class NativeSession:
 
     Options: `n_ctx` 0: the smaller of 8192 and the file's context length. `n_batch`: tokens per chunk of a prompt.
     `n_threads` 0: as many as this process may use at once. `type_kv`: a key of KV_TYPES. `n_rows`: the most rows that
-    canvases side by side may have together, 0 for C, which is the least.
+    canvases side by side may have together, 0 for C, which is the least. `ggml_operators`: compute with ggml's
+    operators alone, as devices other than the CPU do.
 
     The computing methods raise SessionBusyError when another thread is inside, CancelledError after cancel(), and what
     a signal handler raised (KeyboardInterrupt) when one ran meanwhile; what then holds stands at each call in
@@ -443,6 +452,15 @@ class NativeSession:
         """Frees the cache and the buffers; a call under way on another thread is cancelled first. Idempotent."""
         self.cancel()
         self._pointer = None
+
+    def profile(self, on: bool) -> None:
+        """From here on operators run one at a time and are timed, from zero; or no longer."""
+        _call(lib.dg_session_profile, self._open_pointer(), bool(on))
+
+    @property
+    def timings(self) -> Timings:
+        """What computing took since `profile(True)`, by part."""
+        return Timings(**_fields(lib.dg_session_timings(self._open_pointer()), _TIMINGS_FIELDS))
 
     def _open_pointer(self) -> Any:
         pointer = self._pointer
@@ -611,10 +629,12 @@ def sample(
     uniform: npt.ArrayLike,
     renoise: npt.ArrayLike,
     pinned: npt.ArrayLike | None = None,
+    ggml_operators: bool = False,
 ) -> RawSample:
     """The sampler alone on logits z float32 [C, V], softcapped, before temperature; `step` counts from 0.
 
     `uniform` float64 [C] in [0, 1), `renoise` [C] ids, `pinned` [C] ids with -1 where a row is free.
+    `ggml_operators`: as the logits of a device are sampled.
     """
     z = float_array("z", z, np.float32, (None, None))
     n_rows, n_vocab = z.shape
@@ -634,6 +654,7 @@ def sample(
         int32("step", step),
         noise,
         _pointer_to("int32_t[]", pinned_ids),
+        bool(ggml_operators),
         _pointer_to("int32_t[]", argmax),
         _pointer_to("int32_t[]", canvas),
         _pointer_to("uint8_t[]", accepted),

@@ -72,12 +72,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of the file: `shape` in ggml's order (the first number is contiguous), `type` by ggml's name."""
+    """A tensor of the file: `shape` in ggml's order (the first number is contiguous), `type` by ggml's name. `kernel`:
+    what products with it are computed in on the CPU: "8-bit integers", "float32" or "ggml"."""
 
     name: str
     type: str
     shape: tuple[int, ...]
     n_bytes: int
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,19 @@ class Memory:
     kv_cache: int
     compute: int
     logits: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds by what they went into; see dg_timings in csrc/diffgguf.h."""
+
+    products: float
+    experts: float
+    attention: float
+    head: float
+    self_conditioning: float
+    sampling: float
+    other: float
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         "pydiffgguf convert model-bf16.gguf -o mine.gguf --type q4_k_m --tensor-type 'ffn_.*_exps=iq4_nl'",
     )
     sub.add_argument(
-        "source", metavar="SRC", help="a folder with config.json and safetensors, hf:OWNER/REPO, or a GGUF file"
+        "source",
+        metavar="SRC",
+        help="a folder with config.json and safetensors, or hf:OWNER/REPO; a GGUF file, or hf:OWNER/REPO:PATTERN",
     )
     sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="appears only when it is whole")
     sub.add_argument(
@@ -200,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TYPE",
         default="q8_0",
         help="f32, f16, bf16, q8_0 (default), q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, iq4_nl, iq4_xs, q3_k_m, q2_k "
-        "or mxfp4, tensor by tensor what llama.cpp gives; dg4, about 4.8 bits a weight, is made for this model",
+        "or mxfp4, tensor by tensor what llama.cpp gives; dg4, 4.6 bits a weight, is made for this model",
     )
     sub.add_argument(
         "--tensor-type",
@@ -235,16 +237,27 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         "inspect",
-        "what a GGUF file holds, what memory it needs, what it lacks",
+        "what a GGUF file holds, what memory it needs, what it lacks; or what sets two files apart",
         _inspect,
         "pydiffgguf inspect model.gguf",
         "pydiffgguf inspect model.gguf --tensors --json",
+        "pydiffgguf inspect model.gguf --fit 16GB --ctx 32768",
+        "pydiffgguf inspect --diff a.gguf b.gguf --data",
     )
-    sub.add_argument("file", metavar="FILE", help=MODEL_HELP)
+    sub.add_argument("file", metavar="FILE", nargs="?", help=MODEL_HELP)
+    sub.add_argument(
+        "--diff", nargs=2, metavar=("A", "B"), help="compare two files, in place of FILE: keys and tensors"
+    )
+    sub.add_argument("--data", action="store_true", help="with --diff: the weights too, byte for byte")
     sub.add_argument("--tensors", action="store_true", help="list every tensor")
     sub.add_argument("--json", action="store_true", help="print one object")
     sub.add_argument("--ctx", type=int, metavar="N", help="positions to reckon the memory for")
-    sub.add_argument("--type-kv", metavar="TYPE", default="f16", help="type of the cache to reckon with (f16)")
+    sub.add_argument("--type-kv", metavar="TYPE", help="type of the cache to reckon with (f16)")
+    sub.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="what goes onto a device with so much memory free (16GB is 10^9 bytes each, 16GiB 2^30), and what stays",
+    )
 
     sub = command(
         "rpc-server",
@@ -536,10 +549,10 @@ def _chat(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from pydiffgguf.convert import convert
     from pydiffgguf.convert.output import human
-    from pydiffgguf.hub import resolve_checkpoint
+    from pydiffgguf.hub import resolve_source
     from pydiffgguf.terminal import conversion_progress
 
-    source = resolve_checkpoint(args.source)
+    source = resolve_source(args.source)
     with conversion_progress(sys.stderr) as progress:
         report = convert(
             source,
@@ -586,15 +599,42 @@ def _imatrix(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert import fit
     from pydiffgguf.convert.inspect import inspect_file
     from pydiffgguf.convert.report import render, to_dict
     from pydiffgguf.hub import resolve_model
 
-    report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv)
+    if (args.file is None) == (args.diff is None):
+        args.command.error("give one FILE, or two files behind --diff")
+    if args.diff is not None:
+        return _inspect_diff(args)
+    if args.data:
+        args.command.error("--data goes with --diff")
+    device = None if args.fit is None else fit.parse_size(args.fit)
+    report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv or "f16")
+    plan = None if device is None else fit.plan(report, device)
     if args.json:
-        _print_json(to_dict(report, tensors=args.tensors))
+        out = to_dict(report, tensors=args.tensors)
+        _print_json(out if plan is None else {**out, "fit": plan.to_dict()})
     else:
         _print_rich(render(report, tensors=args.tensors))
+        if plan is not None:
+            _print_rich(fit.render(plan))
+    return 0
+
+
+def _inspect_diff(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert.diff import compare_files
+    from pydiffgguf.convert.report import diff_to_dict, render_diff
+    from pydiffgguf.hub import resolve_model
+
+    if args.tensors or any(value is not None for value in (args.ctx, args.type_kv, args.fit)):
+        args.command.error("--tensors, --ctx, --type-kv and --fit do not go with --diff")
+    diff = compare_files(*(resolve_model(name) for name in args.diff), data=args.data)
+    if args.json:
+        _print_json(diff_to_dict(diff))
+    else:
+        _print_rich(render_diff(diff))
     return 0
 
 

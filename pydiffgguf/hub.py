@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-__all__ = ["choose_files", "resolve_checkpoint", "resolve_hub", "resolve_model"]
+__all__ = ["choose_files", "resolve_hub", "resolve_model", "resolve_source"]
 
 PREFIX = "hf:"
 
@@ -47,9 +47,10 @@ def resolve_model(spec: str) -> Path:
     return resolve_hub(repo_id, pattern or "*")
 
 
-def resolve_checkpoint(spec: str) -> Path:
-    """The checkpoint folder that a name means: a path as it is, or ``hf:OWNER/REPO``, of which configuration, tokenizer
-    and those safetensors are downloaded that its index names, when they are not in the cache.
+def resolve_source(spec: str) -> Path:
+    """What to convert, by name: a path as it is; ``hf:OWNER/REPO``, a checkpoint's folder, of which configuration,
+    tokenizer and those safetensors are downloaded that its index names, when they are not in the cache; or
+    ``hf:OWNER/REPO:PATTERN``, a GGUF file as in `resolve_model`.
 
     Raises:
         ValueError: the name is not of that form.
@@ -65,7 +66,9 @@ def resolve_checkpoint(spec: str) -> Path:
             hint = f"; a repository is written {PREFIX}{spec}" if re.fullmatch(_REPO_ID, spec) else ""
             raise FileNotFoundError(f"{spec}: no such folder{hint}")
         return path
-    repo_id = spec[len(PREFIX) :]
+    repo_id, _, pattern = spec[len(PREFIX) :].partition(":")
+    if pattern:
+        return resolve_model(spec)
     if not re.fullmatch(_REPO_ID, repo_id):
         raise ValueError(f"{spec!r} is not of the form hf:OWNER/REPO")
     folder = _snapshot(repo_id, [*_CHECKPOINT_FILES, INDEX])

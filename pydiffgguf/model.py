@@ -6,6 +6,7 @@ import secrets
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,7 +185,8 @@ class DiffusionModel:
             f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}\n"
             f"pydiffgguf: weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
             f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB"
-            + ("" if self.devices() else "; all on the CPU"),
+            f"{'' if self.devices() else '; all on the CPU'}\n"
+            f"pydiffgguf: products: {self._kernels()}",
             file=sys.stderr,
         )
         for device in self.devices():
@@ -195,6 +197,17 @@ class DiffusionModel:
                 f"{device.memory_free / 1e6:.0f} MB were free",
                 file=sys.stderr,
             )
+
+    def _kernels(self) -> str:
+        """Which tensors are multiplied by what: "8-bit integers for 120 tensors of Q4_K, 25 of Q6_K; ..."."""
+        counts: dict[str, Counter[str]] = {}
+        for tensor in self._native.tensors():
+            if len(tensor.shape) > 1:
+                counts.setdefault(tensor.kernel, Counter())[tensor.type.upper()] += 1
+        return "; ".join(
+            f"{kernel} for " + ", ".join(f"{n} of {name}" for name, n in kinds.items())
+            for kernel, kinds in counts.items()
+        )
 
     # ---------------------------------------------------------------------------------------------------------- text
 
@@ -585,18 +598,20 @@ class DiffusionModel:
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
-    def session(self, *, n_rows: int | None = None) -> Session:
+    def session(self, *, n_rows: int | None = None, ggml_operators: bool = False) -> Session:
         """A session of its own, for tests, research and embedders; with the options that the model was opened with.
 
         Args:
             n_rows: the most rows that canvases side by side may have together; None for the canvas length C, which is
                 the least. The buffers grow with it: a row takes V logits and its part of the largest layer.
+            ggml_operators: compute with ggml's operators alone, as devices other than the CPU do: slower, and with
+                other last bits.
 
         Raises OutOfMemoryError when its cache or buffers are refused.
         """
         self._check_open()
         rows = 0 if n_rows is None else integer("n_rows", n_rows, self.config.canvas_length, 2**16)
-        return Session(self._native, **self._session_options, n_rows=rows)
+        return Session(self._native, **self._session_options, n_rows=rows, ggml_operators=ggml_operators)
 
     @contextmanager
     def session_for(self, prompt: Sequence[int]) -> Iterator[Session]:

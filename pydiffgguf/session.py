@@ -27,6 +27,7 @@ from pydiffgguf._records import (
     ModelConfig,
     RawStep,
     Sampling,
+    Timings,
 )
 
 __all__ = [
@@ -182,6 +183,17 @@ class Session:
     def memory(self) -> Memory:
         """Bytes by kind that this session holds."""
         return self._native.memory
+
+    def profile(self, on: bool = True) -> None:
+        """From here on operators run one at a time and are timed, from zero; or no longer. A step takes about 2 %
+        longer."""
+        self._native.profile(on)
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds of computing since `profile()`, by part: products, experts, attention, head, self-conditioning,
+        sampling and other."""
+        return self._native.timings
 
     def score(self, texts: Sequence[npt.ArrayLike]) -> list[Float64Array]:
         """Encoder mode as a causal language model: for each text (int32 [n], 1 to C ids) float64 [n], the natural log

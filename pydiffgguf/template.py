@@ -18,7 +18,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from types import BuiltinMethodType, MethodType
 from typing import Any, NoReturn, cast
@@ -49,9 +49,11 @@ TURN = 4
 CALL = 20
 ENTRY = 8
 #: A second bound, for work that is only counted roughly (comparisons, searches): the thread's own time, so that a busy
-#: machine changes nothing. The clock is read once for so many units, since reading it costs as much as a turn.
-MAX_SECONDS = 3.0
+#: machine changes nothing. The clock is read once for so many units or payments, since reading it costs as much as a
+#: turn; what one payment stands for takes at most some milliseconds (``'a' in range(99999)``).
+MAX_SECONDS = 1.5
 CLOCK_UNITS = 20_000
+CLOCK_PAYMENTS = 64
 #: Longest text that a search looks for and longest set of characters to strip: both are quadratic at worst.
 MAX_NEEDLE = 1_000
 
@@ -65,6 +67,8 @@ FILTERS = (
 CHEAP_FILTERS = ("count", "d", "default", "first", "last", "length")
 #: Filters that go through all of what they were given; a lazy sequence becomes a list before it is weighed.
 LIST_FILTERS = ("groupby", "join", "list", "max", "min", "reverse", "sort", "unique")
+#: Filters that go through what they were given as their result is gone through, and may hand nothing on.
+LAZY_FILTERS = ("map", "reject", "rejectattr", "select", "selectattr")
 STRING_METHODS = (
     "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal",
     "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition",
@@ -183,6 +187,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=["jinja2.ext.loopcontrols"],
         )
         self._units = 0
+        self._payments = 0
         self._next_look = 0
         self._deadline = 0.0
         self.filters = {name: self._filter(name) for name in FILTERS}
@@ -208,16 +213,23 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def pay(self, units: int) -> None:
         self._units -= units
-        if self._units < self._next_look:
+        self._payments += 1
+        if self._units < self._next_look or self._payments >= CLOCK_PAYMENTS:
             if self._units < 0 or time.thread_time() > self._deadline:
                 raise _OutOfUnits
             self._next_look = self._units - CLOCK_UNITS
+            self._payments = 0
 
     @property
     def turn(self) -> None:
         """Pays for one turn of a loop or one macro call. A property, because jinja2's syntax tree can name an
         attribute of the environment as a statement, and offers no cheaper hook."""
         self.pay(TURN)
+
+    def _paid(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self.pay(TURN)
+            yield value
 
     def _weigh(self, value: Any) -> Any:
         """Pays for a value with all that it holds, counted as often as it would be printed; returns it. Numbers pay for
@@ -307,6 +319,8 @@ class _Environment(ImmutableSandboxedEnvironment):
                 value = list(value)
                 args = (*args[:index], value, *rest)
             self._weigh(value)
+            if name in LAZY_FILTERS and isinstance(value, Iterable) and not isinstance(value, Undefined):
+                args = (*args[:index], self._paid(value), *rest)
             self._weigh((rest, kwargs))
             self._price_filter(name, value, rest, kwargs)
             return self._weigh(builtin(*args, **kwargs))

@@ -131,10 +131,10 @@ def environment(url: str, home: Path, **changes: str) -> dict[str, str]:
     }
 
 
-def resolve(url: str, home: Path, *specs: str, checkpoint: bool = False, **changes: str) -> list[dict[str, Any]]:
-    """What `resolve_model` (or `resolve_checkpoint`) makes of each name: {"path"} or {"error", "message"}, and
+def resolve(url: str, home: Path, *specs: str, source: bool = False, **changes: str) -> list[dict[str, Any]]:
+    """What `resolve_model` (or `resolve_source`) makes of each name: {"path"} or {"error", "message"}, and
     "warnings"."""
-    command = [sys.executable, __file__, "resolve_checkpoint" if checkpoint else "resolve_model", *specs]
+    command = [sys.executable, __file__, "resolve_source" if source else "resolve_model", *specs]
     run = subprocess.run(command, env=environment(url, home, **changes), capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]

@@ -136,6 +136,8 @@ BOMBS = [
     "{{ " + "1+" * 40_000 + "1 }}",
     "{% if 1 %}" + "{% elif 1 %}" * 8_000 + "{% endif %}",
     "x" * 200_000,
+    "{% for x in range(999) %}{% for y in range(99999) | selectattr('role') %}{% endfor %}{% endfor %}",
+    "{% for x in range(99999) %}{{ 'a' in range(99999) }}{% endfor %}",
 ]
 
 ESCAPES = [

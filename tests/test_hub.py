@@ -217,11 +217,18 @@ def test_a_token_opens_private_and_gated_repositories(hub: Hub, tmp_path: Path) 
 
 def test_of_a_checkpoint_only_what_is_converted_is_fetched(hub: Hub, tmp_path: Path) -> None:
     """Configuration, tokenizer, and the weights that the index names: not the second copy, not other folders."""
-    (result,) = resolve(hub.url, tmp_path, "hf:a/checkpoint", checkpoint=True)
+    (result,) = resolve(hub.url, tmp_path, "hf:a/checkpoint", source=True)
     wanted = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
     wanted += ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert sorted(hub.downloaded()) == sorted(wanted)
     assert sorted(path.name for path in Path(result["path"]).iterdir()) == sorted(wanted)
+
+
+def test_a_gguf_of_the_hub_is_a_source_too(hub: Hub, tmp_path: Path) -> None:
+    """With a pattern; without one the repository is a checkpoint."""
+    (result,) = resolve(hub.url, tmp_path, "hf:a/quants:Q8_0", source=True)
+    assert result["path"].endswith("x-Q8_0.gguf")
+    assert hub.downloaded() == ["x-Q8_0.gguf"]
 
 
 def test_commands_and_from_pretrained_take_names(hub: Hub, tmp_path: Path) -> None:

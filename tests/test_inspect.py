@@ -17,6 +17,7 @@ import pytest
 import tiny_checkpoint
 from gguf import GGUFValueType
 from gguf_rewrite import DROP, Typed, rewrite
+from hostile_headers import HOSTILE, gguf_bytes, gguf_text, tensor_info
 from rich.console import Console
 
 from pydiffgguf import DiffusionModel
@@ -364,57 +365,6 @@ def test_random_damage_gives_a_report_or_one_kind_of_error(model: Path, tmp_path
     assert min(outcomes.values()) > 20
 
 
-def text(s: str | bytes) -> bytes:
-    raw = s.encode() if isinstance(s, str) else s
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def tensor_info(name: str | bytes, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-
-
-def gguf_bytes(keys: list[bytes], tensors: list[bytes], data: int = 4096) -> bytes:
-    """A GGUF of diffusion-gemma with these raw keys and tensor infos, and `data` zero bytes behind."""
-    architecture = text("general.architecture") + struct.pack("<I", 8) + text("diffusion-gemma")
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys) + 1) + architecture
-    return head + b"".join(keys) + b"".join(tensors) + bytes(data)
-
-
-def u32(name: str, value: int) -> bytes:
-    return text(name) + struct.pack("<II", 4, value)
-
-
-HOSTILE = {
-    "counts": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "announces"),
-    "key count": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**62) + bytes(1000), "announces"),
-    "array of strings": (gguf_bytes([text("a") + struct.pack("<IIQ", 9, 8, 2**61)], []), "cut short"),
-    "array of bytes": (gguf_bytes([text("a") + struct.pack("<IIQ", 9, 0, 2**63)], []), "cut short"),
-    "string": (gguf_bytes([text("a") + struct.pack("<IQ", 8, 2**63)], []), "cut short"),
-    "key's name": (gguf_bytes([struct.pack("<Q", 2**40)], []), "a name of 1099511627776 bytes"),
-    "nested array": (gguf_bytes([text("a") + struct.pack("<IIQ", 9, 9, 1)], []), "array of the unknown type 9"),
-    "value type": (gguf_bytes([text("a") + struct.pack("<I", 77)], []), "unknown type 77"),
-    "key twice": (gguf_bytes([u32("a", 1), u32("a", 2)], []), "key 'a' is there twice"),
-    "key not text": (gguf_bytes([text(b"\xff\xfe") + struct.pack("<II", 4, 1)], []), "not valid UTF-8"),
-    "alignment 0": (gguf_bytes([u32("general.alignment", 0)], []), "power of two"),
-    "alignment 48": (gguf_bytes([u32("general.alignment", 48)], []), "power of two"),
-    "alignment text": (
-        gguf_bytes([text("general.alignment") + struct.pack("<I", 8) + text("32")], []),
-        "has type str: expected u32",
-    ),
-    "no dimensions": (gguf_bytes([], [tensor_info("t", ())]), "0 dimensions"),
-    "many dimensions": (gguf_bytes([], [tensor_info("t", (1,) * 5)]), "5 dimensions"),
-    "shape 0": (gguf_bytes([], [tensor_info("t", (4, 0))]), "impossible shape"),
-    "shape overflow": (gguf_bytes([], [tensor_info("t", (2**40, 2**40))]), "impossible shape"),
-    "tensor type": (gguf_bytes([], [tensor_info("t", (4,), kind=999)]), "unknown type 999"),
-    "removed type": (gguf_bytes([], [tensor_info("t", (32,), kind=4)]), "unknown type 4"),
-    "blocks": (gguf_bytes([], [tensor_info("t", (31,), kind=8)]), "blocks of 32 of Q8_0"),
-    "offset past the end": (gguf_bytes([], [tensor_info("t", (4,), offset=2**40)]), "cut short: tensor 't' ends"),
-    "offset odd": (gguf_bytes([], [tensor_info("t", (4,), offset=3)]), "multiple of the alignment"),
-    "tensor twice": (gguf_bytes([], [tensor_info("t", (4,)), tensor_info("t", (4,))]), "tensor 't' is there twice"),
-    "data too short": (gguf_bytes([], [tensor_info("t", (4096,))]), "cut short: tensor 't' ends"),
-}
-
-
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_heads_are_refused_at_once(tmp_path: Path, case: str) -> None:
     """Counts, lengths, types and places that make no sense: one line, and no loop over what is not there."""
@@ -430,8 +380,11 @@ def test_hostile_heads_are_refused_at_once(tmp_path: Path, case: str) -> None:
 def test_strings_of_a_file_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     """Escape sequences, line breaks and rich's markup in names and values come out as visible text."""
     evil = "\x1b[2J\x07[bold]x[/nothing]\r\n\u202egnp"
-    keys = [text(evil) + struct.pack("<I", 8) + text(evil), text("general.name") + struct.pack("<I", 8) + text(evil)]
-    keys.append(text("nan") + struct.pack("<If", 6, float("nan")))
+    keys = [
+        gguf_text(evil) + struct.pack("<I", 8) + gguf_text(evil),
+        gguf_text("general.name") + struct.pack("<I", 8) + gguf_text(evil),
+    ]
+    keys.append(gguf_text("nan") + struct.pack("<If", 6, float("nan")))
     (tmp_path / "x.gguf").write_bytes(gguf_bytes(keys, [tensor_info(evil, (4,))]))
     report = inspect_file(tmp_path / "x.gguf")
     shown = as_text(report, 200)
@@ -442,9 +395,9 @@ def test_strings_of_a_file_cannot_write_to_the_terminal(tmp_path: Path) -> None:
 
 def test_a_vocabulary_of_full_size_is_read_in_seconds(tmp_path: Path) -> None:
     """262,144 tokens and 514,906 merges; only the beginning of such an array is kept."""
-    tokens = struct.pack("<IIQ", 9, 8, 262_144) + b"".join(text(f"t{i}") for i in range(262_144))
-    merges = struct.pack("<IIQ", 9, 8, 514_906) + text("a b") * 514_906
-    keys = [text("tokenizer.ggml.tokens") + tokens, text("tokenizer.ggml.merges") + merges]
+    tokens = struct.pack("<IIQ", 9, 8, 262_144) + b"".join(gguf_text(f"t{i}") for i in range(262_144))
+    merges = struct.pack("<IIQ", 9, 8, 514_906) + gguf_text("a b") * 514_906
+    keys = [gguf_text("tokenizer.ggml.tokens") + tokens, gguf_text("tokenizer.ggml.merges") + merges]
     (tmp_path / "x.gguf").write_bytes(gguf_bytes(keys, []))
     started = time.monotonic()
     head = read_head(tmp_path / "x.gguf")

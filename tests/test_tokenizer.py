@@ -217,8 +217,20 @@ def test_long_texts_are_not_quadratic(tokenizer: Tokenizer) -> None:
         (lambda p: (p[0], p[1], ["t h", "a  b"]), "entry 1 is 'a  b', expected two parts"),
         (lambda p: (p[0], p[1], ["t h", "Q Z"]), r"entry 1 \('Q', 'Z'\): 'Q' is not in the vocabulary"),
         (lambda p: (p[0], p[1], ["x x"]), r"entry 0 \('x', 'x'\): 'xx' is not in the vocabulary"),
+        # longer than every token: tokenizers panics where it looks it up
+        (lambda p: (p[0], p[1], [f"{max(p[0], key=len)} x"]), r"entry 0 .* is not in the vocabulary"),
     ],
-    ids=["empty", "duplicate", "surrogate", "types", "one-part", "three-parts", "unknown-part", "unknown-result"],
+    ids=[
+        "empty",
+        "duplicate",
+        "surrogate",
+        "types",
+        "one-part",
+        "three-parts",
+        "unknown-part",
+        "unknown-result",
+        "long",
+    ],
 )
 def test_broken_vocabularies_are_refused(parts: Any, change: Any, message: str) -> None:
     """Each with one line that names the key."""

@@ -1,0 +1,250 @@
+"""A denoise step of the released model on paper: bytes, operations and launches, and the floors they set on a device.
+
+    python benchmarks/performance_model.py            # the tables of docs/PERFORMANCE.md
+    python benchmarks/performance_model.py --n-past 8192 --json
+
+Nothing is measured here. A floor is what a device cannot beat with this division of work: for each part of the step the
+larger of bytes over bandwidth and operations over peak, added up, since the parts follow one another. Shapes and types
+are those of the published files (released.py), the division of work is csrc/graph.cpp's and csrc/cuda's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import released
+from released import CANVAS, N_EXPERTS_USED, N_LAYERS, SIZES, ReleasedTensor, tensors, write_head
+
+from pydiffgguf.convert.fit import FitPlan, plan
+from pydiffgguf.convert.inspect import inspect_file
+
+STEPS = (12, 16, 24)
+GB = 10**9
+
+#: Launches of one layer: 66 nodes of csrc/graph.cpp and 2 for each expert that a row uses, without views (10) and norms
+#: that ggml-cuda fuses with their weights (10), and with one quantization of activations for each of 12 products.
+LAUNCHES_PER_LAYER = 66 + 2 * N_EXPERTS_USED - 10 - 10 + 12
+#: Head, softcap, embedding and self-conditioning; then our three.
+LAUNCHES_BESIDES = 24 + 3
+#: Seconds from one kernel of a replayed CUDA graph to the next, when both are short. An assumption.
+LAUNCH = 1.5e-6
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks from the vendor's data sheet, without sparsity. `memory`: what --fit may fill; None: it all fits."""
+
+    name: str
+    bandwidth: float  # bytes a second
+    int8: float  # operations a second: quantized products (MMQ)
+    half: float  # operations a second, FP16 with FP32 sums: attention, the generic soft embedding
+    memory: int | None = None
+
+
+H100 = Device("H100 SXM", 3.35e12, 1979e12, 989e12)
+RTX_5090 = Device("RTX 5090", 1.792e12, 838e12, 209.5e12, 32 * GB)
+RTX_4090 = Device("RTX 4090", 1.008e12, 660.6e12, 165.2e12, 24 * GB)
+RTX_4070 = Device("RTX 4070 (12 GB)", 0.504e12, 233e12, 58.3e12, 12 * GB)
+DEVICES = (H100, RTX_5090, RTX_4090, RTX_4070)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the experts meet that do not fit: assumptions, of a desktop."""
+
+    bandwidth: float = 89.6e9  # two channels of DDR5-5600
+    compute: float = 0.5e12  # operations a second on quantized weights, 8 cores
+    link: float = 25e9  # PCIe 4.0 x16, as copies reach it
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a step: bytes read and written, operations, and on which of a device's units."""
+
+    name: str
+    n_bytes: float
+    operations: float
+    unit: str = "int8"
+
+    def floor(self, device: Device) -> float:
+        """Seconds."""
+        return max(self.n_bytes / device.bandwidth, self.operations / getattr(device, self.unit))
+
+
+def products(some: Sequence[ReleasedTensor], rows: float) -> tuple[float, float]:
+    """Bytes and operations of matrices that each meet so many rows."""
+    return sum(t.n_bytes for t in some), 2 * rows * sum(t.n_elements for t in some)
+
+
+def visible(layer: int, n_past: int) -> int:
+    """Cached positions that a row of the canvas sees."""
+    return min(n_past, released.WINDOW - 1) if released.is_sliding(layer) else n_past
+
+
+def step_parts(type: str, n_past: int) -> list[Part]:
+    """A step of one canvas over `n_past` cached positions, in float16, with the kernels of csrc/cuda."""
+    every = list(tensors(type))
+    experts = [t for t in every if t.kind == "experts"]
+    layers = [t for t in every if t.layer is not None and t.kind != "experts"]
+    embedding = [t for t in every if t.kind == "embedding"]
+    conditioning = [t for t in every if t.kind == "self-conditioning"]
+    kv = attention = 0.0
+    for layer in range(N_LAYERS):
+        head, seen = released.head_dim(layer), visible(layer, n_past)
+        kv += (
+            2 * 2 * released.kv_heads(layer) * head * (seen + 2 * CANVAS)
+        )  # read, and the canvas's own written and read
+        attention += 2 * 2 * CANVAS * (seen + CANVAS) * released.N_HEADS * head
+    logits = CANVAS * SIZES["vocab"] * 4
+    return [
+        Part("dense weights", *products(layers + conditioning, CANVAS)),
+        # Each row takes 8 of 128, so each expert meets 16 rows; all are read.
+        Part("experts", *products(experts, CANVAS * N_EXPERTS_USED / SIZES["experts"])),
+        Part("attention", kv, attention, "half"),
+        Part("head", *products(embedding, CANVAS)),
+        # Written, softcapped in place, and read by dg_sample_rows, which leaves the processed ones.
+        Part("logits: softcap, sampler", logits * (1 + 2 + 2), 0.0),
+        Part("self-conditioning, gathered", gather_bytes(every, 100), 0.0),
+    ]
+
+
+def gather_bytes(every: Sequence[ReleasedTensor], candidates: int) -> float:
+    """Of dg_gather_signal, when each row has so many candidates."""
+    (embedding,) = (t for t in every if t.kind == "embedding")
+    return CANVAS * candidates * embedding.n_bytes / SIZES["vocab"]
+
+
+def dense_signal(type: str) -> Part:
+    """The generic soft embedding in place of the gather: the softmax written and read, the embedding read, and as
+    float32 written, transposed (read and written), and read by the product."""
+    (embedding,) = (t for t in tensors(type) if t.kind == "embedding")
+    softmax = CANVAS * SIZES["vocab"] * 4
+    n_bytes = 3 * softmax + embedding.n_bytes + 4 * 4 * embedding.n_elements
+    return Part("self-conditioning, generic", n_bytes, 2 * CANVAS * embedding.n_elements, "half")
+
+
+def n_launches() -> int:
+    return N_LAYERS * LAUNCHES_PER_LAYER + LAUNCHES_BESIDES
+
+
+def encode_parts(type: str, n_past: int) -> list[Part]:
+    """The canvas into the cache: a step without head, logits and signal."""
+    return [p for p in step_parts(type, n_past) if p.name in ("dense weights", "experts", "attention")]
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Seconds. `host`: of the experts that stay on the host, `host_by` the cheaper way there."""
+
+    device: str
+    type: str
+    memory: float  # the step's parts on the device, one after the other
+    launches: float
+    host: float
+    host_by: str
+    n_cpu_moe: int
+    encode: float
+
+    @property
+    def step(self) -> float:
+        """Kernels of a graph overlap with nothing: the memory's floor, or the launches' where that is more."""
+        return max(self.memory, self.launches) + self.host
+
+    def tokens_per_second(self, steps: int) -> float:
+        """256 tokens for so many steps and the pass that encodes them."""
+        return CANVAS / (steps * self.step + self.encode)
+
+
+def fit(type: str, device: Device, n_ctx: int) -> FitPlan | None:
+    """What `inspect --fit` says of the published file on this device."""
+    if device.memory is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head.gguf"
+        write_head(path, type)
+        return plan(inspect_file(path, n_ctx=n_ctx), device.memory)
+
+
+def floors(type: str, device: Device, n_past: int, n_ctx: int = 8192, host: Host | None = None) -> Floors:
+    host = host or Host()
+    placed = fit(type, device, n_ctx)
+    n_cpu_moe = placed.n_cpu_moe if placed else 0
+    away = [t for t in tensors(type) if t.kind == "experts" and t.layer is not None and t.layer < n_cpu_moe]
+    n_bytes, operations = products(away, CANVAS * N_EXPERTS_USED / SIZES["experts"])
+    computed = max(n_bytes / host.bandwidth, operations / host.compute)
+    copied = n_bytes / host.link
+    here = 1 - n_bytes / sum(t.n_bytes for t in tensors(type) if t.kind == "experts")
+    # Copied experts are computed on the device, as those that live there.
+    by_copy = copied < computed
+    scale = {"experts": 1.0 if by_copy else here}
+    memory = sum(p.floor(device) * scale.get(p.name, 1.0) for p in step_parts(type, n_past))
+    away_time = min(copied, computed)
+    encode = sum(p.floor(device) * scale.get(p.name, 1.0) for p in encode_parts(type, n_past)) + away_time
+    how = ("copied to the device" if by_copy else "computed on the host") if away else ""
+    return Floors(device.name, type, memory, n_launches() * LAUNCH, away_time, how, n_cpu_moe, encode)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds < 0.01 else f"{seconds * 1e3:.1f}"
+
+
+def tables(n_past: int) -> dict[str, str]:
+    """The generated tables of docs/PERFORMANCE.md, by name."""
+    out = {}
+    for type in ("q4_k_m", "q8_0"):
+        parts = [*step_parts(type, n_past), dense_signal(type)]
+        out[f"parts {type}"] = markdown_table(
+            ["part", "GB", "TOP", *(f"{d.name}, ms" for d in DEVICES)],
+            [
+                [p.name, f"{p.n_bytes / GB:.3f}", f"{p.operations / 1e12:.3f}", *(ms(p.floor(d)) for d in DEVICES)]
+                for p in parts
+            ],
+        )
+    rows = []
+    for device in DEVICES:
+        for type in ("q4_k_m", "q8_0"):
+            f = floors(type, device, n_past)
+            where = f"{f.n_cpu_moe} of {N_LAYERS} layers, {f.host_by}: {ms(f.host)} ms" if f.n_cpu_moe else "none"
+            rows.append(
+                [f"{device.name}, {type.upper()}", ms(f.memory), where, ms(f.step), ms(f.encode)]
+                + [f"{f.tokens_per_second(n):,.0f}" for n in STEPS]
+            )
+    out["floors"] = markdown_table(
+        ["device, file", "on the device, ms", "experts on the host", "step, ms", "encode, ms"]
+        + [f"tokens/s at {n} steps" for n in STEPS],
+        rows,
+    )
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The floors of a denoise step of the released model.")
+    parser.add_argument("--n-past", type=int, default=1024, metavar="N", help="cached positions (default: 1024)")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    args = parser.parse_args(argv)
+    if args.n_past < 1:
+        parser.error(f"--n-past: {args.n_past}, expected at least 1")
+    if args.json:
+        every = [floors(type, device, args.n_past) for device in DEVICES for type in ("q4_k_m", "q8_0")]
+        step = {type: [asdict(p) for p in step_parts(type, args.n_past)] for type in ("q4_k_m", "q8_0")}
+        print(json.dumps({"parts": step, "launches": n_launches(), "floors": [asdict(f) for f in every]}, indent=1))
+        return 0
+    for name, table in tables(args.n_past).items():
+        print(f"<!-- {name} -->\n{table}\n<!-- end -->\n")
+    print(f"{n_launches():,} launches a step, {ms(n_launches() * LAUNCH)} ms at {LAUNCH * 1e6:.1f} us each")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

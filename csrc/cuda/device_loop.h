@@ -1,0 +1,112 @@
+// What CanvasLoop (csrc/loop.h) carries from step to step, on a device: canvases, rules, entropies, decisions. Between
+// the forward passes nothing crosses to the host but a Decision of 32 bytes a canvas, and what somebody watches.
+//
+// The hook. CanvasLoop stays the one that checks options and knows which canvases go on; where the session's logits lie
+// on a device that has these kernels, it holds a DeviceLoop and, in the places where it would touch rows on the host,
+// calls it instead:
+//     begin()  after start() of every canvas:            device->begin(starts)
+//     place()  instead of Session::move_condition:       device->place(going)
+//     step()   instead of Session::condition_on_logits:  nothing, unless device->wants_dense_signal()
+//              the pass's ids:                           are in Target::ids already
+//              instead of sample_step and the history:   device->step(noise), then decision(i) decides
+//              a watcher's arrays:                       device->read(i, out)
+// Target's pointers are `data` of tensors in the device's buffer: io.logits, io.ids, io.soft, token_embd. The backend
+// that computes the pass is synchronized before step(); step() returns when its own launches are through.
+#pragma once
+
+#include "device.h"
+#include "sampler.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace dg::cuda {
+
+class DeviceLoop {
+  public:
+    // Where the session's tensors lie, and their shapes.
+    struct Target {
+        int32_t n_rows;  // R: what logits, ids and soft have room for
+        int32_t n_vocab; // at most MAX_VOCAB
+        float softcap;   // 0: the graph softcaps
+        float *logits;   // [R, n_vocab]
+        int32_t *ids;    // [R]
+        float *soft;     // [R, n_embd]; null: the file has no self-conditioning
+        const void *embedding;
+        RowType embedding_type;
+        int32_t n_embd;
+        int32_t capacity = CAPACITY; // candidates that a row has room for: beyond, the signal is dense
+    };
+
+    // A canvas as CanvasLoop has checked it; `canvas`: [n_rows], the ids that it starts from.
+    struct Start {
+        dg_sampling sampling;
+        int32_t n_steps; // that are made at most: step_count(sampling)
+        uint64_t seed;
+        uint32_t canvas_index;
+        int32_t n_rows;
+        RowRules rules;
+        const int32_t *canvas;
+    };
+
+    // Host arrays of n_rows for one canvas; null for what is not wanted.
+    struct Rows {
+        int32_t *argmax;
+        int32_t *canvas;
+        uint8_t *accepted;
+        double *entropy;
+        double *logprob; // as long as the canvas is watched
+    };
+
+    // Throws Error: UNSUPPORTED for a vocabulary beyond MAX_VOCAB, else what Device throws.
+    DeviceLoop(Device &device, const Target &target);
+    ~DeviceLoop();
+    DeviceLoop(const DeviceLoop &) = delete;
+    DeviceLoop &operator=(const DeviceLoop &) = delete;
+
+    // The canvases' rows stand one after the other, in this order. UNSUPPORTED: a canvas of more than MAX_ROWS rows.
+    // After an error no canvas is under way.
+    void begin(const std::vector<Start> &starts);
+    // Closes up the rows of those that go on: `which`, a subset of the placed ones in their order.
+    void place(const std::vector<int32_t> &which);
+    // After a pass of the placed canvases. `noise`: null, or one for each of the canvases that were begun. INTERNAL
+    // when a row of logits holds NaN or has no finite maximum.
+    void step(const dg_noise *noise);
+    // Of the last step, by the canvas's number in begin().
+    const Canvas::Decision &decision(int32_t index) const;
+    // Whether the last step left Target::soft incomplete: the processed logits then make it, as they do on the host.
+    bool wants_dense_signal() const;
+    void read(int32_t index, const Rows &out);
+
+  private:
+    // One allocation on the device.
+    class Memory {
+      public:
+        Memory(Device &device, size_t n_bytes) : device_(&device), data_(device.allocate(n_bytes)) {}
+        ~Memory() { device_->release(data_); }
+        Memory(const Memory &) = delete;
+        Memory &operator=(const Memory &) = delete;
+        char *data() const { return static_cast<char *>(data_); }
+
+      private:
+        Device *device_;
+        void *data_;
+    };
+
+    Device &device_;
+    const Target target_;
+    std::unique_ptr<Memory> candidates_;
+    std::vector<std::unique_ptr<Memory>> memories_; // of each canvas, by its number
+    std::unique_ptr<Memory> canvases_memory_;       // Canvas [n_canvases]: the placed ones
+    std::vector<Canvas> canvases_;                  // the placed ones, as they were after the last step
+    std::vector<int32_t> placed_;                   // their numbers
+    std::vector<double *> uniform_;                 // of each canvas, by its number: room for handed-in draws
+    std::vector<int32_t *> renoise_;
+    Step step_ = {};
+
+    Canvas make_canvas(const Start &start, int32_t first_row);
+    void upload_canvases();
+    size_t place_of(int32_t index) const;
+};
+
+} // namespace dg::cuda

@@ -1,0 +1,134 @@
+// The inner loop of every matrix product here: a few rows of weights times a block of columns, in float32.
+//
+// Activations stand in column blocks: COLUMNS columns side by side, so that a row of a block is two vectors and a
+// weight is broadcast to them. Block b of a matrix [depth, n] begins at b * depth * COLUMNS; its element (k, j) stands
+// at k * COLUMNS + j. Each sum runs over k in order, whatever the number of rows, columns and threads: an output has
+// the same bits alone and among others.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// Vectors are a language extension of Clang and GCC (from 12 on with named shuffles); other compilers leave the work to
+// ggml's own operators.
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+#    define DG_HAS_TILES 1
+#else
+#    define DG_HAS_TILES 0
+#endif
+
+#if DG_HAS_TILES
+namespace dg {
+
+// Rows times vectors are what the registers hold besides two vectors of x and a broadcast weight.
+#    if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+constexpr int TILE_ROWS = 12;
+#    elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+constexpr int TILE_ROWS = 6;
+#    elif defined(__aarch64__)
+constexpr int64_t LANES = 4;
+constexpr int TILE_ROWS = 12;
+#    else
+constexpr int64_t LANES = 4;
+constexpr int TILE_ROWS = 6;
+#    endif
+constexpr int64_t COLUMNS = 2 * LANES;
+
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t IntLanes __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+inline int64_t column_blocks(int64_t n) { return (n + COLUMNS - 1) / COLUMNS; }
+
+inline Lanes load(const float *from) {
+    Lanes v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline void store(float *to, Lanes v) { std::memcpy(to, &v, sizeof v); }
+
+// Rows of numbers to multiply with: element (r, k) is at[r * row + k * step].
+struct Rows {
+    const float *at;
+    int64_t row;
+    int64_t step;
+};
+
+template <int R, int V, bool ADJACENT>
+void multiply_tile(const Rows &w, int64_t depth, const float *x, float *out, int64_t out_row, bool add) {
+    const int64_t step = ADJACENT ? 1 : w.step;
+    const int64_t row = ADJACENT ? w.row : 1;
+    Lanes sums[R][V] = {};
+    const float *at = w.at;
+    for (int64_t k = 0; k < depth; ++k, at += step, x += COLUMNS) {
+        Lanes columns[V];
+        for (int v = 0; v < V; ++v) {
+            columns[v] = load(x + v * LANES);
+        }
+        for (int r = 0; r < R; ++r) {
+            const float weight = at[r * row];
+            for (int v = 0; v < V; ++v) {
+                sums[r][v] += weight * columns[v];
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) {
+            float *to = out + r * out_row + v * LANES;
+            store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+        }
+    }
+}
+
+// out [rows, COLUMNS] = w [rows, depth] times one block of columns (or is added to). `narrow`: only the first LANES
+// columns count. Adjacent: w.step is 1; else w.row is.
+template <bool ADJACENT>
+void multiply_block(Rows w, int64_t rows, int64_t depth, const float *x, float *out, int64_t out_row, bool narrow,
+                    bool add) {
+    const auto some = [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        for (; rows >= R; rows -= R) {
+            if (narrow) {
+                multiply_tile<R, 1, ADJACENT>(w, depth, x, out, out_row, add);
+            } else {
+                multiply_tile<R, 2, ADJACENT>(w, depth, x, out, out_row, add);
+            }
+            w.at += R * w.row;
+            out += R * out_row;
+        }
+    };
+    some(std::integral_constant<int, TILE_ROWS>());
+    some(std::integral_constant<int, 4>());
+    some(std::integral_constant<int, 1>());
+}
+
+// block[k * COLUMNS + j] = columns[j][k] for j < n <= COLUMNS; the other columns become 0.
+void pack_columns(const float *const *columns, int64_t n, int64_t depth, float *block);
+// The way back: columns[j][k] = block[k * COLUMNS + j].
+void unpack_columns(const float *block, int64_t depth, int64_t n, float *const *columns);
+
+// Below this a term is 0 in float32; a softcap of 30 at t = 0.4 spans 150.
+constexpr float EXP_FLOOR = -87.0f;
+
+// exp(x) for EXP_FLOOR <= x <= 0, a vector at a time: see exp_negative.
+inline Lanes exp_lanes(Lanes x) {
+    constexpr float ROUND = 12582912.0f;
+    const Lanes k = (x * 1.44269504088896341f + ROUND) - ROUND;
+    const Lanes r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    Lanes p = r * 1.3888889e-3f + 8.3333338e-3f;
+    p = p * r + 4.1666668e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const IntLanes bits = (__builtin_convertvector(k, IntLanes) + 127) << 23;
+    Lanes scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+
+} // namespace dg
+#endif

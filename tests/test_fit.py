@@ -1,0 +1,135 @@
+"""`inspect --fit`: what goes onto a device adds up, and is not less than what a session takes."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from released import TYPES, tensors, write_head
+
+from pydiffgguf import DiffusionModel
+from pydiffgguf.cli import main
+from pydiffgguf.convert.fit import RESERVE, FitPlan, estimate_buffers, parse_size, plan
+from pydiffgguf.convert.inspect import FileReport, Keys, inspect_file, read_layers
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The published files' heads, with holes for weights."""
+    folder = tmp_path_factory.mktemp("released")
+    for kind in TYPES:
+        write_head(folder / f"{kind}.gguf", kind)
+    return {kind: folder / f"{kind}.gguf" for kind in TYPES}
+
+
+@pytest.fixture(scope="module")
+def q4(heads: dict[str, Path]) -> FileReport:
+    return inspect_file(heads["q4_k_m"])
+
+
+def test_the_head_is_that_of_the_published_file(heads: dict[str, Path], q4: FileReport, tmp_path: Path) -> None:
+    """Bytes of tensor data and tensors by type are the published Q4_K_M's."""
+    assert write_head(tmp_path / "head.gguf", "q4_k_m") == 16_790_985_600
+    assert {kind: share.tensors for kind, share in q4.types.items()} == {
+        "F32": 423,
+        "Q4_K": 194,
+        "Q5_0": 33,
+        "Q8_0": 28,
+        "Q6_K": 14,
+    }
+    assert [f for f in q4.findings if f.level == "error"] == []
+    assert heads["q8_0"].stat().st_size == pytest.approx(26.9e9, rel=0.005)
+    with pytest.raises(ValueError, match="q4_k_m, q8_0"):
+        list(tensors("q2_k"))
+
+
+def check_sum(p: FitPlan, report: FileReport) -> None:
+    assert all(share.device >= 0 and share.host >= 0 for share in p.shares)
+    assert sum(share.device for share in p.shares) + p.free == p.device_bytes
+    assert p.free >= 0
+    weights = sum(s.device + s.host for s in p.shares if s.what.startswith(("embedding", "layers", "experts")))
+    assert weights == sum(t.n_bytes for t in report.tensors) == report.memory.weight_bytes
+    (cache,) = [s for s in p.shares if s.what.startswith("KV")]
+    assert cache.device + cache.host == report.memory.kv_bytes
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("size", [8, 12, 16, 18, 24])
+def test_the_plan_adds_up(heads: dict[str, Path], kind: str, size: int) -> None:
+    """Every byte of weights and cache has one place, and the device is not overfilled; what is left over would not hold
+    the experts of one more layer."""
+    report = inspect_file(heads[kind])
+    p = plan(report, size * GB)
+    check_sum(p, report)
+    assert p.n_gpu_layers == 30
+    by_layer = [
+        sum(t.n_bytes for t in report.tensors if t.name.startswith(f"blk.{i}.ffn_") and "exps.w" in t.name)
+        for i in range(30)
+    ]
+    (experts,) = [s for s in p.shares if s.what.startswith("experts")]
+    assert experts.host == sum(by_layer[: p.n_cpu_moe])
+    assert p.n_cpu_moe == 0 or p.free < by_layer[p.n_cpu_moe - 1]
+
+
+def test_a_larger_device_takes_more(q4: FileReport) -> None:
+    """From nothing to everything, a step never takes anything back; 18 GB hold all but two layers' experts, which is
+    what "within 18 GB" leaves beside a context of 8,192 and a driver."""
+    plans = [plan(q4, size * GB // 4) for size in range(1, 100)]
+    for p in plans:
+        check_sum(p, q4)
+    for less, more in pairwise(plans):
+        assert less.n_gpu_layers <= more.n_gpu_layers
+        assert less.n_cpu_moe >= more.n_cpu_moe
+    assert (plans[0].n_gpu_layers, plans[0].offload_kv) == (0, False)
+    assert 0 < min(p.n_gpu_layers for p in plans if p.n_gpu_layers) < 30
+    assert plans[-1].is_whole and plans[-1].offload_kv
+    assert plan(q4, 18 * GB).n_cpu_moe == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"n_ctx": 1024}, {"n_ctx": 32_768}, {"n_ctx": 131_072}, {"n_rows": 512}])
+def test_buffers_are_not_less_than_a_session_takes(heads: dict[str, Path], options: dict[str, int]) -> None:
+    """The engine's own arithmetic, on the released shape."""
+    with DiffusionModel(heads["q4_k_m"]) as model:
+        memory = model.memory(**options)
+    report = inspect_file(heads["q4_k_m"], n_ctx=options.get("n_ctx"))
+    layers = read_layers(Keys(report.keys))
+    assert layers is not None and report.memory.n_ctx is not None
+    buffers = estimate_buffers(report, layers, report.memory.n_ctx, options.get("n_rows", 256))
+    assert buffers.logits == memory.logits
+    assert buffers.working >= memory.compute
+    assert report.memory.kv_bytes == memory.kv_cache
+
+
+def test_a_long_context_takes_the_place_of_experts(heads: dict[str, Path], q4: FileReport) -> None:
+    long = plan(inspect_file(heads["q4_k_m"], n_ctx=65_536), 16 * GB)
+    quantized = plan(inspect_file(heads["q4_k_m"], n_ctx=65_536, type_kv="q8_0"), 16 * GB)
+    assert long.n_cpu_moe > quantized.n_cpu_moe > plan(q4, 16 * GB).n_cpu_moe
+
+
+def test_sizes(q4: FileReport) -> None:
+    assert parse_size("16GB") == parse_size(" 16 gb") == parse_size("16000MB") == 16 * GB
+    assert parse_size("16GiB") == 16 << 30
+    assert parse_size("1.5kB") == parse_size("1500") == 1500
+    for wrong in ("", "GB", "16 G", "-1GB", "1e9", "16GB free"):
+        with pytest.raises(ValueError, match="expected a size such as"):
+            parse_size(wrong)
+    with pytest.raises(ValueError, match="device_bytes: 0"):
+        plan(q4, 0)
+    with pytest.raises(ValueError, match="n_rows: 0"):
+        plan(q4, GB, n_rows=0)
+
+
+def test_the_command_shows_the_arithmetic(heads: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(heads["q4_k_m"]), "--fit", "12GB", "--json"]) == 0
+    fit = json.loads(capsys.readouterr().out)["fit"]
+    assert fit["shares"][0] == {"what": "driver, context, workspace", "device": RESERVE, "host": 0}
+    assert sum(share["device"] for share in fit["shares"]) + fit["free"] == fit["device_bytes"] == 12 * GB
+    assert main(["inspect", str(heads["q4_k_m"]), "--fit", "12GB"]) == 0
+    shown = capsys.readouterr().out
+    assert f"n_gpu_layers=30, n_cpu_moe={fit['n_cpu_moe']}, offload_kv=True" in shown
+    assert main(["inspect", str(heads["q4_k_m"]), "--fit", "twelve"]) != 0
+    assert "16GiB" in capsys.readouterr().err

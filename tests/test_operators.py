@@ -1,0 +1,199 @@
+"""The CPU's own operators (csrc/product.h, attention.h, soft.h) against ggml's, on random nets of every kind of weights.
+
+ggml's operators serve devices and are what the own ones must agree with; parity with transformers is tested apart
+(tests/parity). Rows are compared by the norm of the difference over the norm of the row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import shapes
+
+from pydiffgguf import DiffusionModel
+from pydiffgguf.session import CanvasSpec, Session
+
+#: Awkward on purpose: nothing but the rows that K types need divides by what a vector or a tile holds.
+SMALL: dict[str, Any] = dict(
+    vocab_size=1037,
+    hidden_size=256,
+    intermediate_size=512,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    num_hidden_layers=4,
+    num_attention_heads=5,
+    num_key_value_heads=5,
+    head_dim=64,
+    num_global_key_value_heads=1,
+    global_head_dim=128,
+    sliding_window=19,
+    num_experts=7,
+    top_k_experts=3,
+    moe_intermediate_size=256,
+    canvas_length=37,
+    max_position_embeddings=512,
+)
+C, V = 37, 1037
+QUANTIZED = ("q8_0", "q4_0", "q5_0", "q4_k", "q5_k", "q6_k")
+
+Rows = npt.NDArray[np.float32]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "small", SMALL)
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.gguf"
+    shapes.write(path, "small", type=kind)
+    return path
+
+
+def ids(n: int, first: int = 0) -> npt.NDArray[np.int32]:
+    return np.array([(797 * (first + i) + 5) % V for i in range(n)], dtype=np.int32)
+
+
+def worst(a: Rows, b: Rows) -> float:
+    """The greatest relative error of a row."""
+    return float((np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)).max())
+
+
+def two_passes(session: Session, n_rows: int = C) -> Rows:
+    """A pass behind a prefix longer than the window, and one that is conditioned on its logits."""
+    session.encode(ids(61))
+    first = session.denoise(ids(n_rows, 7), n_rows=n_rows)
+    second = session.denoise(ids(n_rows, 7), self_conditioning=first / np.float32(0.6), n_rows=n_rows)
+    return np.concatenate([first, second])
+
+
+@pytest.mark.parametrize("type_kv", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("n_batch", [7, 512])
+def test_float32_agrees_with_ggml(tmp_path: Path, type_kv: str, n_batch: int) -> None:
+    """Weights in float32, so that what is left are orders of sums; a cache in less than float32 is rounded the same on
+    both sides, but for keys that lie between two values (1e-4), and ggml rounds queries to Q8_0 beside it."""
+    bound = {"f32": 5e-6, "f16": 2e-4, "q8_0": 2e-2}[type_kv]
+    with DiffusionModel(write(tmp_path, "f32"), n_threads=1, type_kv=type_kv, n_batch=n_batch) as model:
+        with model.session() as own, model.session(ggml_operators=True) as ggml:
+            assert worst(two_passes(own), two_passes(ggml)) < bound
+
+
+@pytest.mark.parametrize("kind", (*QUANTIZED, "f16", "bf16", "iq4_nl", "q4_1", "q3_k"))
+def test_quantized_weights_are_those_of_the_file(tmp_path: Path, kind: str) -> None:
+    """Against ggml, which rounds activations to 8 bits as the integer products do, in blocks of its own: two roundings
+    of a percent each, where one misread scale or nibble gives tens of percents."""
+    with DiffusionModel(write(tmp_path, kind), n_threads=1, type_kv="f32") as model:
+        with model.session() as own, model.session(ggml_operators=True) as ggml:
+            assert worst(two_passes(own), two_passes(ggml)) < (1e-3 if kind in ("f16", "bf16") else 0.04)
+
+
+@pytest.mark.parametrize("kind", ("f32", "q4_k", "q6_k"))
+def test_threads_change_no_bit(tmp_path: Path, kind: str) -> None:
+    """Which thread takes which rows, experts and heads is chance; what comes out is not."""
+    results = []
+    for n_threads in (1, 2, 3):
+        with DiffusionModel(write(tmp_path, kind), n_threads=n_threads) as model, model.session() as session:
+            results.append(two_passes(session))
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", ("f32", "q8_0", "q4_k"))
+def test_a_row_has_the_same_bits_among_any_number_of_rows(tmp_path: Path, kind: str) -> None:
+    """Texts scored side by side and alone, one token and many: products, experts and attention give a row what it has
+    alone."""
+    with DiffusionModel(write(tmp_path, kind), n_threads=1) as model, model.session(n_rows=4 * C) as session:
+        session.encode(ids(40))
+        texts = [ids(n, 100 + n) for n in (1, 2, 13, 33, C)]
+        together = session.score(texts)
+        for text, logprob in zip(texts, together, strict=True):
+            assert np.array_equal(session.score([text])[0], logprob)
+
+
+def test_a_prompt_in_chunks_has_the_same_bits(tmp_path: Path) -> None:
+    """Chunks of 5, 16 and all: the cache holds the same numbers, so a canvas sees the same."""
+    results = []
+    for n_batch in (5, 16, 512):
+        with DiffusionModel(write(tmp_path, "q8_0"), n_threads=1, n_batch=n_batch) as model, model.session() as session:
+            session.encode(ids(61))
+            results.append(session.denoise(ids(C)))
+    # A sliding layer's ring is as long as the chunk wants it, so its blocks of keys begin elsewhere: orders of sums.
+    assert worst(results[0], results[2]) < 2e-3 and worst(results[1], results[2]) < 2e-3
+
+
+def signal_rows(rng: np.random.Generator) -> Rows:
+    """Processed logits of every kind: one-hot, peaked, between, flat, and with ids that may not be taken."""
+    z = rng.normal(size=(C, V)).astype(np.float32)
+    spread = np.geomspace(0.01, 60, C).astype(np.float32)
+    z *= spread[:, None]
+    z[3, rng.permutation(V)[:1000]] = -np.inf
+    z[5] = -np.inf
+    z[5, 17] = 0.0
+    return z
+
+
+@pytest.mark.parametrize("kind", ("f32", "q8_0"))
+def test_the_signal_is_that_of_the_whole_vocabulary(tmp_path: Path, kind: str) -> None:
+    """Gathered and dense rows side by side against the product with the whole embedding. The signal's error is bounded
+    by 1e-6; the net behind it adds its own rounding (5e-6 here in float32, as in the first test)."""
+    signal = signal_rows(np.random.default_rng(4))
+    with DiffusionModel(write(tmp_path, "f32"), n_threads=2, type_kv="f32") as model:
+        with model.session() as own, model.session(ggml_operators=True) as ggml:
+            for session in (own, ggml):
+                session.encode(ids(20))
+            canvas = ids(C)
+            a, b = (s.denoise(canvas, self_conditioning=signal) for s in (own, ggml))
+            assert worst(a, b) < 1e-5
+            assert worst(a, own.denoise(canvas)) > 0.01  # the signal matters
+
+
+def test_many_rows_of_one_expert_and_none_of_another(tmp_path: Path) -> None:
+    """The same id everywhere: all rows go to the same experts, and the others get none."""
+    with DiffusionModel(write(tmp_path, "f32"), n_threads=2, type_kv="f32", n_batch=300) as model:
+        with model.session() as own, model.session(ggml_operators=True) as ggml:
+            results = []
+            for session in (own, ggml):
+                session.encode(np.full(300, 9))
+                results.append(session.denoise(np.full(C, 11)))
+            assert worst(results[0], results[1]) < 5e-6
+
+
+def test_timings_cover_a_step(tmp_path: Path) -> None:
+    """Every part of a step takes time, and nothing is counted when it is off."""
+    with DiffusionModel(write(tmp_path, "q4_k"), n_threads=1) as model, model.session() as session:
+        session.encode(ids(20))
+        assert not any(vars(session.timings).values())
+        session.profile()
+        session.run_canvas(steps=3, confidence_threshold=0.0)
+        assert all(seconds > 0 for seconds in vars(session.timings).values())
+        session.profile(False)
+        assert not any(vars(session.timings).values())
+
+
+def test_kernels_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`verbose` says what products are computed in, for which types."""
+    with DiffusionModel(write(tmp_path, "q4_k"), verbose=True) as model:
+        kernels = {tensor.kernel for tensor in model.tensors}
+    assert kernels <= {"8-bit integers", "float32", "ggml"}
+    assert "of Q4_K" in capsys.readouterr().err
+
+
+def test_canvases_side_by_side_have_the_bits_they_have_alone(tmp_path: Path) -> None:
+    """Rows of several canvases share experts and tiles; two steps, with self-conditioning."""
+    from pydiffgguf.session import CanvasBatch
+
+    with DiffusionModel(write(tmp_path, "q4_k"), n_threads=2) as model, model.session(n_rows=4 * C) as session:
+        session.encode(ids(30))
+        specs = [CanvasSpec(n_rows=n, seed=n) for n in (1, 11, C)]
+
+        def steps(group: list[CanvasSpec]) -> list[list[Any]]:
+            batch = CanvasBatch(session, group, session._defaults)
+            return [batch.step() for _ in range(2)]
+
+        together = steps(specs)
+        for i, spec in enumerate(specs):
+            for step, alone in zip(together, steps([spec]), strict=True):
+                assert np.array_equal(step[i].entropy, alone[0].entropy)
+                assert np.array_equal(step[i].canvas, alone[0].canvas)
