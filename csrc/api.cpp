@@ -612,6 +612,22 @@ const char *dg_backend_name(int32_t index) {
                : nullptr;
 }
 
+int32_t dg_n_devices(void) {
+    dg::initialize_ggml();
+    return static_cast<int32_t>(ggml_backend_dev_count());
+}
+
+dg_device dg_local_device(int32_t index) {
+    dg_device out = {};
+    if (index >= 0 && index < dg_n_devices()) {
+        const ggml_backend_dev_t device = ggml_backend_dev_get(static_cast<size_t>(index));
+        out.name = ggml_backend_dev_name(device);
+        out.endpoint = "";
+        ggml_backend_dev_memory(device, &out.memory_free, &out.memory_total);
+    }
+    return out;
+}
+
 // --------------------------------------------------------------------------------------------- other machines
 
 dg_status dg_rpc_serve(const char *endpoint, int32_t n_threads, char *err, size_t err_size) {

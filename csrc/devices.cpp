@@ -66,26 +66,41 @@ Devices::Devices(const std::vector<std::string> &rpc, bool local) {
     std::sort(connections_.begin(), connections_.end());
     const Turn turn(*this);
     for (const std::string &endpoint : rpc) {
-        const auto add = reinterpret_cast<AddServer>(rpc_function("ggml_backend_rpc_add_server"));
-        const ggml_backend_reg_t server = add(endpoint.c_str());
-        // ggml remembers a server that answered once; only its devices' memory is asked for again.
-        Device last = {};
-        for (size_t i = 0; server && i < ggml_backend_reg_dev_count(server); ++i) {
-            last = described(ggml_backend_reg_dev_get(server, i), endpoint);
-            list_.push_back(last);
+        bool answered = false;
+        try {
+            answered = add_server(endpoint);
+        } catch (const Error &error) {
+            if (error.status() != DG_ERROR_DEVICE) { // it took the connection, and said nothing
+                throw;
+            }
         }
-        if (last.total == 0) {
+        if (!answered) {
             throw Error(DG_ERROR_IO, "no RPC server answers at " + endpoint +
                                          "; start one there with: pydiffgguf "
                                          "rpc-server --port N");
         }
-        held_.emplace_back(ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(last.handle), 1));
     }
     for (size_t i = 0; local && i < ggml_backend_dev_count(); ++i) {
         if (is_accelerator(ggml_backend_dev_get(i))) {
             list_.push_back(described(ggml_backend_dev_get(i), ""));
         }
     }
+}
+
+bool Devices::add_server(const std::string &endpoint) {
+    const auto add = reinterpret_cast<AddServer>(rpc_function("ggml_backend_rpc_add_server"));
+    // ggml remembers a server that answered once; only its devices' memory is asked for again, and 0 is no answer.
+    const ggml_backend_reg_t server = add(endpoint.c_str());
+    Device last = {};
+    for (size_t i = 0; server && i < ggml_backend_reg_dev_count(server); ++i) {
+        last = described(ggml_backend_reg_dev_get(server, i), endpoint);
+        list_.push_back(last);
+    }
+    if (last.total == 0) {
+        return false;
+    }
+    held_.emplace_back(ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(last.handle), 1));
+    return true;
 }
 
 Devices::~Devices() {

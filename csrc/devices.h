@@ -55,6 +55,8 @@ class Devices {
     };
 
   private:
+    bool add_server(const std::string &endpoint);
+
     std::vector<Device> list_;
     std::vector<ggml_backend_buffer_ptr> held_; // a byte on each server: ggml hangs up when it holds nothing there
     std::vector<std::recursive_mutex *> connections_; // in one order for all, so that two models cannot lock each other

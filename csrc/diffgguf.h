@@ -403,6 +403,9 @@ DG_API const char *dg_compiler(void);
 DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */
 DG_API int32_t dg_n_backends(void);
 DG_API const char *dg_backend_name(int32_t index); /* NULL when out of range */
+/* This machine's devices, the CPU among them: name and memory are filled in. Zeros when out of range. */
+DG_API int32_t dg_n_devices(void);
+DG_API dg_device dg_local_device(int32_t index);
 
 /* ------------------------------------------------------------------------------------------- other machines */
 

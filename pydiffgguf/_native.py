@@ -36,6 +36,7 @@ from pydiffgguf._records import (
     Float64Array,
     Int32Array,
     LayerConfig,
+    LocalDevice,
     Memory,
     MetadataValue,
     ModelConfig,
@@ -748,6 +749,14 @@ def serve_rpc(endpoint: str, *, n_threads: int = 0) -> None:
     _call(lib.dg_rpc_serve, endpoint.encode(), int32("n_threads", n_threads))
 
 
+def _local_device(device: Any) -> LocalDevice:
+    return {
+        "name": _text(device.name),
+        "memory_free": int(device.memory_free),
+        "memory_total": int(device.memory_total),
+    }
+
+
 def build_info() -> BuildInfo:
     return {
         "version": _text(lib.dg_version()),
@@ -755,5 +764,6 @@ def build_info() -> BuildInfo:
         "ggml_version": _text(lib.dg_ggml_version()),
         "compiler": _text(lib.dg_compiler()),
         "backends": [_text(lib.dg_backend_name(i)) for i in range(lib.dg_n_backends())],
+        "devices": [_local_device(lib.dg_local_device(i)) for i in range(lib.dg_n_devices())],
         "cpu_features": [feature for feature in _text(lib.dg_cpu_features()).split(",") if feature],
     }

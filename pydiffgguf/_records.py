@@ -175,6 +175,14 @@ class CanvasSpec:
         return canvas_length if self.n_rows is None else integer("n_rows", self.n_rows, 1, canvas_length)
 
 
+class LocalDevice(TypedDict):
+    """A device of this machine, the CPU being one; bytes."""
+
+    name: str
+    memory_free: int
+    memory_total: int
+
+
 class BuildInfo(TypedDict):
     """The C library's version and ABI number, the ggml and the compiler inside, the backends that were built in, and
     the CPU features that its code was built with."""
@@ -184,4 +192,5 @@ class BuildInfo(TypedDict):
     ggml_version: str
     compiler: str
     backends: list[str]
+    devices: list[LocalDevice]
     cpu_features: list[str]

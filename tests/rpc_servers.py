@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -77,7 +77,9 @@ class Relay:
                 target.sendall(data)
             except OSError:
                 break
-        for end in (source, target):
+        for end in (source, target):  # wakes the other direction's thread as well, which close() alone does not
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
             end.close()
 
     def close(self) -> None:
