@@ -32,7 +32,6 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import performance_model as paper
-from released import CANVAS, SIZES
 
 from pydiffgguf import DiffGGUFError, DiffusionModel, UnsupportedError, _native
 from pydiffgguf._native import sample
@@ -93,15 +92,15 @@ def compile_kernels(gpu: Gpu, folder: Path) -> ctypes.CDLL:
 def random_embedding(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """The released embedding's bytes in Q6_K with random quants: uint8 [vocab, bytes of a row]."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q6_K]
-    rows = rng.integers(0, 256, (SIZES["vocab"], SIZES["hidden"] // block, size), np.uint8)
+    rows = rng.integers(0, 256, (paper.CONFIG.vocab_size, paper.CONFIG.hidden_size // block, size), np.uint8)
     rows[:, :, -2:] = np.array([0.001], dtype="<f2").view(np.uint8)  # the block's scale: random bytes may be NaN
-    return rows.reshape(SIZES["vocab"], -1)
+    return rows.reshape(paper.CONFIG.vocab_size, -1)
 
 
 def measure_kernels(kernels: ctypes.CDLL, device: paper.Device, repeat: int) -> list[dict[str, Any]]:
     """Time and floor of each kernel in ms. Raises SystemExit when the device's results are not the C++ sampler's."""
     rng = np.random.default_rng(1)
-    n, vocab, hidden, t = CANVAS, SIZES["vocab"], SIZES["hidden"], 0.6
+    n, vocab, hidden, t = paper.CANVAS, paper.CONFIG.vocab_size, paper.CONFIG.hidden_size, 0.6
     z = (rng.standard_normal((n, vocab)) * 3).astype(np.float32)
     z[np.arange(n), rng.integers(0, vocab, n)] = 30.0  # rows as they are when a canvas settles
     uniform, renoise = rng.random(n), rng.integers(0, vocab, n).astype(np.int32)

@@ -5,31 +5,37 @@
 
 Nothing is measured here. A floor is what a device cannot beat with this division of work: for each part of the step the
 larger of bytes over bandwidth and operations over peak, added up, since the parts follow one another. Shapes and types
-are those of the published files (released.py), the division of work is csrc/graph.cpp's and csrc/cuda's.
+are those of the published files (shapes.py), the division of work is csrc/graph.cpp's and csrc/cuda's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import released
-from released import CANVAS, N_EXPERTS_USED, N_LAYERS, SIZES, ReleasedTensor, tensors, write_head
+import shapes
 
+from pydiffgguf.convert.checkpoint import CheckpointTensor
 from pydiffgguf.convert.fit import FitPlan, plan
 from pydiffgguf.convert.inspect import inspect_file
 
+SHAPE = "26b-a4b"
+CONFIG = shapes.shape(SHAPE)
+CANVAS = CONFIG.canvas_length
+N_LAYERS = len(CONFIG.layers)
 STEPS = (12, 16, 24)
 GB = 10**9
 
 #: Launches of one layer: 66 nodes of csrc/graph.cpp and 2 for each expert that a row uses, without views (10) and norms
 #: that ggml-cuda fuses with their weights (10), and with one quantization of activations for each of 12 products.
-LAUNCHES_PER_LAYER = 66 + 2 * N_EXPERTS_USED - 10 - 10 + 12
+LAUNCHES_PER_LAYER = 66 + 2 * CONFIG.experts_used - 10 - 10 + 12
 #: Head, softcap, embedding and self-conditioning; then our three.
 LAUNCHES_BESIDES = 24 + 3
 #: Seconds from one kernel of a replayed CUDA graph to the next, when both are short. An assumption.
@@ -77,14 +83,37 @@ class Part:
         return max(self.n_bytes / device.bandwidth, self.operations / getattr(device, self.unit))
 
 
-def products(some: Sequence[ReleasedTensor], rows: float) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Weights:
+    """One tensor of the file; `kind`: its class in convert/names.py, `layer` None for the global ones."""
+
+    name: str
+    kind: str
+    layer: int | None
+    n_elements: int
+    n_bytes: int
+
+
+@functools.cache
+def tensors(type: str) -> tuple[Weights, ...]:
+    """All tensors of the published file of that type."""
+    found = []
+    for p in shapes.plan(SHAPE, type)[0]:
+        tensor = p.tensor
+        assert isinstance(tensor, CheckpointTensor)
+        layer = int(tensor.name.split(".")[1]) if tensor.name.startswith("blk.") else None
+        found.append(Weights(tensor.name, tensor.rule.kind, layer, math.prod(tensor.shape), p.n_bytes))
+    return tuple(found)
+
+
+def products(some: Sequence[Weights], rows: float) -> tuple[float, float]:
     """Bytes and operations of matrices that each meet so many rows."""
     return sum(t.n_bytes for t in some), 2 * rows * sum(t.n_elements for t in some)
 
 
 def visible(layer: int, n_past: int) -> int:
     """Cached positions that a row of the canvas sees."""
-    return min(n_past, released.WINDOW - 1) if released.is_sliding(layer) else n_past
+    return min(n_past, CONFIG.sliding_window - 1) if CONFIG.layers[layer].sliding else n_past
 
 
 def step_parts(type: str, n_past: int) -> list[Part]:
@@ -96,16 +125,15 @@ def step_parts(type: str, n_past: int) -> list[Part]:
     conditioning = [t for t in every if t.kind == "self-conditioning"]
     kv = attention = 0.0
     for layer in range(N_LAYERS):
-        head, seen = released.head_dim(layer), visible(layer, n_past)
-        kv += (
-            2 * 2 * released.kv_heads(layer) * head * (seen + 2 * CANVAS)
-        )  # read, and the canvas's own written and read
-        attention += 2 * 2 * CANVAS * (seen + CANVAS) * released.N_HEADS * head
-    logits = CANVAS * SIZES["vocab"] * 4
+        shape, seen = CONFIG.layers[layer], visible(layer, n_past)
+        # Read, and the canvas's own written and read.
+        kv += 2 * 2 * shape.kv_heads * shape.head_dim * (seen + 2 * CANVAS)
+        attention += 2 * 2 * CANVAS * (seen + CANVAS) * CONFIG.heads * shape.head_dim
+    logits = CANVAS * CONFIG.vocab_size * 4
     return [
         Part("dense weights", *products(layers + conditioning, CANVAS)),
         # Each row takes 8 of 128, so each expert meets 16 rows; all are read.
-        Part("experts", *products(experts, CANVAS * N_EXPERTS_USED / SIZES["experts"])),
+        Part("experts", *products(experts, CANVAS * CONFIG.experts_used / CONFIG.experts)),
         Part("attention", kv, attention, "half"),
         Part("head", *products(embedding, CANVAS)),
         # Written, softcapped in place, and read by dg_sample_rows, which leaves the processed ones.
@@ -114,17 +142,17 @@ def step_parts(type: str, n_past: int) -> list[Part]:
     ]
 
 
-def gather_bytes(every: Sequence[ReleasedTensor], candidates: int) -> float:
+def gather_bytes(every: Sequence[Weights], candidates: int) -> float:
     """Of dg_gather_signal, when each row has so many candidates."""
     (embedding,) = (t for t in every if t.kind == "embedding")
-    return CANVAS * candidates * embedding.n_bytes / SIZES["vocab"]
+    return CANVAS * candidates * embedding.n_bytes / CONFIG.vocab_size
 
 
 def dense_signal(type: str) -> Part:
     """The generic soft embedding in place of the gather: the softmax written and read, the embedding read, and as
     float32 written, transposed (read and written), and read by the product."""
     (embedding,) = (t for t in tensors(type) if t.kind == "embedding")
-    softmax = CANVAS * SIZES["vocab"] * 4
+    softmax = CANVAS * CONFIG.vocab_size * 4
     n_bytes = 3 * softmax + embedding.n_bytes + 4 * 4 * embedding.n_elements
     return Part("self-conditioning, generic", n_bytes, 2 * CANVAS * embedding.n_elements, "half")
 
@@ -167,7 +195,7 @@ def fit(type: str, device: Device, n_ctx: int) -> FitPlan | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.gguf"
-        write_head(path, type)
+        shapes.write_head(path, SHAPE, type=type)
         return plan(inspect_file(path, n_ctx=n_ctx), device.memory)
 
 
@@ -176,7 +204,7 @@ def floors(type: str, device: Device, n_past: int, n_ctx: int = 8192, host: Host
     placed = fit(type, device, n_ctx)
     n_cpu_moe = placed.n_cpu_moe if placed else 0
     away = [t for t in tensors(type) if t.kind == "experts" and t.layer is not None and t.layer < n_cpu_moe]
-    n_bytes, operations = products(away, CANVAS * N_EXPERTS_USED / SIZES["experts"])
+    n_bytes, operations = products(away, CANVAS * CONFIG.experts_used / CONFIG.experts)
     computed = max(n_bytes / host.bandwidth, operations / host.compute)
     copied = n_bytes / host.link
     here = 1 - n_bytes / sum(t.n_bytes for t in tensors(type) if t.kind == "experts")

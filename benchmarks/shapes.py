@@ -2,6 +2,7 @@
 
     python benchmarks/shapes.py 724m -o 724m.gguf --type q8_0
     python benchmarks/shapes.py 26b-a4b -o full.gguf --type q4_k_m
+    python benchmarks/shapes.py 26b-a4b -o head.gguf --type q4_k_m --head-only
 
 Nothing is trained and there is no tokenizer; the time of a pass does not depend on what the weights say. They are drawn
 so that every layer's output keeps its size (a deviation of one over the root of the inputs; norms, router and scalars
@@ -35,7 +36,7 @@ from pydiffgguf.convert.quantize import encode
 from pydiffgguf.convert.recipes import RECIPES, ModelFacts, Override, Recipe, TypeRules, model_facts, recipe
 from pydiffgguf.convert.writing import Keys, PlannedTensor, header_writer, pad, padded, plan_tensors, write_header
 
-__all__ = ["SHAPES", "shape", "write"]
+__all__ = ["SHAPES", "plan", "shape", "write", "write_head"]
 
 #: Bytes of one piece of a tensor.
 PIECE = 8 << 20
@@ -192,7 +193,8 @@ def rules(type: str, facts: ModelFacts, tensor_types: Sequence[str]) -> TypeRule
         return TypeRules(recipe(type), facts, overrides)
     kind = parse_type(type)
     pure = Recipe(type, kind, LlamaFileType.GUESSED)
-    return TypeRules(pure, facts, [*overrides, Override("", kind)])
+    # Blocks are drawn, not quantized: types that ggml writes with an importance matrix only are as good as others.
+    return TypeRules(pure, facts, [*overrides, Override("", kind)], with_importance=True)
 
 
 def parse_type(name: str) -> GGMLQuantizationType:
@@ -277,6 +279,37 @@ def pieces(p: PlannedTensor, config: ModelConfig, rng: np.random.Generator) -> I
             yield blocks
 
 
+def plan(name: str, type: str, tensor_types: Sequence[str] = ()) -> tuple[list[PlannedTensor], Keys]:
+    """The tensors of a file, with their types and sizes, and its keys; the arguments are those of `write`."""
+    config = shape(name)
+    checkpoint: Any = RandomCheckpoint(config, tensors(config))
+    chosen = rules(type, checkpoint.facts(), tensor_types)
+    planned, _ = plan_tensors(checkpoint, chosen)
+    return planned, Keys(metadata(checkpoint, None, chosen.recipe, f"random {name}"))
+
+
+def write_head(path: Path, name: str, *, type: str = "q8_0") -> int:
+    """Writes what stands before the weights, and a hole for them, which takes no room where the disk knows sparse
+    files; returns the bytes of tensor data. The engine opens the file, and would compute nonsense: only the divisors of
+    angles and the layers' factors, which it looks at, are there. Arguments and errors are those of `write`."""
+    config = shape(name)
+    planned, keys = plan(name, type)
+    path.unlink(missing_ok=True)
+    write_header(header_writer(planned, keys), keys, path)
+    at = start = padded(path.stat().st_size)
+    with open(path, "r+b") as file:
+        for p in planned:
+            tensor = p.tensor
+            assert isinstance(tensor, CheckpointTensor)
+            if tensor.rule.kind in ("rope", "scalar"):
+                file.seek(at)
+                for piece in pieces(p, config, np.random.default_rng(1)):
+                    file.write(piece.data.cast("B"))
+            at += padded(p.n_bytes)
+        file.truncate(at)
+    return at - start
+
+
 def write(
     path: Path,
     name: str,
@@ -299,10 +332,7 @@ def write(
     it cannot be written.
     """
     config = shape(name)
-    checkpoint: Any = RandomCheckpoint(config, tensors(config))
-    chosen = rules(type, checkpoint.facts(), tensor_types)
-    planned, _ = plan_tensors(checkpoint, chosen)
-    keys = Keys(metadata(checkpoint, None, chosen.recipe, f"random {name}"))
+    planned, keys = plan(name, type, tensor_types)
     writer = header_writer(planned, keys)
     total = sum(padded(p.n_bytes) for p in planned)
     with whole_or_nothing(path, total + 1_000_000) as file:
@@ -330,7 +360,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--type", default="q8_0", help="a recipe, or a ggml type for all matrices (default: q8_0)")
     parser.add_argument("--tensor-type", action="append", default=[], metavar="PATTERN=TYPE", dest="tensor_types")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--head-only", action="store_true", help="a hole where the weights would be")
     args = parser.parse_args(argv)
+    if args.head_only:
+        if args.tensor_types:
+            parser.error("--head-only takes no --tensor-type")
+        print(f"{args.out}: {write_head(args.out, args.shape, type=args.type):,} bytes of tensor data, as a hole")
+        return 0
     from rich.console import Console
     from rich.progress import Progress
 

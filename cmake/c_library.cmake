@@ -39,7 +39,7 @@ else()
     file(CONFIGURE OUTPUT exports.map CONTENT "{ global: dg_*; local: *; };\n")
     target_link_options(diffgguf_shared PRIVATE LINKER:--version-script,${CMAKE_CURRENT_BINARY_DIR}/exports.map)
 endif()
-target_link_libraries(diffgguf_shared PRIVATE ${ggml_target})
+target_link_libraries(diffgguf_shared PRIVATE diffgguf)
 set_target_properties(diffgguf_shared PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON) # an installed ggml is found again
 target_include_directories(diffgguf_shared INTERFACE
     $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
@@ -59,8 +59,9 @@ if(NOT backends STREQUAL "ggml-cpu")
 else()
     list(APPEND libraries diffgguf_static)
     find_package(Threads REQUIRED)
+    set(parts diffgguf ggml ggml-base ggml-cpu)
     set(objects "")
-    foreach(part IN ITEMS diffgguf ggml ggml-base ggml-cpu)
+    foreach(part IN LISTS parts)
         list(APPEND objects $<TARGET_OBJECTS:${part}>)
     endforeach()
     if(UNIX AND NOT APPLE AND CMAKE_OBJCOPY AND NOT PYDIFFGGUF_SANITIZE)
@@ -69,8 +70,9 @@ else()
         add_custom_command(
             OUTPUT diffgguf.o
             COMMAND "${CMAKE_CXX_COMPILER}" -r -nostdlib -o diffgguf.o "${objects}"
-            COMMAND "${CMAKE_OBJCOPY}" --localize-hidden --wildcard --localize-symbol=*ggml* diffgguf.o
-            DEPENDS "${objects}"
+            COMMAND "${CMAKE_OBJCOPY}" --localize-hidden
+                    --wildcard --localize-symbol=!dg_* --localize-symbol=*ggml* diffgguf.o
+            DEPENDS ${parts}
             COMMAND_EXPAND_LISTS VERBATIM
         )
         set(objects diffgguf.o)

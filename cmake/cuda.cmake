@@ -32,6 +32,7 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
         set(CMAKE_CUDA_ARCHITECTURES ${capabilities})
     endif()
 endif()
+set(CMAKE_CUDA_RUNTIME_LIBRARY Shared) # as ggml-cuda links it: the static one beside it would be a second runtime
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 enable_language(CUDA)

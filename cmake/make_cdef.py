@@ -10,8 +10,10 @@ import re
 import sys
 from pathlib import Path
 
-# The one function that C calls in Python: see pydiffgguf/_native.py.
-CALLBACK = 'extern "Python" int dg_python_poll(void *user);\n'
+# The functions that C calls in Python: see pydiffgguf/_native.py.
+CALLBACKS = """extern "Python" int dg_python_poll(void *user);
+extern "Python" void dg_python_log(int32_t level, const char *text, void *user);
+"""
 
 
 def derive(header: str) -> str:
@@ -20,7 +22,7 @@ def derive(header: str) -> str:
     text = text.replace("\\\n", " ")
     lines = [line.replace("DG_API ", "") for line in text.splitlines() if not line.lstrip().startswith("#")]
     lines = [line for line in lines if line.strip() not in ("", 'extern "C" {', "}")]
-    return "\n".join(lines) + "\n" + CALLBACK
+    return "\n".join(lines) + "\n" + CALLBACKS
 
 
 if __name__ == "__main__":

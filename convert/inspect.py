@@ -124,9 +124,11 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What inspect_file() found. `keys`: name -> Value; `types`: type -> share; `classes`: class -> type -> share."""
+    """What inspect_file() found. `parts`: the file, or all files of a split model, `size` bytes together; `keys`: name
+    -> Value; `types`: type -> share; `classes`: class -> type -> share."""
 
     path: Path
+    parts: tuple[Path, ...]
     size: int
     version: int
     keys: dict[str, Value]
@@ -143,7 +145,7 @@ class FileReport:
 
 
 def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "f16") -> FileReport:
-    """Reads the head of the GGUF `path` and reports on it; no weight is read.
+    """Reads the head of the GGUF `path`, of a split model the first file, and reports on it; no weight is read.
 
     `n_ctx`: positions that the memory estimate is for, by default the smaller of 8192 and the file's context length.
     `type_kv`: "f32", "f16", "bf16" or "q8_0". Raises OSError when the file cannot be opened, ModelFormatError when it
@@ -166,6 +168,7 @@ def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "
         classes[tensor.kind].append(tensor)
     return FileReport(
         path=head.path,
+        parts=head.parts,
         size=head.size,
         version=head.version,
         keys=head.keys,

@@ -27,6 +27,7 @@ def to_dict(report: FileReport, *, tensors: bool = False) -> dict[str, Any]:
 
     out: dict[str, Any] = {
         "path": str(report.path),
+        "parts": [str(part) for part in report.parts],
         "bytes": report.size,
         "gguf_version": report.version,
         "parameters": report.n_parameters,
@@ -114,10 +115,11 @@ def render(report: FileReport, *, tensors: bool = False) -> RenderableType:
     name = report.keys.get("general.name")
     title = printable(str(name.value)) if name else report.path.name
     file_type = report.keys.get("general.file_type")
+    size = human(report.size) + (f" in {len(report.parts)} files" if len(report.parts) > 1 else "")
     parts: list[RenderableType] = [
         Text.assemble(
             (title, "bold"),
-            f"  {report.n_parameters / 1e6:,.1f} M parameters, {len(report.tensors)} tensors, {human(report.size)}, ",
+            f"  {report.n_parameters / 1e6:,.1f} M parameters, {len(report.tensors)} tensors, {size}, ",
             f"GGUF v{report.version}, {show_file_type(file_type)}",
         ),
         table("Keys", ["key", "type", "count", "value"], [key_row(*item) for item in report.keys.items()], right={2}),

@@ -23,6 +23,10 @@
 #include <new>
 #include <string>
 
+#ifdef __GLIBCXX__
+#    include <cxxabi.h>
+#endif
+
 #ifndef DG_VERSION
 #    error "DG_VERSION is set by the build"
 #endif
@@ -52,7 +56,7 @@ void write_message(const char *message, char *err, size_t err_size) noexcept {
     }
 }
 
-template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) noexcept {
+template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) {
     write_message("", err, err_size);
     try {
         dg::initialize_ggml();
@@ -68,6 +72,10 @@ template <typename Body> dg_status guarded(char *err, size_t err_size, const Bod
     } catch (const std::exception &error) {
         write_message(error.what(), err, err_size);
         return DG_ERROR_INTERNAL;
+#ifdef __GLIBCXX__
+    } catch (const abi::__forced_unwind &) {
+        throw; // the poll function ended its thread: CPython ends daemon threads so that want the GIL while it exits
+#endif
     } catch (...) {
         write_message("an unknown exception", err, err_size);
         return DG_ERROR_INTERNAL;
@@ -96,7 +104,7 @@ template <typename Body> void with_devices(const dg::Model &model, const Body &b
 }
 
 // Runs `body` as the one thread inside the session.
-template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) noexcept {
+template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) {
     return guarded(err, err_size, [&] {
         require(session, "session");
         if (session->busy.test_and_set(std::memory_order_acquire)) {
@@ -548,6 +556,8 @@ dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, 
 
 // ------------------------------------------------------------------------------------------------------- build
 
+void dg_set_log(dg_log log, void *user) { dg::set_log(log, user); }
+
 const char *dg_version(void) { return DG_VERSION; }
 
 int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
@@ -565,6 +575,8 @@ const char *dg_compiler(void) {
     return "unknown";
 #endif
 }
+
+const char *dg_build_flags(void) { return DG_BUILD_FLAGS; }
 
 const char *dg_cpu_features(void) {
     static const std::string features = [] {

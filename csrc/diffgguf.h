@@ -147,7 +147,8 @@ typedef struct dg_sampling {
     double confidence_threshold; /* nats, >= 0: a stop needs the mean entropy of the free rows below it; 0.005 */
 } dg_sampling;
 
-/* Opens a GGUF file; every key and tensor that will be used is checked here (presence, type, shape, bounds).
+/* Opens a GGUF file, or a model in several files by its first part (NAME-00001-of-0000N.gguf), beside which the others
+ * must lie; every key and tensor that will be used is checked here (presence, type, shape, bounds).
  * On failure *out is NULL and nothing is held. */
 DG_API dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err,
                                size_t err_size);
@@ -396,10 +397,18 @@ DG_API dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst
 
 /* ------------------------------------------------------------------------------------------------ build */
 
+/* What ggml logs, process-wide: nothing is printed. `level`: 0 none, 1 debug, 2 info, 3 warning, 4 error, 5 more of the
+ * line before. `text`: a line, or a part of one, that lives during the call. Called on the thread that logs, inside
+ * whatever call it is in: the function must not call this library. NULL (the default) drops the lines. A line that
+ * another thread is writing may still go to the function that was set before. */
+typedef void (*dg_log)(int32_t level, const char *text, void *user);
+DG_API void dg_set_log(dg_log log, void *user);
+
 DG_API const char *dg_version(void);      /* of this library, MAJOR.MINOR.PATCH */
 DG_API int32_t dg_abi_version(void);      /* DG_ABI_VERSION of the header that it was compiled with */
 DG_API const char *dg_ggml_version(void); /* of the ggml inside */
 DG_API const char *dg_compiler(void);
+DG_API const char *dg_build_flags(void);  /* the build type and the switches that were on, separated by spaces */
 DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */
 DG_API int32_t dg_n_backends(void);
 DG_API const char *dg_backend_name(int32_t index); /* NULL when out of range */

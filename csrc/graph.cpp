@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "error.h"
 #include "int8.h"
+#include "norm.h"
 #include "product.h"
 #include "soft.h"
 
@@ -169,8 +170,18 @@ class PassBuilder {
     // The first n entries of an input of the largest size.
     ggml_tensor *head_of(ggml_tensor *input) const { return ggml_view_1d(ctx_, input, n_, 0); }
 
-    ggml_tensor *norm(ggml_tensor *x) const { return ggml_rms_norm(ctx_, x, c_.norm_eps); }
-    ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight) const { return ggml_mul(ctx_, norm(x), weight); }
+    // scale * (add + x / rms(x) * weight); without a weight it is 1, without `add` neither that nor the scale counts.
+    ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight = nullptr, ggml_tensor *add = nullptr, float scale = 1.0f) {
+#if DG_HAS_TILES
+        if (own_operators()) {
+            return norm_op(ctx_, graph_.work, x, weight, add, scale, c_.norm_eps);
+        }
+#endif
+        x = ggml_rms_norm(ctx_, x, c_.norm_eps);
+        x = weight ? ggml_mul(ctx_, x, weight) : x;
+        x = add ? ggml_add(ctx_, add, x) : x;
+        return scale == 1.0f ? x : ggml_scale(ctx_, x, scale);
+    }
 
 #if DG_HAS_TILES
     bool own_operators() const { return io_.scratch && device_ == model_.devices().cpu(); }
@@ -339,7 +350,7 @@ class PassBuilder {
         if (only_cache) {
             return nullptr;
         }
-        return norm(multiply(l.attn_output, attended), l.post_attention_norm);
+        return norm(multiply(l.attn_output, attended), l.post_attention_norm, x);
     }
 
     // Writes k and v, and attends with q, which is null where nobody reads the result; one segment after the other.
@@ -414,16 +425,14 @@ class PassBuilder {
 
     ggml_tensor *layer(size_t index, ggml_tensor *x, bool only_cache) {
         const LayerWeights &l = model_.weights().layers[index];
-        ggml_tensor *attended = attention(index, x, only_cache);
+        x = attention(index, x, only_cache);
         if (only_cache) {
             settle();
             return nullptr;
         }
-        x = ggml_add(ctx_, x, attended);
         ggml_tensor *dense = gated_mlp(norm(x, l.ffn_norm), l.ffn_gate, l.ffn_up, l.ffn_down);
-        ggml_tensor *both = ggml_add(ctx_, norm(dense, l.post_ffw_norm_1), norm(experts(index, x), l.post_ffw_norm_2));
-        x = ggml_add(ctx_, x, norm(both, l.post_ffw_norm));
-        x = ggml_scale(ctx_, x, pass_.causal() ? l.encoder_output_scale : l.output_scale);
+        ggml_tensor *both = norm(experts(index, x), l.post_ffw_norm_2, norm(dense, l.post_ffw_norm_1));
+        x = norm(both, l.post_ffw_norm, x, pass_.causal() ? l.encoder_output_scale : l.output_scale);
         settle();
         return x;
     }

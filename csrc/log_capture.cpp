@@ -13,9 +13,25 @@ namespace {
 thread_local LogCapture *current_log = nullptr;
 thread_local bool guarded = false;
 
-void on_log(ggml_log_level /*level*/, const char *text, void * /*user*/) {
+struct Listener {
+    dg_log log = nullptr;
+    void *user = nullptr;
+};
+
+std::mutex listener_mutex;
+Listener listener;
+
+void on_log(ggml_log_level level, const char *text, void * /*user*/) {
     if (current_log) {
         current_log->append(text);
+    }
+    Listener told;
+    {
+        const std::lock_guard<std::mutex> lock(listener_mutex);
+        told = listener;
+    }
+    if (told.log) {
+        told.log(static_cast<int32_t>(level), text, told.user);
     }
 }
 
@@ -38,6 +54,12 @@ void initialize_ggml() {
         ggml_log_set(on_log, nullptr);
         ggml_set_abort_callback(on_abort);
     });
+}
+
+void set_log(dg_log log, void *user) {
+    initialize_ggml();
+    const std::lock_guard<std::mutex> lock(listener_mutex);
+    listener = {log, user};
 }
 
 LogCapture::LogCapture() : outer_(current_log) { current_log = this; }

@@ -1,6 +1,8 @@
 // ggml reports the reasons of its refusals through a process-wide log function. Ours prints nothing: lines go to the
-// LogCapture that lives on the calling thread, if there is one, and are dropped otherwise.
+// LogCapture that lives on the calling thread, if there is one, and to the function that dg_set_log was given.
 #pragma once
+
+#include "diffgguf.h"
 
 #include <string>
 
@@ -8,6 +10,9 @@ namespace dg {
 
 // Installs the log function and the abort guard, once a process. Called by everything that may reach ggml first.
 void initialize_ggml();
+
+// Where log lines go from now on; see dg_set_log.
+void set_log(dg_log log, void *user);
 
 class LogCapture {
   public:

@@ -121,7 +121,6 @@ class ModelReader {
 
         dg_config &c = model_.config_;
         c.n_layer = keys_.integer(names::KEY_BLOCK_COUNT, 1, MAX_LAYERS);
-        c.n_ctx_train = keys_.integer(names::KEY_CONTEXT_LENGTH, 1, MAX_CONTEXT);
         c.n_embd = keys_.integer(names::KEY_EMBEDDING_LENGTH, 1, MAX_WIDTH);
         c.n_ff = keys_.integer(names::KEY_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
         c.n_head = keys_.integer(names::KEY_HEAD_COUNT, 1, 4096);
@@ -130,6 +129,8 @@ class ModelReader {
         c.n_ff_exp = keys_.integer(names::KEY_EXPERT_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
         c.sliding_window = keys_.integer(names::KEY_SLIDING_WINDOW, 2, MAX_CONTEXT);
         c.canvas_length = canvas_length();
+        // A session needs a prefix of one token and the canvas.
+        c.n_ctx_train = keys_.integer(names::KEY_CONTEXT_LENGTH, c.canvas_length + 1, MAX_CONTEXT);
         c.norm_eps = static_cast<float>(keys_.real(names::KEY_RMS_EPSILON, 0.0, 1.0));
         c.logit_softcap = static_cast<float>(keys_.real(names::KEY_FINAL_LOGIT_SOFTCAPPING, 0.0, 1e6));
         c.rope_base_full = static_cast<float>(keys_.real(names::KEY_ROPE_FREQ_BASE, 1.0, 1e12));

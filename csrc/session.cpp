@@ -92,8 +92,8 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
     : Session(std::move(model), options, DryRun{}) {
     plan(false);
-    check_memory(format("a session (KV cache %zu bytes, intermediate tensors %zu, logits and inputs %zu)",
-                        memory_.kv_cache, memory_.compute, io_bytes()),
+    check_memory(format("a session (KV cache %zu bytes, intermediate tensors and inputs %zu, logits %zu)",
+                        memory_.kv_cache, memory_.compute, memory_.logits),
                  host_bytes());
     plan(true);
     start_threads();
@@ -484,9 +484,11 @@ void Session::condition_on_logits(int32_t n_rows) {
         return;
     }
     renew_in_fork();
+#if DG_HAS_TILES
     if (io_.scratch && io_.longest_embedding == 0.0f && !samples_on_device()) {
         io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
     }
+#endif
     for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {

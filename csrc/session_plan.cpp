@@ -189,10 +189,13 @@ size_t Session::io_bytes_on(size_t device) const {
     return bytes;
 }
 
-// What of all that is in this process's memory; intermediate tensors are counted where all of them are.
+// What of all that is in this process's memory for certain: with devices, intermediate tensors may be anywhere.
 size_t Session::host_bytes() const {
+    if (model_->devices().empty()) {
+        return memory_.kv_cache + memory_.compute + memory_.logits;
+    }
     const auto cpu = static_cast<size_t>(model_->devices().cpu());
-    return cache_->bytes_on(cpu) + io_bytes_on(cpu) + (cpu == 0 ? memory_.compute : 0);
+    return cache_->bytes_on(cpu) + io_bytes_on(cpu);
 }
 
 void Session::start_threads() {

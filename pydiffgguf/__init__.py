@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pydiffgguf.edit import Edit
+    from pydiffgguf.edit import Choice, Edit
     from pydiffgguf.errors import (
         CancelledError,
         ContextOverflowError,
@@ -38,6 +38,7 @@ __all__ = [
     "Canvas",
     "CanvasBatch",
     "CanvasSpec",
+    "Choice",
     "ContextOverflowError",
     "DenoiseStep",
     "DeviceError",
@@ -74,7 +75,7 @@ _HOME = {
         "SessionBusyError",
         "UnsupportedError",
     ),
-    "edit": ("Edit",),
+    "edit": ("Choice", "Edit"),
     "generate": ("Block", "DenoiseStep", "Generation", "Stats"),
     "infill": ("Candidate", "Fill", "Infill", "InfillStats"),
     "model": ("DiffusionModel", "ModelWarning", "demo_model_path"),

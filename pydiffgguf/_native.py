@@ -16,17 +16,19 @@ on from where the call was made.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from pydiffgguf import errors
+from pydiffgguf import _log, errors
 from pydiffgguf._arguments import MAX_SEED, float_array, id_array, int32, integer, real
 from pydiffgguf._records import (
     BuildInfo,
@@ -114,8 +116,41 @@ def _keep_poll_error(_type: object, error: BaseException, _traceback: object) ->
 
 @ffi.def_extern(name="dg_python_poll", error=1, onerror=_keep_poll_error)  # type: ignore[untyped-decorator]
 def _python_poll(_user: object) -> int:
-    """Does nothing: that it is Python code is what lets a pending signal handler run. 0: go on."""
+    """That it is Python code is what lets a pending signal handler run. 0: go on."""
+    _leave_if_exiting()
     return 0
+
+
+@ffi.def_extern(name="dg_python_log", onerror=_keep_poll_error)  # type: ignore[untyped-decorator]
+def _python_log(level: int, text: Any, _user: object) -> None:
+    """A line that ggml logs. What a handler raises, or a signal that meets it, goes on from the call that logged."""
+    _log.from_ggml(level, _text(text))
+
+
+lib.dg_set_log(lib.dg_python_log, ffi.NULL)
+
+#: Threads that are in a call of `_call`.
+_inside: set[int] = set()
+_exiting = False
+
+
+def _leave_if_exiting() -> None:
+    """Ends a daemon thread, without a word, when the interpreter is about to end."""
+    if _exiting and threading.current_thread() is not threading.main_thread():
+        raise SystemExit
+
+
+@atexit.register
+def _end_calls() -> None:
+    """No daemon thread may be in the library when the interpreter ends: Python would end it where it next calls Python,
+    with C++ in between, which aborts the process. Each thread leaves at its next poll, at most 20 ms and an operator
+    later."""
+    global _exiting
+    _exiting = True
+    lib.dg_set_log(ffi.NULL, ffi.NULL)
+    late = time.monotonic() + 5.0  # a file that is being read calls no Python
+    while _inside - {threading.get_ident()} and time.monotonic() < late:
+        time.sleep(0.001)
 
 
 def _call(function: Callable[..., int], *arguments: object) -> None:
@@ -125,7 +160,12 @@ def _call(function: Callable[..., int], *arguments: object) -> None:
     """
     message = ffi.new("char[]", _ERROR_SIZE)
     _poll.error = None
-    status = function(*arguments, message, _ERROR_SIZE)
+    _inside.add(threading.get_ident())
+    try:
+        _leave_if_exiting()
+        status = function(*arguments, message, _ERROR_SIZE)
+    finally:
+        _inside.discard(threading.get_ident())
     interruption, _poll.error = _poll.error, None
     if interruption is not None:
         raise interruption
@@ -763,6 +803,7 @@ def build_info() -> BuildInfo:
         "abi": lib.dg_abi_version(),
         "ggml_version": _text(lib.dg_ggml_version()),
         "compiler": _text(lib.dg_compiler()),
+        "flags": _text(lib.dg_build_flags()).split(),
         "backends": [_text(lib.dg_backend_name(i)) for i in range(lib.dg_n_backends())],
         "devices": [_local_device(lib.dg_local_device(i)) for i in range(lib.dg_n_devices())],
         "cpu_features": [feature for feature in _text(lib.dg_cpu_features()).split(",") if feature],

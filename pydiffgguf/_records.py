@@ -184,13 +184,14 @@ class LocalDevice(TypedDict):
 
 
 class BuildInfo(TypedDict):
-    """The C library's version and ABI number, the ggml and the compiler inside, the backends that were built in, and
-    the CPU features that its code was built with."""
+    """The C library's version and ABI number, the ggml and the compiler inside, the build type and the switches that
+    were on, the backends that were built in, and the CPU features that its code was built with."""
 
     version: str
     abi: int
     ggml_version: str
     compiler: str
+    flags: list[str]
     backends: list[str]
     devices: list[LocalDevice]
     cpu_features: list[str]

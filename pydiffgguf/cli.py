@@ -281,11 +281,18 @@ def _parser() -> argparse.ArgumentParser:
         _bench,
         "pydiffgguf bench model.gguf",
         "pydiffgguf bench model.gguf --prefill 2048 --repeat 9 --threads 4 --json",
+        "pydiffgguf bench model.gguf --compare transformers diffusiongemma-26B-A4B-it",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--prefill", type=int, metavar="N", default=512, help="tokens of the prompt to encode (512)")
     sub.add_argument("--repeat", type=int, metavar="N", default=5, help="times are medians of so many runs (5)")
     sub.add_argument("-p", "--prompt", metavar="TEXT", help="what to generate from")
+    sub.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("transformers", "CKPT"),
+        help="time a checkpoint folder in transformers, float32, in turns with the model; needs torch and transformers",
+    )
     sub.add_argument("--json", action="store_true", help="print one object")
     _add_generation(sub)
     _add_model_options(sub)
@@ -643,7 +650,12 @@ def _bench(args: argparse.Namespace) -> int:
 
     with open_model(args) as model:
         options = generation_options(args)
-        result = measure(model, args.prompt, prefill=args.prefill, repeat=args.repeat, options=options)
+        compare = None
+        if args.compare:
+            engine, compare = args.compare
+            if engine != "transformers":
+                args.command.error(f"--compare knows transformers alone, not {engine!r}")
+        result = measure(model, args.prompt, prefill=args.prefill, repeat=args.repeat, options=options, compare=compare)
     if args.json:
         _print_json(result)
     else:

@@ -1,4 +1,5 @@
-"""The command ``doctor``: what is installed, what was built in, and what is off, with its cure.
+"""The command ``doctor``: what is installed, what was built in, what is broken, and what is off, each with its cure.
+With ``--json`` it is what a bug report needs.
 
 Nothing here needs the compiled extension, rich or numpy to be there: a broken installation is what it is for.
 """
@@ -28,15 +29,21 @@ PACKAGES = {
     "tokenizers": "tokenizers",
 }
 
+#: Features of a CPU that make ggml's code faster where it was built with them.
+WORTH_HAVING = ("avx2", "fma", "f16c", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8")
+
 #: What /proc/cpuinfo calls the features whose name in the build differs.
 CPU_FLAGS = {"sse3": "pni", "avx512": "avx512f", "avx512_vbmi": "avx512vbmi"}
+
+#: Backends of ggml that compute on a GPU, and the switch that builds each.
+GPU_BACKENDS = {"CUDA": "GGML_CUDA", "ROCm": "GGML_HIP", "Vulkan": "GGML_VULKAN", "MTL": "GGML_METAL"}
 
 REINSTALL = "pip install --force-reinstall --no-cache-dir pydiffgguf"
 
 
 def examine() -> dict[str, Any]:
-    """The state of the installation in JSON types: versions, build, machine, and `problems`, a list of
-    {"what", "cure"}, empty when all is well."""
+    """The state of the installation in JSON types: versions, build, machine; `problems`, a list of {"what", "cure"},
+    empty when all is well; and `off`, the same of what works without but would be faster or do more with."""
     problems: list[dict[str, str]] = []
 
     def problem(what: str, cure: str) -> None:
@@ -57,14 +64,19 @@ def examine() -> dict[str, Any]:
         "pydiffgguf": own,
         "location": str(folder),
         "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
         "executable": sys.executable,
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "libc": " ".join(platform.libc_ver()).strip() or None,
+        "cpu": _cpu_name(),
+        "memory": _memory(),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": packages,
         "build": build,
         "demo_model": str(demo) if demo.is_file() else None,
         "problems": problems,
+        "off": [] if build is None else _off(build),
     }
 
 
@@ -113,20 +125,68 @@ def _build(own: str | None, problem: Any) -> dict[str, Any] | None:
     if lacking:
         problem(
             f"built with {', '.join(lacking)}, which this CPU does not have: it will crash",
-            f'CMAKE_ARGS="-DGGML_NATIVE=ON" {REINSTALL} --no-binary pydiffgguf',
+            _rebuild("GGML_NATIVE"),
         )
     return build
 
 
+def _off(build: dict[str, Any]) -> list[dict[str, str]]:
+    """What this build leaves unused, or has on that costs speed."""
+    off: list[dict[str, str]] = []
+    present, built = _cpu_flags(), {feature.lower() for feature in build["cpu_features"]}
+    unused = [name for name in WORTH_HAVING if CPU_FLAGS.get(name, name) in present and name not in built]
+    if unused:
+        what = f"this CPU has {', '.join(unused)}, which the build does not use"
+        off.append({"what": what, "cure": _rebuild("GGML_NATIVE")})
+    if not any(backend in GPU_BACKENDS for backend in build["backends"]):
+        switches = ", ".join(f"-D{switch}=ON ({name})" for name, switch in GPU_BACKENDS.items())
+        off.append({"what": "no GPU backend is built in", "cure": f"with a GPU, build with one of {switches}"})
+    kind, *flags = build["flags"] or [""]
+    if kind not in ("Release", "RelWithDebInfo", "MinSizeRel"):
+        off.append({"what": f"the build type is {kind or 'not set'}: slow", "cure": REINSTALL})
+    for flag in flags:
+        if flag.startswith("PYDIFFGGUF_SANITIZE"):
+            off.append({"what": f"built with sanitizers ({flag}): slow", "cure": REINSTALL})
+        if flag.startswith("PYDIFFGGUF_SYSTEM_GGML"):
+            off.append({"what": "an installed ggml is used: without the patches of this project", "cure": REINSTALL})
+    return off
+
+
+def _rebuild(switch: str) -> str:
+    return f'CMAKE_ARGS="-D{switch}=ON" {REINSTALL} --no-binary pydiffgguf'
+
+
+def _cpu_info(key: str) -> str | None:
+    """A line of /proc/cpuinfo; None where the system has none (all but Linux)."""
+    try:
+        found = re.search(rf"^{key}\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1].strip() if found else None
+
+
+def _cpu_flags() -> set[str]:
+    """The CPU's features as the system names them; none where it does not tell (all but Linux on x86)."""
+    return set((_cpu_info("flags") or "").split())
+
+
+def _cpu_name() -> str | None:
+    return _cpu_info("model name") or platform.processor() or None
+
+
+def _memory() -> int | None:
+    """Bytes of the machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def _lacking(features: list[str]) -> list[str]:
     """Features of the build that this CPU lacks, as far as the system tells (Linux on x86)."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
+    present = _cpu_flags()
+    if not present:
         return []
-    if flags is None:
-        return []
-    present = set(flags[1].split())
     known = re.compile(r"(sse|ssse|avx|fma|f16c|bmi|amx)")
     names = [feature.lower() for feature in features]
     return [name for name in names if known.match(name) and CPU_FLAGS.get(name, name) not in present]
@@ -148,12 +208,14 @@ def render(report: dict[str, Any]) -> str:
         ("pydiffgguf", f"{report['pydiffgguf']} in {report['location']}"),
         ("python", f"{report['python']} ({report['executable']})"),
         ("platform", f"{report['platform']}, {report['threads']} threads"),
+        ("CPU", report["cpu"] or report["machine"]),
         ("packages", ", ".join(f"{name} {found}" for name, found in report["packages"].items() if found)),
     ]
     if build is not None:
         rows += [
             ("ggml", build["ggml_version"]),
             ("compiler", build["compiler"]),
+            ("build", " ".join(build["flags"])),
             ("backends", ", ".join(build["backends"])),
             ("devices", "; ".join(_device(device) for device in build["devices"])),
             ("CPU features", ", ".join(build["cpu_features"]) or "none beyond the baseline"),
@@ -163,6 +225,8 @@ def render(report: dict[str, Any]) -> str:
         rows.append(("GPU", f"none in this build; one comes with {cure}, or with GGML_METAL, GGML_VULKAN, GGML_HIP"))
     rows.append(("demo model", report["demo_model"] or "missing"))
     lines = [f"{name:<13}{value}" for name, value in rows]
+    for each in report["off"]:
+        lines += [f"off:         {each['what']}", f"cure:        {each['cure']}"]
     for problem in report["problems"]:
         lines += [f"problem:     {problem['what']}", f"cure:        {problem['cure']}"]
     if not report["problems"]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pydiffgguf import _native
 from pydiffgguf._arguments import MAX_SEED, integer, real
+from pydiffgguf._log import logger
 from pydiffgguf._records import Int32Array
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.generate import Stats, encode_prompt
@@ -23,21 +24,28 @@ from pydiffgguf.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pydiffgguf.model import DiffusionModel
 
-__all__ = ["Edit", "choose", "edit"]
+__all__ = ["Choice", "Edit", "choose", "edit"]
 
 
 @dataclass(frozen=True)
 class Edit:
     """A text with spans written anew. `text`: all of it. `spans`: what stands in each now, in the order of the text.
-    `steps`: denoise steps of each canvas. `finish_reason`: "stop", or "length" where time_limit_s ended it early.
-    `dropped_tokens`: of the text's beginning, as many as n_ctx had no room for before the last canvas."""
+    `finish_reason`: "stop", or "length" where time_limit_s ended it early. `dropped_tokens`: of the text's beginning,
+    as many as n_ctx had no room for before the last canvas."""
 
     text: str
     spans: list[str]
-    steps: list[int]
     finish_reason: str
-    seed: int
+    stats: Stats
     dropped_tokens: int = 0
+
+
+class Choice(dict[str, dict[str, float]]):
+    """Slot -> option -> probability, with what it cost in `stats`: a canvas and a step for each option and draw."""
+
+    def __init__(self, probabilities: Mapping[str, dict[str, float]], stats: Stats) -> None:
+        super().__init__(probabilities)
+        self.stats = stats
 
 
 def _prompt(model: DiffusionModel, before: Sequence[int]) -> tuple[list[int], int]:
@@ -88,7 +96,7 @@ def edit(
     deadline = None if limit is None else time.monotonic() + limit
     ids, places = _cut(model.tokenizer, text, where)
     given = ids.copy()
-    steps: list[int] = []
+    stats = Stats(seed=seed, prompt_tokens=0)
     dropped = 0
     in_time = True
     for first, end, free in _windows(places, len(ids), model.config.canvas_length):
@@ -97,21 +105,25 @@ def edit(
         spec = CanvasSpec(
             n_rows=end - first,
             pinned=np.where(free, -1, ids[first:end]).astype(np.int32),
-            canvas=_renoised(ids[first:end], free, share, seed, len(steps), model.config.n_vocab),
+            canvas=_renoised(ids[first:end], free, share, seed, len(stats.steps), model.config.n_vocab),
             seed=seed,
-            canvas_index=len(steps),
+            canvas_index=len(stats.steps),
         )
         prompt, dropped = _prompt(model, ids[:first].tolist())
         with model.session_for(prompt) as session:
-            encode_prompt(session, prompt, Stats(seed=seed, prompt_tokens=len(prompt)))
+            stats.prompt_tokens += len(prompt)
+            encode_prompt(session, prompt, stats)
             batch = CanvasBatch(session, [spec], options)
             while True:
+                began = time.monotonic()
                 [step] = batch.step()
+                stats.denoise_s += time.monotonic() - began
                 in_time = deadline is None or time.monotonic() < deadline
                 if step.finished or not in_time:
                     break
         in_time = in_time or step.finished
-        steps.append(step.step + 1)
+        stats.steps.append(step.step + 1)
+        stats.generated_tokens += int(free.sum())
         ids[first:end] = step.argmax
     texts: list[str] = []
     result, at = "", 0
@@ -121,7 +133,11 @@ def edit(
         texts.append(text[start:stop] if same else model.tokenizer.decode(ids[row:end].tolist(), skip_special=True))
         result += text[at:start] + texts[-1]
         at = stop
-    return Edit(result + text[at:], texts, steps, "stop" if in_time else "length", seed, dropped)
+    reason = "stop" if in_time else "length"
+    if dropped:
+        logger.warning("edit: n_ctx %d had no room for %d tokens of the text's beginning", model.n_ctx, dropped)
+    logger.debug("edited: %s, %s", reason, stats)
+    return Edit(result + text[at:], texts, reason, stats, dropped)
 
 
 def _cut(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Int32Array, list[tuple[int, int]]]:
@@ -177,7 +193,7 @@ def _renoised(
 
 def choose(
     model: DiffusionModel, template: str, slots: Mapping[str, Sequence[str]], *, draws: int, seed: int
-) -> dict[str, dict[str, float]]:
+) -> Choice:
     """See `DiffusionModel.choose`."""
     if not isinstance(template, str):
         raise TypeError(f"template must be a str, not {type(template).__name__}")
@@ -199,21 +215,27 @@ def choose(
             f"the text before the first slot has {len(prompt) + over} tokens, but n_ctx {model.n_ctx} leaves room for "
             f"{len(prompt)} before a canvas of {canvas}; shorten it, or open the model with a larger n_ctx"
         )
+    stats = Stats(seed=seed, prompt_tokens=len(prompt))
     with model.session_for(prompt) as session:
-        encode_prompt(session, prompt, Stats(seed=seed, prompt_tokens=len(prompt)))
+        encode_prompt(session, prompt, stats)
         for asked, (name, _, _) in enumerate(found):
             scores: list[float] = []
             lengths = [len(options[other][0]) for other, _, _ in found]
             specs, rows = _canvases(asked, options[name], lengths, between, canvas, draws, seed)
             for group, where in _passes(specs, rows, session.n_rows):
-                for step, here in zip(CanvasBatch(session, group, sampling).step(), where, strict=True):
+                began = time.monotonic()
+                steps = CanvasBatch(session, group, sampling).step()
+                stats.denoise_s += time.monotonic() - began
+                stats.steps += [1] * len(group)
+                for step, here in zip(steps, where, strict=True):
                     assert step.logprob is not None
                     scores.append(float(step.logprob[here].sum()))
             table = np.array(scores).reshape(draws, len(options[name]))
             # The mean of probabilities, in logarithms: the greatest is taken out first.
             weights = np.exp(table - table.max()).mean(axis=0)
             result[name] = dict(zip(slots[name], (weights / weights.sum()).tolist(), strict=True))
-    return result
+    logger.debug("chose: %s", stats)
+    return Choice(result, stats)
 
 
 def _canvases(

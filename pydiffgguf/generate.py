@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from pydiffgguf._log import logger
 from pydiffgguf._records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
 from pydiffgguf.chat import CLOSE, OPEN, StopStrings, split_reasoning
 from pydiffgguf.errors import CancelledError, ContextOverflowError
@@ -70,7 +71,7 @@ Event = DenoiseStep | Block
 
 @dataclass
 class Stats:
-    """What a generation cost.
+    """What a generation cost; also an edit and a choice, whose canvases and prompts add up.
 
     `steps`: denoise steps of each canvas. `prompt_tokens`: length of the prompt, of which `reused_tokens` were still
     in the cache from an earlier call. `prefill_s`: encoding the prompt and finished canvases. `denoise_s`: the steps.
@@ -172,7 +173,8 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
     text = ""
     reason: FinishReason = "length"
     try:
-        encode_prompt(session, request.prompt, stats)
+        if not encode_prompt(session, request.prompt, stats, deadline):
+            return Generation("", [], reason, stats)
         canvas_index = 0
         while True:
             step = yield from _denoise(session, request, canvas_index, began, deadline, stats, view)
@@ -198,6 +200,7 @@ def run(session: Session, request: Request, view: TextView) -> Generator[Event, 
             canvas_index += 1
     except CancelledError:
         reason = "cancelled"
+    logger.debug("generated: %s, %s", reason, stats)
     return Generation(text, done, reason, stats, view.split(done)[0])
 
 
@@ -222,8 +225,9 @@ def _timed_encode(session: Session, ids: Sequence[int] | Int32Array, stats: Stat
         stats.prefill_s += time.monotonic() - began
 
 
-def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats) -> None:
-    """Brings the prefix to the prompt, keeping what they have in common."""
+def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, deadline: float | None = None) -> bool:
+    """Brings the prefix to the prompt, keeping what they have in common. Without the whole prompt, at `deadline` (on
+    time.monotonic), it ends after the chunk under way and returns False."""
     room = session.n_ctx - session.config.canvas_length
     if len(prompt) > room:
         raise ContextOverflowError(
@@ -235,9 +239,13 @@ def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats) -> None
     began = time.monotonic()
     session.truncate(common)
     stats.prefill_s += time.monotonic() - began
-    stats.reused_tokens = common
-    if common < len(ids):
-        _timed_encode(session, ids[common:], stats)
+    stats.reused_tokens += common
+    chunk = len(ids) if deadline is None else session.n_batch
+    for first in range(common, len(ids), max(chunk, 1)):
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        _timed_encode(session, ids[first : first + chunk], stats)
+    return True
 
 
 def _denoise(

@@ -6,11 +6,12 @@ import re
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pydiffgguf._arguments import int32, integer
+from pydiffgguf._log import logger
 from pydiffgguf._records import Sampling
 from pydiffgguf.errors import CancelledError
 from pydiffgguf.generate import DenoiseStep, FinishReason, Stats, encode_prompt
@@ -84,6 +85,18 @@ class InfillStats:
     def score_s(self) -> float:
         return self.search.score_s
 
+    @classmethod
+    def total(cls, parts: Sequence[InfillStats]) -> InfillStats:
+        """The sums over several gaps of one call; there must be one."""
+
+        def added(records: Sequence[Any]) -> dict[str, Any]:
+            names = [f.name for f in fields(records[0]) if f.name not in ("seed", "mode", "search", "out_of_time")]
+            return {name: sum(getattr(record, name) for record in records) for name in names}
+
+        searches = [part.search for part in parts]
+        search = SearchStats(**added(searches), out_of_time=any(s.out_of_time for s in searches))
+        return cls(parts[0].seed, parts[0].mode, **added(parts), search=search)
+
 
 @dataclass(frozen=True)
 class Infill:
@@ -102,11 +115,13 @@ class Infill:
 @dataclass(frozen=True)
 class Fill:
     """A filled template. `text`: all of it, markers replaced. `gaps`: the infill of each, in the template's order;
-    those that a cancel left out are missing, and their markers stand in the text. `finish_reason`: as in `Infill`."""
+    those that a cancel left out are missing, and their markers stand in the text. `finish_reason`: as in `Infill`.
+    `stats`: of all gaps together, the cancelled one among them."""
 
     text: str
     gaps: list[Infill]
     finish_reason: FinishReason
+    stats: InfillStats
 
 
 @dataclass(frozen=True)
@@ -245,6 +260,9 @@ def _run(model: DiffusionModel, layout: Layout, options: _Options) -> Generator[
         except CancelledError:
             reason = "cancelled"
         stats.reused_tokens, stats.prefill_s = cost.reused_tokens, cost.prefill_s
+    if layout.dropped:
+        logger.warning("infill: n_ctx %d had no room for %d tokens of context", model.n_ctx, layout.dropped)
+    logger.debug("infilled: %s, %s", reason, stats)
     by_text: dict[str, Candidate] = {}  # other tokens may read the same: a word as typed and healed, say
     for filled in found:
         candidate = _candidate(tokenizer, layout, filled)
@@ -359,6 +377,7 @@ def _fill(
     encode = model.tokenizer.encode
     text = literal(template[: markers[0].start])
     gaps: list[Infill] = []
+    costs: list[InfillStats] = []
     reason: FinishReason = "stop"
     for i, marker in enumerate(markers):
         following = [*markers[i + 1 :], None]
@@ -370,10 +389,11 @@ def _fill(
             later += [-1] * here.nominal + encode(between, special=False)
         mine = replace(options, gap=marker.gap, min_gap=marker.min_gap, max_gap=marker.max_gap)
         infill = yield from _run(model, _lay_out(model, text, suffix, mine, later), mine)
+        costs.append(infill.stats)
         if infill.finish_reason != "stop":
             reason = infill.finish_reason
         if infill.finish_reason == "cancelled":
-            return Fill(text + template[marker.start :], gaps, reason)
+            return Fill(text + template[marker.start :], gaps, reason, InfillStats.total(costs))
         gaps.append(infill)
         text += infill.text + suffix
-    return Fill(text, gaps, reason)
+    return Fill(text, gaps, reason, InfillStats.total(costs))

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from pydiffgguf._arguments import MAX_SEED, integer
+from pydiffgguf._log import logger
 from pydiffgguf._native import Metadata, NativeModel, StrPath
 from pydiffgguf._records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf.chat import StopStrings, render
-from pydiffgguf.edit import Edit, choose, edit
+from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
 from pydiffgguf.generate import DenoiseStep, Event, Generation, Request, TextView, common_head, run
 from pydiffgguf.infill import Fill, Infill, stream_fill, stream_infill
@@ -54,7 +55,7 @@ class DiffusionModel:
     where it differs.
 
     Args:
-        path: the GGUF file.
+        path: the GGUF file; of a model in several (``NAME-00001-of-0000N.gguf``) the first, with the others beside it.
         n_ctx: positions of a session: prefix, finished canvases and the live canvas. None: the smaller of 8192 and the
             file's context_length.
         n_batch: a prompt is encoded in chunks of so many tokens.
@@ -68,7 +69,8 @@ class DiffusionModel:
         rpc: "host:port" of servers that `pydiffgguf rpc-server` runs; docs/DEVICES.md.
         type_kv: "f16", "f32", "bf16" or "q8_0".
         use_mmap: map the file instead of reading it into memory.
-        verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise.
+        verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
+            logger "pydiffgguf".
 
     Raises:
         OSError: no such file, a directory, not readable; no RPC server at an address.
@@ -122,20 +124,25 @@ class DiffusionModel:
         self._predicted = self._native.memory(**self._session_options)
         self._tokenizer = _read_tokenizer(self._native.metadata, self.config.n_vocab)
         self._view = TextView(self._tokenizer)
+        logger.info("opened %s", self.path)
+        for line in self._description():
+            logger.info("%s", line)
+            if verbose:
+                print(f"pydiffgguf: {line}", file=sys.stderr)
         for warning in self._native.warnings:
+            logger.warning("%s: %s", self.path.name, warning)
             warnings.warn(f"{self.path.name}: {warning}", ModelWarning, stacklevel=2)
-        if verbose:
-            self._describe()
 
     @classmethod
     def from_pretrained(
         cls, repo_id: str, filename: str = "*.gguf", *, revision: str | None = None, **options: Any
     ) -> DiffusionModel:
-        """Opens a file of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there.
+        """Opens a model of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there; of
+        a split one all parts are.
 
         Args:
             repo_id: "owner/repo".
-            filename: a name or a pattern such as "*Q4_K_M.gguf"; it must match one model.
+            filename: a name, a pattern such as "*Q4_K_M.gguf", or a word of the name; it must match one model.
             revision: branch, tag or commit.
             options: those of the constructor.
         """
@@ -177,26 +184,26 @@ class DiffusionModel:
             sessions = [*self._active, *self._idle]
         return sessions[-1].memory if sessions else self._predicted
 
-    def _describe(self) -> None:
+    def _description(self) -> list[str]:
+        """What was opened and what it takes, for people."""
         c, memory = self.config, self._predicted
         full = sum(not layer.sliding for layer in c.layers)
-        print(
-            f"pydiffgguf: {self.path.name}: {c.n_layer} layers ({full} full), hidden {c.n_embd}, {c.n_expert} experts "
-            f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}\n"
-            f"pydiffgguf: weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
+        lines = [
+            f"{self.path.name}: {c.n_layer} layers ({full} full), hidden {c.n_embd}, {c.n_expert} experts "
+            f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}",
+            f"weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
             f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB"
-            f"{'' if self.devices() else '; all on the CPU'}\n"
-            f"pydiffgguf: products: {self._kernels()}",
-            file=sys.stderr,
-        )
+            + ("" if self.devices() else "; all on the CPU"),
+            f"products: {self._kernels()}",
+        ]
         for device in self.devices():
             where = f" ({device.endpoint})" if device.endpoint else ""
             parts = f"{device.n_layers} layers{', head' if device.is_main else ''}"
-            print(
-                f"pydiffgguf: {device.name}{where}: {parts}, weights {device.weights / 1e6:.1f} MB; "
-                f"{device.memory_free / 1e6:.0f} MB were free",
-                file=sys.stderr,
+            lines.append(
+                f"{device.name}{where}: {parts}, weights {device.weights / 1e6:.1f} MB; "
+                f"{device.memory_free / 1e6:.0f} MB were free"
             )
+        return lines
 
     def _kernels(self) -> str:
         """Which tensors are multiplied by what: "8-bit integers for 120 tensors of Q4_K, 25 of Q6_K; ..."."""
@@ -580,10 +587,9 @@ class DiffusionModel:
         self._check_open()
         return edit(self, text, spans, strength=strength, seed=seed, **sampling)
 
-    def choose(
-        self, template: str, slots: Mapping[str, Sequence[str]], *, draws: int = 4, seed: int = 0
-    ) -> dict[str, dict[str, float]]:
-        """Probabilities of given options: for each slot, option -> probability; they sum to 1 over the slot's options.
+    def choose(self, template: str, slots: Mapping[str, Sequence[str]], *, draws: int = 4, seed: int = 0) -> Choice:
+        """Probabilities of given options: a dict, for each slot, of option -> probability, which sum to 1 over the
+        slot's options; its `stats` say what it cost.
 
         Each slot stands in the template once, as ``<name/>``. One denoise step is made for each option and draw, side
         by side: the option's log-probability under the first step's logits, its tokens taken as independent, the other
@@ -611,7 +617,9 @@ class DiffusionModel:
         """
         self._check_open()
         rows = 0 if n_rows is None else integer("n_rows", n_rows, self.config.canvas_length, 2**16)
-        return Session(self._native, **self._session_options, n_rows=rows, ggml_operators=ggml_operators)
+        session = Session(self._native, **self._session_options, n_rows=rows, ggml_operators=ggml_operators)
+        logger.debug("session: n_ctx %d, %d threads, %s", session.n_ctx, session.n_threads, session.memory)
+        return session
 
     @contextmanager
     def session_for(self, prompt: Sequence[int]) -> Iterator[Session]:
@@ -628,6 +636,7 @@ class DiffusionModel:
             with self._lock:
                 self._active.add(session)
         try:
+            self._check_open()  # close() cancels what it finds in _active: it may have looked while this one was made
             yield session
         finally:
             with self._lock:
@@ -662,6 +671,8 @@ class DiffusionModel:
         """Cancels what is running and lets go of the file. Idempotent; every later call raises ModelClosedError.
         Sessions made by `session()` go on until they are closed."""
         with self._lock:
+            if not self._native.closed:
+                logger.info("closed %s", self.path)
             self._native.close()
             idle, self._idle = self._idle, []
         self.cancel()

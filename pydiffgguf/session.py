@@ -83,7 +83,8 @@ class Canvas:
 
 
 #: Options of the canvas loop, by the names that they have everywhere. `time_limit_s` is the only one that is not part
-#: of the sampler itself: no new step begins later than so many seconds after the call.
+#: of the sampler itself: no new step, and in `generate` no new chunk of the prompt, begins later than so many seconds
+#: after the call.
 SAMPLING_OPTIONS = (*(f.name for f in fields(Sampling)), "time_limit_s")
 
 
@@ -121,6 +122,7 @@ class Session:
     def __init__(self, model: NativeModel, **options: Any) -> None:
         self._native = NativeSession(model, **options)
         self._model = model
+        self.n_batch: int = options.get("n_batch", 512)
         self.config: ModelConfig = model.config
         self._defaults = model.sampling
 

@@ -132,6 +132,9 @@ class Tokenizer:
                 unk_token=None if unk_id is None else tokens[unk_id],
                 fuse_unk=True,
                 byte_fallback=True,
+                # The cache is by whole texts here, which seldom come again; and tokenizers 0.23.3 loses it with every
+                # tokenizer that was used, about 1 KB.
+                cache_capacity=0,
             )
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelFormatError(_merge_error(pairs, vocab) or f"tokenizer.ggml.merges: {error}") from None

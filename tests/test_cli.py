@@ -6,6 +6,7 @@ import builtins
 import errno
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,9 +18,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import tiny_checkpoint
 
 import pydiffgguf
-from pydiffgguf import cli, talk
+from pydiffgguf import DiffusionModel, bench, cli, demo_model_path, talk
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 from pydiffgguf.generate import Block, DenoiseStep, Event, Generation, Stats
 from pydiffgguf.tokenizer import Tokenizer
@@ -472,6 +474,10 @@ def test_bench_measures(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert 1 <= result["generation"]["steps_per_canvas"] <= 3
     assert result["memory"]["weights"] > 100_000
     assert result["memory"]["peak_rss"] > 10_000_000
+    parts = result["denoise"]["parts_s"]
+    assert set(parts) == {"products", "experts", "attention", "head", "self_conditioning", "sampling", "other"}
+    assert all(seconds > 0 for seconds in parts.values())
+    assert 0 < result["denoise"]["flop_per_second"] < 100 * result["denoise"]["ceiling_flop_per_second"]
     assert cli.main(arguments) == 0
     out, _ = capsys.readouterr()
     for word in ("prefill", "denoise step", "steps per canvas", "tokens/s", "peak memory", "20 tokens"):
@@ -479,6 +485,29 @@ def test_bench_measures(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> 
     for flag in ("--repeat", "--prefill"):
         assert cli.main(["bench", str(tiny_gguf), flag, "0"]) == 1
         assert capsys.readouterr().err == f"pydiffgguf: error: {flag[2:]} is 0: at least 1\n"
+
+
+def test_bench_compares_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint that the file was made from, timed in turns; another engine is bad usage."""
+    tiny_checkpoint.make_checkpoint(tmp_path / "c", tokenizer=True, num_hidden_layers=2)
+    assert cli.main(["convert", str(tmp_path / "c"), "-o", str(tmp_path / "x.gguf")]) == 0
+    arguments = ["bench", str(tmp_path / "x.gguf"), "--prefill", "20", "--repeat", "2", "-n", "4", "--steps", "3"]
+    capsys.readouterr()
+    assert cli.main([*arguments, "--json", "--compare", "transformers", str(tmp_path / "c")]) == 0
+    compared = json.loads(capsys.readouterr().out)["compare"]
+    for kind in ("prefill", "step"):
+        assert compared[kind] == pytest.approx(compared[f"{kind}_s"] / compared[f"transformers_{kind}_s"])
+    with pytest.raises(SystemExit) as usage:
+        cli.main([*arguments, "--compare", "vllm", str(tmp_path / "c")])
+    assert usage.value.code == 2
+
+
+def test_product_flop_counts_two_for_each_weight_a_row_meets() -> None:
+    """Of the demo model: everything but the six experts of eight that a row does not meet, times 64 rows."""
+    with DiffusionModel(demo_model_path()) as model:
+        weights = sum(math.prod(t.shape) for t in model.tensors() if len(t.shape) > 1)
+        idle = sum(math.prod(t.shape) for t in model.tensors() if len(t.shape) > 2) * 6 // 8
+        assert bench.product_flop(model) == 2 * 64 * (weights - idle)
 
 
 def test_inspect_over_a_real_file(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,36 @@ def test_doctor_finds_a_sound_installation(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.endswith("all is well\n")
 
 
+def test_the_report_has_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Versions, how it was built, what it runs on; what is off is no problem, and comes with a cure as well."""
+    cli.main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert {"version", "abi", "ggml_version", "compiler", "flags", "backends", "cpu_features"} <= set(report["build"])
+    assert report["build"]["flags"][0] in ("Release", "RelWithDebInfo", "Debug")
+    for name in ("python", "implementation", "platform", "machine", "threads"):
+        assert report[name], name
+    if Path("/proc/cpuinfo").exists():
+        assert report["cpu"] and report["memory"] > 2**28
+    assert all(set(each) == {"what", "cure"} and all(each.values()) for each in report["off"])
+
+
+def test_doctor_says_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build without this CPU's features, without a GPU, for debugging, with sanitizers, on an installed ggml."""
+    from pydiffgguf import _native
+
+    flags = ["Debug", "PYDIFFGGUF_SYSTEM_GGML=ON", "PYDIFFGGUF_SANITIZE=address"]
+    build = {**_native.build_info(), "cpu_features": [], "backends": ["CPU"], "flags": flags}
+    monkeypatch.setattr(_native, "build_info", lambda: build)
+    monkeypatch.setattr(doctor, "_cpu_flags", lambda: {"avx2", "fma", "avx512f"})
+    report = doctor.examine()
+    found = "\n".join(f"{each['what']} -> {each['cure']}" for each in report["off"])
+    assert 'this CPU has avx2, fma, avx512, which the build does not use -> CMAKE_ARGS="-DGGML_NATIVE=ON"' in found
+    assert "no GPU backend is built in -> with a GPU, build with one of -DGGML_CUDA=ON (CUDA)" in found
+    for text in ("the build type is Debug", "sanitizers (PYDIFFGGUF_SANITIZE=address)", "an installed ggml is used"):
+        assert text in found
+    assert "off:         no GPU backend" in doctor.render(report)
+
+
 def test_doctor_names_the_cure_when_the_extension_is_broken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

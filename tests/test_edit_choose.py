@@ -51,13 +51,13 @@ def test_the_demo_model_mends_a_word(demo: DiffusionModel) -> None:
     text = "On Sunday Emma found a red cup in the school. Emma gave the white cup to Mia. Mia took the cup home"
     at = text.index("red")
     result = demo.edit(text, [(at - 1, at + 3)])
-    assert result.spans == [" white"] and result.finish_reason == "stop" and len(result.steps) == 1
+    assert result.spans == [" white"] and result.finish_reason == "stop" and len(result.stats.steps) == 1
 
 
 def test_spans_on_several_canvases(model: DiffusionModel) -> None:
     text = "word and more words. " * 12
     result = model.edit(text, [(0, 4), (100, 110), (200, 204)], steps=2)
-    assert len(result.steps) > 1 and len(result.spans) == 3
+    assert len(result.stats.steps) > 1 and len(result.spans) == 3
     assert result.text[len(result.spans[0]) :].startswith(text[4:100])
 
 
@@ -65,7 +65,7 @@ def test_an_edit_goes_by_the_seed_and_the_rows_it_keeps(model: DiffusionModel) -
     """One step from the present tokens of all rows but one, against the same canvas at the low level."""
     text, span = "(1 + 2) * 3", (1, 6)
     result = model.edit(text, [span], strength=0.01, seed=4, steps=1)
-    assert result == model.edit(text, [span], strength=0.01, seed=4, steps=1)
+    assert result.text == model.edit(text, [span], strength=0.01, seed=4, steps=1).text
     before, inside, behind = (model.tokenize(part, special=False) for part in (text[:1], text[1:6], text[6:]))
     ids = np.array([*inside, *behind], dtype=np.int32)
     free = np.arange(len(ids)) < len(inside)
@@ -120,14 +120,14 @@ def test_spans_that_cannot_be_edited_say_why(
 def test_a_span_longer_than_a_canvas_takes_several(model: DiffusionModel) -> None:
     text = "many words " * 12
     result = model.edit(text, [(0, 110)], steps=2)
-    assert len(result.steps) == -(-len(model.tokenize(text[:110], special=False)) // 32) > 2
+    assert len(result.stats.steps) == -(-len(model.tokenize(text[:110], special=False)) // 32) > 2
     assert result.text == result.spans[0] + text[110:]
 
 
 def test_a_time_limit_leaves_the_rest_as_it_was(model: DiffusionModel) -> None:
     text = "many words " * 12
     result = model.edit(text, [(0, 4), (100, 110)], time_limit_s=1e-6)
-    assert result.finish_reason == "length" and len(result.steps) == 1
+    assert result.finish_reason == "length" and len(result.stats.steps) == 1
     assert result.text == result.spans[0] + text[4:]
 
 

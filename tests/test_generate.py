@@ -212,6 +212,17 @@ def test_a_time_limit_returns_the_best_so_far(model: DiffusionModel) -> None:
     assert 1 <= sum(result.stats.steps) < 100_000
 
 
+def test_a_time_limit_ends_a_long_prompt_within_a_chunk(tiny_gguf: Path) -> None:
+    """Nothing is written then, the chunks that were encoded stay for the next call, and a limit changes no number."""
+    with DiffusionModel(tiny_gguf, n_ctx=4096, n_batch=32, n_threads=1) as model:
+        ids = [2, *(20 + i % 400 for i in range(3000))]
+        short = model.generate(ids, seed=1, steps=2, max_tokens=4, time_limit_s=0.02)
+        assert (short.tokens, short.text, short.finish_reason) == ([], "", "length")
+        whole = model.generate(ids, seed=1, steps=2, max_tokens=4, time_limit_s=1000)
+        assert whole.stats.reused_tokens < len(ids)
+        assert whole.tokens == model.generate(ids, seed=1, steps=2, max_tokens=4).tokens
+
+
 def test_handed_in_noise_drives_the_loop(model: DiffusionModel) -> None:
     """Philox's own draws, handed in, give the seed's text."""
     from pydiffgguf import _native

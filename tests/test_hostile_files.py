@@ -176,7 +176,7 @@ LIMITED = """
     resource.setrlimit(limit, (used[key] + spare, resource.RLIM_INFINITY))
     try:
         with DiffusionModel(path, n_ctx=n_ctx, n_batch=n_ctx) as model:
-            model.generate("hello", max_tokens=8, seed=1)
+            model.generate([2, 20, 21], max_tokens=8, seed=1)
         print("worked")
     except (OutOfMemoryError, MemoryError) as error:
         print(type(error).__name__, error)
@@ -186,7 +186,7 @@ LIMITED = """
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are read from Linux's /proc")
 @pytest.mark.parametrize("kind", ["AS", "DATA"])
 def test_a_session_that_does_not_fit_is_refused_with_both_figures(tiny_gguf: Path, kind: str) -> None:
-    done = run(LIMITED, tiny_gguf, 24 << 20, 4096, kind)
+    done = run(LIMITED, tiny_gguf, 16 << 20, 4096, kind)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(
         rf"OutOfMemoryError a session .* needs \d+\.\d MiB of memory, and RLIMIT_{kind} leaves \d+\.\d MiB", done.stdout
@@ -207,7 +207,8 @@ def test_a_file_that_does_not_fit_is_refused_with_both_figures(tiny_gguf: Path, 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are read from Linux's /proc")
 def test_running_out_anywhere_is_an_error_with_the_process_alive(tiny_gguf: Path) -> None:
     """From no spare memory at all to enough, so that the refusal meets another allocation each time: Python's, ours,
-    ggml's headers and buffers, and threads' stacks."""
+    ggml's headers and buffers, and threads' stacks. Without a chat template: CPython 3.11 itself says SystemError when
+    it runs out inside jinja2."""
     outcomes = set()
     for mebibytes in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 512):
         done = run(LIMITED, tiny_gguf, mebibytes << 20, 512, "AS")

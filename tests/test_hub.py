@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gguf_rewrite import rewrite
 from hub_server import Hub, Repo, environment, resolve, serve
 
 from pydiffgguf.hub import choose_files, resolve_model
@@ -128,8 +129,10 @@ def test_without_network_the_cache_serves(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="module")
-def repos(tiny_gguf: Path) -> dict[str, Repo]:
+def repos(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Repo]:
     tiny = tiny_gguf.read_bytes()
+    folder = tmp_path_factory.mktemp("split")
+    rewrite(tiny_gguf, folder / "tiny.gguf", part_tensors=50)
     weights = {"model-00001-of-00002.safetensors": b"1", "model-00002-of-00002.safetensors": b"2"}
     index = json.dumps(
         {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -138,6 +141,7 @@ def repos(tiny_gguf: Path) -> dict[str, Repo]:
     return {
         "a/quants": Repo({"README.md": b"", "x-Q8_0.gguf": tiny, "x-Q4_K_M.gguf": b"GGUF", "mmproj-x.gguf": b""}),
         "a/parts": Repo({f"big-BF16-{n:05d}-of-00003.gguf": f"GGUF{n}".encode() for n in (1, 2, 3)}),
+        "a/split": Repo({f"F32/{path.name}": path.read_bytes() for path in folder.iterdir()}),
         "a/gated": Repo({"x.gguf": tiny}, access="gated"),
         "a/private": Repo({"x.gguf": tiny}, access="private"),
         "a/broken": Repo({}, access="broken"),
@@ -232,7 +236,7 @@ def test_a_gguf_of_the_hub_is_a_source_too(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_commands_and_from_pretrained_take_names(hub: Hub, tmp_path: Path) -> None:
-    """A revision is a branch, tag or commit; one that does not exist is said to be missing."""
+    """A split model opens from the cache's links; a revision that does not exist is said to be missing."""
     command = [sys.executable, "-m", "pydiffgguf"]
     env = environment(hub.url, tmp_path)
     run = subprocess.run([*command, "inspect", "hf:a/quants:Q8_0", "--json"], env=env, capture_output=True, timeout=120)
@@ -248,10 +252,16 @@ def test_commands_and_from_pretrained_take_names(hub: Hub, tmp_path: Path) -> No
 from pydiffgguf import DiffusionModel
 with DiffusionModel.from_pretrained("a/quants", "*Q8_0.gguf", revision="main") as model:
     print(model.path.name, model.n_ctx)
+with DiffusionModel.from_pretrained("a/split", "F32") as model:
+    print(model.path.name, len(model.tensors()))
 try:
     DiffusionModel.from_pretrained("a/quants", revision="v2")
 except FileNotFoundError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert run.stdout.splitlines() == ["x-Q8_0.gguf 4096", "hf:a/quants: no such revision"], run.stderr
+    assert run.stdout.splitlines() == [
+        "x-Q8_0.gguf 4096",
+        "tiny-00001-of-00004.gguf 144",
+        "hf:a/quants: no such revision",
+    ], run.stderr

@@ -8,7 +8,6 @@ from pathlib import Path
 import gpu_first_hour
 import performance_model as paper
 import pytest
-from released import tensors
 
 from pydiffgguf.model import DiffusionModel, demo_model_path
 
@@ -27,7 +26,7 @@ def test_a_steps_bytes_are_those_of_the_file() -> None:
     """Every weight is read once, but for the norms' few bytes that only the encoder or nobody reads."""
     for kind in ("q4_k_m", "q8_0"):
         read = sum(p.n_bytes for p in paper.step_parts(kind, 1024) if p.name in ("dense weights", "experts", "head"))
-        assert read == pytest.approx(sum(t.n_bytes for t in tensors(kind)), rel=1e-5)
+        assert read == pytest.approx(sum(t.n_bytes for t in paper.tensors(kind)), rel=1e-5)
 
 
 def test_a_steps_operations_are_those_of_the_active_weights() -> None:

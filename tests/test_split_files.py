@@ -13,6 +13,7 @@ from gguf_rewrite import DROP, Typed, rewrite
 
 from pydiffgguf import DiffusionModel, ModelFormatError
 from pydiffgguf.convert import inspect_file
+from pydiffgguf.convert.report import to_dict
 
 OPENERS: list[Callable[[Path], object]] = [DiffusionModel, inspect_file]
 pytestmark = pytest.mark.parametrize("open_file", OPENERS, ids=["engine", "inspect"])
@@ -57,6 +58,7 @@ def test_the_parts_are_one_model(
         assert split.keys.keys() - whole.keys.keys() == {"split.no", "split.count", "split.tensors.count"}
         assert split.findings == whole.findings
         assert split.memory == whole.memory
+        assert [Path(name) for name in to_dict(split)["parts"]] == sorted(parts.iterdir())
         assert split.size == sum(path.stat().st_size for path in parts.iterdir())
         return
     canvas = np.arange(32, dtype=np.int32)

@@ -2,8 +2,9 @@
  *
  *     quantize_loop PLAN THREADS
  *
- * PLAN has a line for each tensor: path, offset in bytes, rows, elements of a row, ggml type. Threads take chunks of rows
- * in turn; nothing is checked, nothing is written, no memory is shared but the counters. Prints seconds and bytes read.
+ * PLAN has a line for each tensor: path, offset in bytes, rows, elements of a row, ggml type. Threads take chunks of
+ * rows in turn; nothing is checked, nothing is written, no memory is shared but the counters. Prints seconds and bytes
+ * read.
  */
 #define _FILE_OFFSET_BITS 64
 #define _GNU_SOURCE
@@ -93,7 +94,6 @@ int main(int argc, char **argv) {
         pthread_join(threads[i], NULL);
     }
     clock_gettime(CLOCK_MONOTONIC, &ended);
-    printf("%.3f %lld\n",
-           (double)(ended.tv_sec - began.tv_sec) + (double)(ended.tv_nsec - began.tv_nsec) / 1e9, bytes);
+    printf("%.3f %lld\n", (double)(ended.tv_sec - began.tv_sec) + (double)(ended.tv_nsec - began.tv_nsec) / 1e9, bytes);
     return 0;
 }

@@ -94,6 +94,8 @@ DG_HD int32_t renoise(const Canvas &c, int32_t row) {
     return n > 0 ? c.allowed_ids[range_start(c.allowed_ends, row) + int64_t{id} * n / c.n_vocab] : id;
 }
 
+static_assert(sizeof(Canvas) == 224, "what crosses to the host for each step");
+
 struct CanvasShared {
     double entropy[MAX_ROWS];
     int32_t order[MAX_ROWS]; // free rows by entropy

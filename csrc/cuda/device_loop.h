@@ -1,5 +1,6 @@
 // What CanvasLoop (csrc/loop.h) carries from step to step, on a device: canvases, rules, entropies, decisions. Between
-// the forward passes nothing crosses to the host but a Decision of 32 bytes a canvas, and what somebody watches.
+// the forward passes nothing crosses to the host but each canvas's struct, 224 bytes with its Decision, and what
+// somebody watches.
 //
 // The hook. CanvasLoop stays the one that checks options and knows which canvases go on; where the session's logits lie
 // on a device that has these kernels, it holds a DeviceLoop and, in the places where it would touch rows on the host,
@@ -72,7 +73,7 @@ class DeviceLoop {
     // After a pass of the placed canvases. `noise`: null, or one for each of the canvases that were begun. INTERNAL
     // when a row of logits holds NaN or has no finite maximum.
     void step(const dg_noise *noise);
-    // Of the last step, by the canvas's number in begin().
+    // Of the last step, by the canvas's number in begin(). Throws ARGUMENT for one that is not placed, as read() does.
     const Canvas::Decision &decision(int32_t index) const;
     // Whether the last step left Target::soft incomplete: the processed logits then make it, as they do on the host.
     bool wants_dense_signal() const;

@@ -45,6 +45,34 @@ void expect_one_line(const char *err) {
     expect(!std::strpbrk(err, "\r\n"), std::string("a message is one line: ") + err);
 }
 
+// Where the second file begins in an input that holds the two parts of a split model; its size in any other.
+size_t second_part(const uint8_t *data, size_t size) {
+    const std::string magic("GGUF\3\0\0\0", 8);
+    const uint8_t *found = size < 8 ? data + size : std::search(data + 8, data + size, magic.begin(), magic.end());
+    return static_cast<size_t>(found - data);
+}
+
+// The two parts, under the names that the reader looks for.
+class SplitFiles {
+  public:
+    SplitFiles() { expect(mkdtemp(folder_) != nullptr, "mkdtemp"); }
+    ~SplitFiles() {
+        std::remove(path(1).c_str());
+        std::remove(path(2).c_str());
+        rmdir(folder_);
+    }
+    std::string path(int index) const {
+        return std::string(folder_) + "/x-0000" + std::to_string(index) + "-of-00002.gguf";
+    }
+    void write(int index, const uint8_t *data, size_t size) const {
+        std::FILE *file = std::fopen(path(index).c_str(), "wb");
+        expect(file && std::fwrite(data, 1, size, file) == size && std::fclose(file) == 0, "write");
+    }
+
+  private:
+    char folder_[32] = "/tmp/fuzz-open-XXXXXX";
+};
+
 // A file without a name that is written anew for every run.
 class MemoryFile {
   public:
@@ -106,6 +134,9 @@ void compute(dg_model *model) {
     char err[512];
     const dg_config config = dg_model_config(model);
     dg_session_options options = dg_session_options_default();
+    dg_memory usual = {};
+    expect_status(dg_model_memory(model, &options, &usual, err, sizeof err), err,
+                  {DG_ERROR_CONTEXT, DG_ERROR_MEMORY, DG_ERROR_UNSUPPORTED});
     options.n_threads = 1;
     options.n_batch = 4;
     options.n_ctx = config.canvas_length + 8;
@@ -192,7 +223,24 @@ void change_field(Bytes &bytes, const Field &field, Random &random) {
     }
 }
 
-// Removes, doubles or moves one entry of the header and puts the counts and the data's alignment right again.
+// Puts `text` in the place of the header's bytes from `begin` to `end`, and the data back on its alignment.
+void splice(Bytes &bytes, const fuzz::Spans &spans, size_t begin, size_t end, const Bytes &text) {
+    const auto padded = [](size_t n) { return (n + 31) / 32 * 32; };
+    const auto at = [&bytes](size_t n) { return bytes.begin() + static_cast<ptrdiff_t>(std::min(n, bytes.size())); };
+    const Bytes data(at(padded(spans.end)), bytes.end());
+    const Bytes rest(at(end), at(spans.end));
+    bytes.erase(at(begin), bytes.end());
+    bytes.insert(bytes.end(), text.begin(), text.end());
+    bytes.insert(bytes.end(), rest.begin(), rest.end());
+    bytes.resize(padded(bytes.size()));
+    bytes.insert(bytes.end(), data.begin(), data.end());
+}
+
+Bytes part(const Bytes &bytes, const fuzz::Span &span) {
+    return Bytes(bytes.begin() + static_cast<ptrdiff_t>(span.begin), bytes.begin() + static_cast<ptrdiff_t>(span.end));
+}
+
+// Removes, doubles or moves one entry of the header and puts the counts right again.
 void change_entries(Bytes &bytes, const fuzz::Spans &spans, Random &random) {
     const bool key = !spans.keys.empty() && (spans.tensors.empty() || random.one_in(2));
     const std::vector<fuzz::Span> &entries = key ? spans.keys : spans.tensors;
@@ -202,31 +250,123 @@ void change_entries(Bytes &bytes, const fuzz::Spans &spans, Random &random) {
     const size_t count_at = key ? 16 : 8;
     const uint64_t count = get(bytes, count_at, 8);
     const fuzz::Span entry = entries[random.below(entries.size())];
-    const size_t place = entries[random.below(entries.size())].begin;
-    const Bytes text(bytes.begin() + static_cast<ptrdiff_t>(entry.begin),
-                     bytes.begin() + static_cast<ptrdiff_t>(entry.end));
-    const auto padded = [](size_t n) { return (n + 31) / 32 * 32; };
-    Bytes data(bytes.begin() + static_cast<ptrdiff_t>(std::min(padded(spans.end), bytes.size())), bytes.end());
-    bytes.resize(spans.end);
+    const fuzz::Span other = entries[random.below(entries.size())];
     switch (random.below(3)) {
         case 0:
-            bytes.erase(bytes.begin() + static_cast<ptrdiff_t>(entry.begin),
-                        bytes.begin() + static_cast<ptrdiff_t>(entry.end));
             put(bytes, count_at, count - 1, 8);
+            splice(bytes, spans, entry.begin, entry.end, {});
             break;
         case 1:
-            bytes.insert(bytes.begin() + static_cast<ptrdiff_t>(place), text.begin(), text.end());
             put(bytes, count_at, count + 1, 8);
+            splice(bytes, spans, other.begin, other.begin, part(bytes, entry));
             break;
-        default:
-            bytes.erase(bytes.begin() + static_cast<ptrdiff_t>(entry.begin),
-                        bytes.begin() + static_cast<ptrdiff_t>(entry.end));
-            bytes.insert(bytes.begin() +
-                             static_cast<ptrdiff_t>(place > entry.begin ? place - (entry.end - entry.begin) : place),
-                         text.begin(), text.end());
+        default: // one in the place of another, which is there twice then
+            splice(bytes, spans, other.begin, other.end, part(bytes, entry));
     }
-    bytes.resize(padded(bytes.size()));
-    bytes.insert(bytes.end(), data.begin(), data.end());
+}
+
+void append(Bytes &bytes, uint64_t value, size_t size) {
+    for (size_t i = 0; i < size; ++i) {
+        bytes.push_back(static_cast<uint8_t>(value >> (8 * i)));
+    }
+}
+
+void append(Bytes &bytes, const std::string &text) {
+    append(bytes, text.size(), 8);
+    bytes.insert(bytes.end(), text.begin(), text.end());
+}
+
+// The type and a small value of it.
+Bytes any_value(Random &random) {
+    static constexpr size_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+    const size_t type = random.below(std::size(sizes));
+    const bool array = type == 9 || random.one_in(4);
+    const size_t element = type == 9 ? 5 : type;
+    const size_t n = array ? random.below(4) : 1;
+    Bytes out;
+    if (array) {
+        append(out, 9, 4);
+    }
+    append(out, element, 4);
+    if (array) {
+        append(out, n, 8);
+    }
+    for (size_t i = 0; i < n; ++i) {
+        if (element == 8) {
+            append(out, std::string(random.below(3), 'x'));
+        } else {
+            append(out, random.one_in(4) ? random.next() : random.below(64), sizes[element]);
+        }
+    }
+    return out;
+}
+
+// A key gets a value of any type; or a key that matters is added.
+void change_value(Bytes &bytes, const fuzz::Spans &spans, Random &random) {
+    static const char *const names[] = {"split.count",
+                                        "split.no",
+                                        "split.tensors.count",
+                                        "general.alignment",
+                                        "diffusion.infill_mode",
+                                        "diffusion.eos_token_ids",
+                                        "diffusion-gemma.attention.value_length",
+                                        "diffusion-gemma.attention.shared_kv_layers"};
+    if (spans.keys.empty()) {
+        return;
+    }
+    const fuzz::Span key = spans.keys[random.below(spans.keys.size())];
+    Bytes value = any_value(random);
+    if (random.one_in(3)) {
+        Bytes entry;
+        append(entry, std::string(names[random.below(std::size(names))]));
+        entry.insert(entry.end(), value.begin(), value.end());
+        put(bytes, 16, get(bytes, 16, 8) + 1, 8);
+        splice(bytes, spans, key.begin, key.begin, entry);
+    } else {
+        splice(bytes, spans, key.begin + 8 + get(bytes, key.begin, 8), key.end, value);
+    }
+}
+
+// A tensor gets another name, or another shape or type of as many bytes: what follows stays where it is.
+void change_tensor(Bytes &bytes, const fuzz::Spans &spans, Random &random) {
+    static const char *const names[] = {"output.weight",
+                                        "blk.0.attn_v.weight",
+                                        "blk.1.attn_v.weight",
+                                        "blk.0.ffn_gate_exps.weight",
+                                        "blk.0.ffn_up_exps.weight",
+                                        "blk.0.attn_q.scale",
+                                        "rope_freqs.weight",
+                                        "token_embd.weight"};
+    if (spans.tensors.empty()) {
+        return;
+    }
+    const fuzz::Span tensor = spans.tensors[random.below(spans.tensors.size())];
+    const size_t name_end = tensor.begin + 8 + get(bytes, tensor.begin, 8);
+    const uint64_t n_dims = get(bytes, name_end, 4);
+    const size_t type_at = name_end + 4 + n_dims * 8;
+    switch (random.below(3)) {
+        case 0: {
+            Bytes name;
+            append(name, std::string(names[random.below(std::size(names))]));
+            splice(bytes, spans, tensor.begin, name_end, name);
+            break;
+        }
+        case 1: {
+            static constexpr uint64_t halves[] = {1, 25, 30}; // F16, I16, BF16
+            static constexpr uint64_t wholes[] = {0, 26};     // F32, I32
+            const uint64_t type = get(bytes, type_at, 4);
+            put(bytes, type_at, type == 0 || type == 26 ? wholes[random.below(2)] : halves[random.below(3)], 4);
+            break;
+        }
+        default:
+            if (n_dims >= 2) {
+                const uint64_t first = get(bytes, name_end + 4, 8);
+                const uint64_t second = get(bytes, name_end + 12, 8);
+                const bool swap = random.one_in(2) || second % 2 != 0;
+                put(bytes, name_end + 4, swap ? second : first * 2, 8);
+                put(bytes, name_end + 12, swap ? first : second / 2, 8);
+            }
+    }
 }
 
 // The array of this key gets another length, with as many elements as it says.
@@ -247,12 +387,11 @@ void resize_array(Bytes &bytes, const fuzz::Spans &spans, Random &random) {
     const Field &element = spans.fields[at + 1];
     const uint64_t n = get(bytes, count.begin, 8);
     if (random.one_in(2) && n > 0) {
-        const auto begin = bytes.begin() + static_cast<ptrdiff_t>(element.begin);
-        bytes.erase(begin, begin + static_cast<ptrdiff_t>(element.size));
         put(bytes, count.begin, n - 1, 8);
+        splice(bytes, spans, element.begin, element.begin + element.size, {});
     } else {
-        bytes.insert(bytes.begin() + static_cast<ptrdiff_t>(element.begin), element.size, uint8_t{1});
         put(bytes, count.begin, n + 1, 8);
+        splice(bytes, spans, element.begin, element.begin, Bytes(element.size, 1));
     }
 }
 
@@ -270,9 +409,9 @@ void mutate_once(Bytes &bytes, Random &random) {
         case 2: // longer
             bytes.insert(bytes.end(), random.below(4096), static_cast<uint8_t>(random.next()));
             break;
-        case 3:
-        case 4:
-        case 5: change_entries(bytes, spans, random); break;
+        case 3: change_entries(bytes, spans, random); break;
+        case 4: change_value(bytes, spans, random); break;
+        case 5: change_tensor(bytes, spans, random); break;
         case 6: resize_array(bytes, spans, random); break;
         case 7: { // a field of a rare kind: the vocabulary's strings outnumber all else
             std::vector<Field> rare;
@@ -317,7 +456,16 @@ void mutate_once(Bytes &bytes, Random &random) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static MemoryFile file;
-    file.write(data, size);
+    std::string path = file.path();
+    const size_t first = second_part(data, size);
+    if (first == size) {
+        file.write(data, size);
+    } else {
+        static const SplitFiles files;
+        files.write(1, data, first);
+        files.write(2, data + first, size - first);
+        path = files.path(1);
+    }
     uint64_t sum = size;
     for (size_t i = 0; i < size; i += 61) {
         sum = sum * 31 + data[i];
@@ -326,9 +474,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     options.use_mmap = sum % 4 != 0;
     char err[512];
     dg_model *model = nullptr;
-    const dg_status status = dg_model_open(&model, file.path(), &options, err, sizeof err);
+    const dg_status status = dg_model_open(&model, path.c_str(), &options, err, sizeof err);
     expect((status == DG_OK) == (model != nullptr), "a model comes with DG_OK and with nothing else");
-    expect_status(status, err, {DG_ERROR_FORMAT, DG_ERROR_UNSUPPORTED, DG_ERROR_MEMORY});
+    if (status != DG_ERROR_IO || first == size) { // parts that do not exist
+        expect_status(status, err, {DG_ERROR_FORMAT, DG_ERROR_UNSUPPORTED, DG_ERROR_MEMORY});
+    }
     if (model) {
         look_inside(model);
         if (sum / 4 % 4 == 0) { // computing takes ten times as long as opening
@@ -341,10 +491,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
     Random random(seed);
-    Bytes bytes(data, data + size);
+    const size_t first = second_part(data, size);
+    Bytes bytes(data, data + first);
+    Bytes other(data + first, data + size);
     do {
-        mutate_once(bytes, random);
+        mutate_once(other.empty() || random.one_in(2) ? bytes : other, random);
     } while (random.one_in(2));
+    bytes.insert(bytes.end(), other.begin(), other.end());
     bytes.resize(std::min(bytes.size(), max_size));
     std::copy(bytes.begin(), bytes.end(), data);
     return bytes.size();
