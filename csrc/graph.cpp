@@ -495,17 +495,19 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
 
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,
                            int32_t n_rows) {
+#if DG_HAS_TILES
+    if (io.scratch && !io.coming) {
+        Graph own = make_graph(static_cast<size_t>(soft_nodes(model.config().n_vocab)));
+        soft_embedding_ops(own.context.get(), own.nodes, own.work, io.scratch, model.weights().token_embd,
+                           rows_of_io(own.context.get(), io.logits, first_logit, n_rows),
+                           rows_of_io(own.context.get(), io.soft, first_row, n_rows), &io.longest_embedding);
+        return own;
+    }
+#endif
     Graph graph = make_graph(soft_embedding_nodes(model.config()));
     ggml_context *ctx = graph.context.get();
     ggml_tensor *logits = rows_of_io(ctx, io.logits, first_logit, n_rows);
     ggml_tensor *out = rows_of_io(ctx, io.coming ? io.coming : io.soft, first_row, n_rows);
-#if DG_HAS_TILES
-    if (io.scratch && !io.coming) {
-        soft_embedding_ops(ctx, graph.nodes, graph.work, io.scratch, model.weights().token_embd, logits, out,
-                           &io.longest_embedding);
-        return graph;
-    }
-#endif
     Settler settler(graph, model.devices());
     soft_embedding(ctx, graph.nodes, model, ggml_soft_max(ctx, logits), out, nullptr);
     settler.settle(model.placement().head);
