@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gguf_rewrite import DROP, rewrite
 
-from pydiffgguf import Choice, DiffusionModel, ModelWarning, Stats, _native, demo_model_path
+from pydiffgguf import Choice, DiffusionModel, ModelFormatError, ModelWarning, Stats, _native, demo_model_path
 from pydiffgguf._log import from_ggml
 
 PREFIX = "On Sunday Emma found a"
