@@ -3,6 +3,7 @@ and the CPU; and this machine's GPUs, where a build has them."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,16 @@ import pytest
 from canvas_batches import own_steps
 from rpc_servers import Relay, rpc_server
 
-from pydiffgguf import CanvasBatch, CanvasSpec, DeviceError, DiffusionModel, UnsupportedError, demo_model_path
+from pydiffgguf import (
+    CanvasBatch,
+    CanvasSpec,
+    DeviceError,
+    DiffusionModel,
+    UnsupportedError,
+    _native,
+    cli,
+    demo_model_path,
+)
 from pydiffgguf._native import build_info
 
 PROMPT = [2, 40, 41, 42, 43, 60, 61]
@@ -302,3 +312,15 @@ def test_a_split_must_have_a_part_for_each_device(tiny_gguf: Path, servers: tupl
         first, last = model.devices()
         assert (first.endpoint, first.n_layers) == (servers[1], 4)
         assert (last.endpoint, last.n_layers, last.is_main) == (servers[0], 2, True)
+
+
+@pytest.mark.parametrize(("host", "warned"), [("localhost", False), ("0.0.0.0", True)])
+def test_a_server_warns_where_strangers_may_reach_it(
+    host: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(_native, "serve_rpc", lambda endpoint, n_threads: served.append(endpoint))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert cli.main(["rpc-server", "--host", host, "--port", "1234"]) == 0
+    assert served == ["127.0.0.1:1234" if host == "localhost" else f"{host}:1234"]
+    assert ("no authentication" in capsys.readouterr().err) == warned
