@@ -1,6 +1,7 @@
 // The C boundary. Every exception stops here and becomes a status and a message.
 #include "diffgguf.h"
 
+#include "devices.h"
 #include "error.h"
 #include "log_capture.h"
 #include "loop.h"
@@ -8,6 +9,7 @@
 #include "quantize.h"
 #include "random.h"
 #include "sampler.h"
+#include "sampler_graph.h"
 #include "session.h"
 
 #include "ggml-backend.h"
@@ -86,6 +88,21 @@ void require(const void *pointer, const char *name) {
     }
 }
 
+// Runs `body` as the one thread that speaks to the model's devices.
+template <typename Body> void with_devices(const dg::Model &model, const Body &body) {
+    const dg::Devices &devices = model.devices();
+    const dg::Devices::Turn turn(devices);
+    try {
+        body();
+    } catch (const dg::Error &error) {
+        if (error.status() != DG_ERROR_DEVICE) {
+            throw;
+        }
+        throw dg::Error(DG_ERROR_DEVICE, std::string(error.what()) + " (of " + devices.servers() +
+                                             "); close the model, and open it again when all servers answer");
+    }
+}
+
 // Runs `body` as the one thread inside the session.
 template <typename Body> dg_status inside(dg_session *session, char *err, size_t err_size, const Body &body) {
     return guarded(err, err_size, [&] {
@@ -97,7 +114,7 @@ template <typename Body> dg_status inside(dg_session *session, char *err, size_t
             std::atomic_flag &busy;
             ~Leave() { busy.clear(std::memory_order_release); }
         } const leave{session->busy};
-        body();
+        with_devices(session->session.model(), body);
     });
 }
 
@@ -109,7 +126,15 @@ bool valid_kv(const dg_model *model, int64_t index) { return index >= 0 && index
 
 // ------------------------------------------------------------------------------------------------------- model
 
-dg_model_options dg_model_options_default(void) { return {0, true}; }
+dg_model_options dg_model_options_default(void) {
+    dg_model_options options = {};
+    options.n_gpu_layers = -1;
+    options.use_mmap = true;
+    options.offload_kv = true;
+    options.main_gpu = -1;
+    options.expected = dg_session_options_default();
+    return options;
+}
 
 dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options *options, char *err, size_t err_size) {
     return guarded(err, err_size, [&] {
@@ -213,6 +238,25 @@ size_t dg_model_kv_strings(const dg_model *model, int64_t index, char *out, size
     return needed;
 }
 
+int32_t dg_model_n_devices(const dg_model *model) { return static_cast<int32_t>(model->model->devices().size()); }
+
+dg_device dg_model_device(const dg_model *model, int32_t index) {
+    dg_device out = {};
+    if (index < 0 || index >= dg_model_n_devices(model)) {
+        return out;
+    }
+    const dg::Device &device = model->model->devices()[static_cast<size_t>(index)];
+    const std::vector<int32_t> &layers = model->model->placement().layers;
+    out.name = device.name.c_str();
+    out.endpoint = device.endpoint.c_str();
+    out.memory_free = device.free;
+    out.memory_total = device.total;
+    out.weights = model->model->weights_on(index);
+    out.n_layers = static_cast<int32_t>(std::count(layers.begin(), layers.end(), index));
+    out.is_main = model->model->placement().head == index;
+    return out;
+}
+
 int64_t dg_model_n_tensors(const dg_model *model) {
     return static_cast<int64_t>(model->model->files().tensors().size());
 }
@@ -253,7 +297,7 @@ dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg
         require(model, "model");
         require(options, "options");
         require(out, "out");
-        *out = dg::Session::predict(model->model, *options);
+        with_devices(*model->model, [&] { *out = dg::Session::predict(model->model, *options); });
     });
 }
 
@@ -264,11 +308,18 @@ dg_status dg_session_create(dg_session **out, dg_model *model, const dg_session_
         *out = nullptr;
         require(model, "model");
         require(options, "options");
-        *out = new dg_session(model->model, *options);
+        with_devices(*model->model, [&] { *out = new dg_session(model->model, *options); });
     });
 }
 
-void dg_session_free(dg_session *session) { delete session; }
+void dg_session_free(dg_session *session) {
+    if (session) {
+        const std::shared_ptr<const dg::Model> model =
+            session->session.shared_model(); // until nobody needs its devices
+        const dg::Devices::Turn turn(model->devices());
+        delete session;
+    }
+}
 
 dg_memory dg_session_memory(const dg_session *session) { return session->session.memory(); }
 
@@ -346,7 +397,7 @@ dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t
         s.check_ids("canvas", canvas, n_rows);
         session->loop.drop();
         if (self_conditioning) {
-            std::memcpy(s.logits(), self_conditioning, s.logits_size(n_rows));
+            s.set_logits(self_conditioning, n_rows);
             s.condition_on_logits(n_rows);
         } else {
             s.condition_on_nothing();
@@ -384,8 +435,8 @@ dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, 
 }
 
 dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
-                    const dg_noise *noise, const int32_t *pinned, int32_t *argmax, int32_t *canvas, uint8_t *accepted,
-                    double *entropy, char *err, size_t err_size) {
+                    const dg_noise *noise, const int32_t *pinned, bool ggml_operators, int32_t *argmax, int32_t *canvas,
+                    uint8_t *accepted, double *entropy, char *err, size_t err_size) {
     return guarded(err, err_size, [&] {
         require(z, "z");
         require(sampling, "sampling");
@@ -408,8 +459,16 @@ dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sa
         dg::check_rules(rules, n_rows, n_vocab);
         std::vector<float> processed(z, z + static_cast<int64_t>(n_rows) * n_vocab);
         dg::SamplerScratch scratch;
-        dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, rules, 1, scratch,
-                        {argmax, canvas, accepted, entropy, nullptr});
+        const dg::StepOutput out = {argmax, canvas, accepted, entropy, nullptr};
+        if (ggml_operators) {
+            const auto t = static_cast<float>(dg::temperature(*sampling, step));
+            const std::vector<dg::RowResult> rows =
+                dg::sample_by_graph(processed.data(), n_rows, n_vocab, t, noise->uniform);
+            dg::take_rows(rows.data(), n_rows, rules, scratch, out);
+            dg::finish_step(n_rows, n_vocab, *sampling, *noise, rules, scratch, out);
+        } else {
+            dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, rules, 1, scratch, out);
+        }
     });
 }
 
@@ -563,4 +622,29 @@ const char *dg_backend_name(int32_t index) {
     return index >= 0 && index < dg_n_backends()
                ? ggml_backend_reg_name(ggml_backend_reg_get(static_cast<size_t>(index)))
                : nullptr;
+}
+
+int32_t dg_n_devices(void) {
+    dg::initialize_ggml();
+    return static_cast<int32_t>(ggml_backend_dev_count());
+}
+
+dg_device dg_local_device(int32_t index) {
+    dg_device out = {};
+    if (index >= 0 && index < dg_n_devices()) {
+        const ggml_backend_dev_t device = ggml_backend_dev_get(static_cast<size_t>(index));
+        out.name = ggml_backend_dev_name(device);
+        out.endpoint = "";
+        ggml_backend_dev_memory(device, &out.memory_free, &out.memory_total);
+    }
+    return out;
+}
+
+// --------------------------------------------------------------------------------------------- other machines
+
+dg_status dg_rpc_serve(const char *endpoint, int32_t n_threads, char *err, size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(endpoint, "endpoint");
+        dg::serve(endpoint, n_threads);
+    });
 }

@@ -10,38 +10,67 @@
 
 namespace dg {
 
+int32_t KvCache::slots_for(const dg_config &config, bool sliding, int32_t n_ctx, int32_t largest_pass) {
+    const int64_t ring = int64_t{config.sliding_window} - 1 + largest_pass;
+    return sliding ? static_cast<int32_t>(std::min<int64_t>(n_ctx, ring)) : n_ctx;
+}
+
 KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate)
-    : window_(model.config().sliding_window), slots_full_(n_ctx),
-      slots_sliding_(
-          static_cast<int32_t>(std::min<int64_t>(n_ctx, int64_t{model.config().sliding_window} - 1 + largest_pass))) {
+    : window_(model.config().sliding_window), slots_full_(slots_for(model.config(), false, n_ctx, largest_pass)),
+      slots_sliding_(slots_for(model.config(), true, n_ctx, largest_pass)) {
     const std::vector<LayerWeights> &layers = model.weights().layers;
+    const Devices &devices = model.devices();
     ggml_init_params params = {};
     params.mem_size = layers.size() * 2 * ggml_tensor_overhead();
     params.no_alloc = true;
-    context_.reset(ggml_init(params));
-    if (!context_) {
-        throw Error(DG_ERROR_MEMORY, "memory for the cache's headers was refused");
+    for (size_t i = 0; i <= devices.size(); ++i) {
+        contexts_.emplace_back(ggml_init(params));
+        if (!contexts_.back()) {
+            throw Error(DG_ERROR_MEMORY, "memory for the cache's headers was refused");
+        }
     }
-    for (const LayerWeights &weights : layers) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const LayerWeights &weights = layers[i];
         const int64_t width = weights.head_dim * weights.n_head_kv;
         if (weights.head_dim % ggml_blck_size(type) != 0) {
             throw Error(DG_ERROR_UNSUPPORTED,
                         format("type_kv %s needs heads of a multiple of %" PRId64 ", this file has %" PRId64,
                                ggml_type_name(type), ggml_blck_size(type), weights.head_dim));
         }
+        ggml_context *ctx = contexts_[static_cast<size_t>(model.placement().cache[i])].get();
         CacheLayer layer;
         layer.sliding = weights.sliding;
-        layer.k = ggml_new_tensor_2d(context_.get(), type, width, slots(weights.sliding));
-        layer.v = ggml_new_tensor_2d(context_.get(), type, width, slots(weights.sliding));
+        layer.k = ggml_new_tensor_2d(ctx, type, width, slots(weights.sliding));
+        layer.v = ggml_new_tensor_2d(ctx, type, width, slots(weights.sliding));
         layers_.push_back(layer);
     }
-    bytes_ = ggml_backend_alloc_ctx_tensors_from_buft_size(context_.get(), ggml_backend_cpu_buffer_type());
-    if (allocate) {
-        buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), ggml_backend_cpu_buffer_type()));
-        if (!buffer_) {
-            throw Error(DG_ERROR_MEMORY, format("%zu bytes for the KV cache were refused (n_ctx %d)", bytes_, n_ctx));
+    for (size_t i = 0; i < contexts_.size(); ++i) {
+        ggml_context *ctx = contexts_[i].get();
+        if (!ggml_get_first_tensor(ctx)) {
+            continue;
+        }
+        const ggml_backend_buffer_type_t type_there = devices.buffer_type(static_cast<int32_t>(i));
+        const size_t bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type_there);
+        bytes_ += bytes;
+        if (allocate) {
+            buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctx, type_there));
+            if (!buffers_.back()) {
+                throw Error(DG_ERROR_MEMORY,
+                            format("%zu bytes for the KV cache were refused (n_ctx %d)", bytes, n_ctx));
+            }
+            // A masked NaN would still spoil the sums.
+            ggml_backend_buffer_clear(buffers_.back().get(), 0);
         }
     }
+}
+
+size_t KvCache::bytes_on(size_t device) const {
+    size_t bytes = 0;
+    ggml_context *ctx = contexts_[device].get();
+    for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        bytes += ggml_nbytes(t);
+    }
+    return bytes;
 }
 
 int32_t KvCache::position(bool sliding, int32_t slot, int32_t end) const {

@@ -26,9 +26,13 @@ class KvCache {
     // `allocate` false: sizes only, for predictions.
     KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate);
 
+    // Slots of a layer in a cache made of these.
+    static int32_t slots_for(const dg_config &config, bool sliding, int32_t n_ctx, int32_t largest_pass);
+
     const std::vector<CacheLayer> &layers() const { return layers_; }
     int32_t slots(bool sliding) const { return sliding ? slots_sliding_ : slots_full_; }
     size_t bytes() const { return bytes_; }
+    size_t bytes_on(size_t device) const;
 
     int32_t slot(bool sliding, int32_t position) const { return position % slots(sliding); }
     // Rows that a pass reads when the last position it wrote is end - 1.
@@ -50,8 +54,8 @@ class KvCache {
     int32_t high_ = 0; // one past the greatest position ever written since clear()
     size_t bytes_ = 0;
     std::vector<CacheLayer> layers_;
-    ggml_context_ptr context_;
-    ggml_backend_buffer_ptr buffer_;
+    std::vector<ggml_context_ptr> contexts_; // of each device
+    std::vector<ggml_backend_buffer_ptr> buffers_;
 };
 
 } // namespace dg

@@ -52,7 +52,7 @@
 
 /* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
  * run time compares it with dg_abi_version(). */
-#define DG_ABI_VERSION 4
+#define DG_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -69,7 +69,8 @@ typedef enum dg_status {
     DG_ERROR_CONTEXT = 6,     /* does not fit into the session's context */
     DG_ERROR_BUSY = 7,        /* another thread is inside this session */
     DG_ERROR_CANCELLED = 8,   /* dg_session_cancel or the poll function stopped the call */
-    DG_ERROR_INTERNAL = 9     /* a defect here or in ggml, or logits that are not finite */
+    DG_ERROR_INTERNAL = 9,    /* a defect here or in ggml, or logits that are not finite */
+    DG_ERROR_DEVICE = 10 /* an RPC server was lost: the model and its sessions are of no more use, the process is */
 } dg_status;
 
 /* Type of the KV cache's elements. */
@@ -80,9 +81,30 @@ typedef struct dg_session dg_session;
 
 /* ------------------------------------------------------------------------------------------------ model */
 
+typedef struct dg_session_options {
+    int32_t n_ctx;       /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
+    int32_t n_batch;     /* a prompt is encoded in chunks of so many tokens; default 512 */
+    int32_t n_threads;   /* 0: as many as this process may use and a step is worth */
+    int32_t type_kv;     /* a dg_kv_type; default DG_KV_F16 */
+    int32_t n_rows;      /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
+    bool ggml_operators; /* compute with ggml's operators alone, as devices other than the CPU do; default false */
+} dg_session_options;
+
+/* Where the model lies. Devices are those behind the RPC servers, in the order of `rpc`, then this machine's GPUs. A
+ * pass goes through the CPU's layers first, then through each device's; the last device, the main one, has the head,
+ * the logits and the sampler as well. What is asked for and not there: DG_ERROR_UNSUPPORTED. */
 typedef struct dg_model_options {
-    int32_t n_gpu_layers; /* 0: none; -1: as many as fit. More than 0 on a build without a GPU: DG_ERROR_UNSUPPORTED */
+    int32_t n_gpu_layers; /* so many layers, counted from the last, lie on devices; 0: none; -1 (default): as many as
+                             fit into what the devices report free, of which there may be none */
     bool use_mmap;        /* map the file (default) instead of reading the weights into memory */
+    bool offload_kv;      /* a layer's cache lies where the layer does (default); else on the CPU, with its attention */
+    int32_t n_cpu_moe;    /* the experts of the first layers stay on the CPU, so many layers' */
+    int32_t main_gpu;     /* the main device's index; -1 (default): the last one */
+    const float *tensor_split; /* each device's share of the layers; NULL: as their free memory */
+    int32_t n_tensor_split;
+    const char *const *rpc; /* "host:port" of servers; one that does not answer: DG_ERROR_IO */
+    int32_t n_rpc;
+    dg_session_options expected; /* the session that "as many as fit" makes room for */
 } dg_model_options;
 
 DG_API dg_model_options dg_model_options_default(void);
@@ -170,26 +192,32 @@ typedef struct dg_tensor_info {
     const char *kernel; /* what products with it are computed in on the CPU: "8-bit integers", "float32" or "ggml" */
 } dg_tensor_info;
 
+/* A device of a model, and what lies there. */
+typedef struct dg_device {
+    const char *name;     /* ggml's: "CUDA0"; "RPC0" */
+    const char *endpoint; /* of its RPC server; "" for this machine's */
+    size_t memory_free;   /* when the model was opened, before it took its part */
+    size_t memory_total;
+    size_t weights; /* bytes of this model's weights on it */
+    int32_t n_layers;
+    bool is_main; /* the head, the logits and the sampler are on it */
+} dg_device;
+
+DG_API int32_t dg_model_n_devices(const dg_model *model);
+DG_API dg_device dg_model_device(const dg_model *model, int32_t index); /* zeros when out of range */
+
 DG_API int64_t dg_model_n_tensors(const dg_model *model);
 DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
 
 /* ---------------------------------------------------------------------------------------------- session */
 
-typedef struct dg_session_options {
-    int32_t n_ctx;       /* positions: prefix + finished canvases + the live canvas; 0: min(8192, the file's) */
-    int32_t n_batch;     /* a prompt is encoded in chunks of so many tokens; default 512 */
-    int32_t n_threads;   /* 0: as many as this process may use and a step is worth */
-    int32_t type_kv;     /* a dg_kv_type; default DG_KV_F16 */
-    int32_t n_rows;      /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
-    bool ggml_operators; /* compute with ggml's operators alone, as devices other than the CPU do; default false */
-} dg_session_options;
-
 DG_API dg_session_options dg_session_options_default(void);
 
 /* Bytes by kind. */
 typedef struct dg_memory {
-    size_t weights;        /* tensor bytes of the file */
-    size_t weights_mapped; /* of which are file pages, shared and reclaimable */
+    size_t weights;            /* tensor bytes of the file */
+    size_t weights_mapped;     /* of which are file pages, shared and reclaimable */
+    size_t weights_on_devices; /* and which lie on devices; the CPU needs no pages for them */
     size_t kv_cache;
     size_t compute; /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
     size_t logits;  /* the logits of a step, V * R floats */
@@ -318,10 +346,12 @@ DG_API dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noi
 DG_API dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, size_t err_size);
 
 /* The sampler alone, on handed-in logits z [n_rows, n_vocab] (softcapped, before temperature); no session is needed.
- * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. Needs finite or -inf logits. */
+ * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. Needs finite or -inf logits.
+ * `ggml_operators`: as the logits of a device are sampled, in float32: where u lies within rounding of a cumulative
+ * probability, the neighbouring id may be drawn. */
 DG_API dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
-                           const dg_noise *noise, const int32_t *pinned, int32_t *argmax, int32_t *canvas,
-                           uint8_t *accepted, double *entropy, char *err, size_t err_size);
+                           const dg_noise *noise, const int32_t *pinned, bool ggml_operators, int32_t *argmax,
+                           int32_t *canvas, uint8_t *accepted, double *entropy, char *err, size_t err_size);
 
 /* The Philox4x32-10 draws that the loop makes for itself: a pure function of the arguments, row by row. */
 DG_API void dg_noise_canvas(uint64_t seed, uint32_t canvas_index, int32_t n_rows, int32_t n_vocab, int32_t *out);
@@ -382,6 +412,17 @@ DG_API const char *dg_build_flags(void);  /* the build type and the switches tha
 DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */
 DG_API int32_t dg_n_backends(void);
 DG_API const char *dg_backend_name(int32_t index); /* NULL when out of range */
+/* This machine's devices, the CPU among them: name and memory are filled in. Zeros when out of range. */
+DG_API int32_t dg_n_devices(void);
+DG_API dg_device dg_local_device(int32_t index);
+
+/* ------------------------------------------------------------------------------------------- other machines */
+
+/* Offers this machine's GPUs, or else its CPU, to models on other machines, on "host:port" with a numeric IPv4 host.
+ * Does not return while it serves; prints a line for each client, one of which is served at a time. There is no
+ * authentication, and whoever reaches the port can do in this process what he likes: only 127.0.0.1 or a network of
+ * which every member is trusted. n_threads 0: one for each core. DG_ERROR_IO: the port cannot be had. */
+DG_API dg_status dg_rpc_serve(const char *endpoint, int32_t n_threads, char *err, size_t err_size);
 
 #ifdef __cplusplus
 }

@@ -33,31 +33,98 @@ Graph make_graph(size_t n_nodes) {
     return graph;
 }
 
+// Remembers which device each node belongs to: those that were made since the last call.
+class Settler {
+  public:
+    Settler(Graph &graph, const Devices &devices) : graph_(graph), devices_(devices) {}
+
+    void settle(int32_t device) {
+        ggml_context *ctx = graph_.context.get();
+        ggml_tensor *t = last_ ? ggml_get_next_tensor(ctx, last_) : ggml_get_first_tensor(ctx);
+        for (; t; t = ggml_get_next_tensor(ctx, t)) {
+            last_ = t;
+            if (!devices_.empty() && !is_view(t)) {
+                graph_.devices.emplace_back(t, t->op == GGML_OP_CUSTOM ? devices_.cpu() : device);
+            }
+        }
+    }
+
+  private:
+    Graph &graph_;
+    const Devices &devices_;
+    ggml_tensor *last_ = nullptr;
+
+    // Views are where their tensor is.
+    static bool is_view(const ggml_tensor *t) {
+        return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
+               t->op == GGML_OP_TRANSPOSE;
+    }
+};
+
 ggml_tensor *rows_of_io(ggml_context *ctx, ggml_tensor *input, int64_t first, int64_t n) {
     return ggml_view_2d(ctx, input, input->ne[0], n, input->nb[1], static_cast<size_t>(first) * input->nb[1]);
+}
+
+int64_t soft_slice(const dg_config &c) { return std::clamp<int64_t>(SOFT_SLICE_FLOATS / c.n_embd, 32, c.n_vocab); }
+
+size_t soft_embedding_nodes(const dg_config &c) {
+    const int64_t slice = soft_slice(c);
+    return static_cast<size_t>((c.n_vocab + slice - 1) / slice) * 7 + 32;
+}
+
+// p [n_vocab, n], rows that sum to 1 -> `out` [n_embd, n]: p times the embedding, times sqrt(n_embd). With `pins`, what
+// is pinned there has its id's own embedding.
+void soft_embedding(ggml_context *ctx, ggml_cgraph *graph, const Model &model, ggml_tensor *p, ggml_tensor *out,
+                    const SampleIo *pins) {
+    const dg_config &c = model.config();
+    ggml_tensor *embedding = model.weights().token_embd;
+    const int64_t slice = soft_slice(c);
+    ggml_tensor *sum = nullptr;
+    for (int64_t first = 0; first < c.n_vocab; first += slice) {
+        const int64_t n = std::min<int64_t>(slice, c.n_vocab - first);
+        ggml_tensor *rows =
+            ggml_view_2d(ctx, embedding, c.n_embd, n, embedding->nb[1], static_cast<size_t>(first) * embedding->nb[1]);
+        if (rows->type != GGML_TYPE_F32) {
+            rows = ggml_cast(ctx, rows, GGML_TYPE_F32);
+        }
+        ggml_tensor *transposed = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n, n_embd]
+        ggml_tensor *weights = ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
+        ggml_tensor *product = mark(ggml_mul_mat(ctx, transposed, weights), Part::SELF_CONDITIONING); // [n_embd, n]
+        sum = sum ? ggml_add(ctx, sum, product) : product;
+    }
+    if (pins) {
+        sum = with_pins(ctx, *pins, sum, embedding);
+    }
+    sum = ggml_scale(ctx, sum, std::sqrt(static_cast<float>(c.n_embd)));
+    ggml_build_forward_expand(graph, ggml_cpy(ctx, sum, out));
 }
 
 class PassBuilder {
   public:
     PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass, Importance *importance)
         : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass), importance_(importance),
-          n_(pass.rows()), graph_(make_graph(static_cast<size_t>(c_.n_layer) *
-                                                 (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
-                                                  NODES_PER_SEGMENT * pass.segments.size()) +
-                                             NODES_BESIDES)),
-          ctx_(graph_.context.get()) {}
+          n_(pass.rows()),
+          graph_(make_graph(
+              static_cast<size_t>(c_.n_layer) * (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
+                                                 NODES_PER_SEGMENT * pass.segments.size()) +
+              NODES_BESIDES +
+              (pass.sampled || pass.watched ? sample_nodes(c_.n_vocab, n_) + soft_embedding_nodes(c_) : 0))),
+          ctx_(graph_.context.get()), settler_(graph_, model.devices()) {}
 
     Graph build() {
         const Weights &w = model_.weights();
+        const Placement &placement = model_.placement();
         ids_ = head_of(io_.ids);
-        positions_ = head_of(io_.positions);
         ggml_tensor *x = embed();
         for (size_t i = 0; i < w.layers.size(); ++i) {
             const bool only_cache = pass_.mode == Mode::ENCODE && i + 1 == w.layers.size();
-            x = layer(w.layers[i], cache_.layers()[i], x, only_cache);
+            device_ = placement.layers[i];
+            x = layer(i, x, only_cache);
         }
         if (pass_.has_logits()) {
+            device_ = placement.head;
             head(x);
+            settle();
         }
         return std::move(graph_);
     }
@@ -72,8 +139,33 @@ class PassBuilder {
     const int64_t n_;        // rows of all segments
     Graph graph_;
     ggml_context *ctx_;
+    Settler settler_;
+    int32_t device_ = 0; // of what is being built
     ggml_tensor *ids_ = nullptr;
-    ggml_tensor *positions_ = nullptr;
+
+    // What was built since the last call belongs to device_.
+    void settle() { settler_.settle(device_); }
+
+    // What is built until this ends belongs to another device.
+    class Elsewhere {
+      public:
+        Elsewhere(PassBuilder &builder, int32_t device) : builder_(builder), here_(builder.device_) {
+            builder_.settle();
+            builder_.device_ = device;
+        }
+        ~Elsewhere() {
+            builder_.settle();
+            builder_.device_ = here_;
+        }
+        Elsewhere(const Elsewhere &) = delete;
+        Elsewhere &operator=(const Elsewhere &) = delete;
+
+      private:
+        PassBuilder &builder_;
+        const int32_t here_;
+    };
+
+    const DeviceIo &inputs() const { return io_.devices[static_cast<size_t>(device_)]; }
 
     // The first n entries of an input of the largest size.
     ggml_tensor *head_of(ggml_tensor *input) const { return ggml_view_1d(ctx_, input, n_, 0); }
@@ -92,7 +184,7 @@ class PassBuilder {
     }
 
 #if DG_HAS_TILES
-    bool own_operators() const { return io_.scratch != nullptr; }
+    bool own_operators() const { return io_.scratch && device_ == model_.devices().cpu(); }
     ProductOps own() { return {ctx_, graph_.work, io_.scratch}; }
 #endif
 
@@ -149,7 +241,10 @@ class PassBuilder {
     // -> [n_embd, n]
     ggml_tensor *embed() {
         const Weights &w = model_.weights();
-        ggml_tensor *x = ggml_get_rows(ctx_, w.token_embd, ids_);
+        device_ = model_.placement().input;
+        ggml_tensor *x = ggml_get_rows(ctx_, w.input_embd, ids_);
+        settle();
+        device_ = model_.placement().layers.front();
         x = ggml_scale(ctx_, x, std::sqrt(static_cast<float>(c_.n_embd)));
         if (pass_.causal()) {
             return x;
@@ -165,9 +260,9 @@ class PassBuilder {
 
     // Angles: float32(position) * float32(inv_freq), as in the reference (vendor/patches/0002).
     ggml_tensor *rope(const LayerWeights &l, ggml_tensor *x) const {
-        ggml_tensor *factors = l.sliding ? nullptr : model_.weights().rope_freqs;
-        return ggml_rope_ext(ctx_, x, positions_, factors, static_cast<int>(l.head_dim), GGML_ROPE_TYPE_NEOX, 0,
-                             l.sliding ? c_.rope_base_sliding : c_.rope_base_full, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+        return ggml_rope_ext(ctx_, x, head_of(inputs().positions), l.rope_freqs, static_cast<int>(l.head_dim),
+                             GGML_ROPE_TYPE_NEOX, 0, l.sliding ? c_.rope_base_sliding : c_.rope_base_full, 1.0f, 0.0f,
+                             1.0f, 0.0f, 0.0f);
     }
 
     // One segment of the pass: rows first .. first + n - 1.
@@ -185,7 +280,7 @@ class PassBuilder {
     }
 
     void write_cache(const Segment &s, ggml_tensor *cache, ggml_tensor *rows, bool sliding) const {
-        ggml_tensor *input = sliding ? io_.slots_sliding : io_.slots_full;
+        ggml_tensor *input = sliding ? inputs().slots_sliding : inputs().slots_full;
         ggml_tensor *slots = ggml_view_1d(ctx_, input, s.n, static_cast<size_t>(s.first) * input->nb[0]);
         ggml_tensor *flat = ggml_reshape_2d(ctx_, rows_of(s, rows), cache->ne[0], s.n);
         ggml_build_forward_expand(graph_.nodes, ggml_set_rows(ctx_, cache, flat, slots));
@@ -220,7 +315,7 @@ class PassBuilder {
         v = mark(ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 0, 2, 3)), Part::ATTENTION); // [rows, head_dim, n_head_kv]
         ggml_tensor *mask = nullptr;
         if (needs_mask(model_, pass_, l.sliding)) {
-            ggml_tensor *input = l.sliding ? io_.mask_sliding : io_.mask_full;
+            ggml_tensor *input = l.sliding ? inputs().mask_sliding : inputs().mask_full;
             const int64_t rows = k->ne[1];
             const size_t first = static_cast<size_t>(s.first) * cache_.slots(l.sliding) * ggml_type_size(input->type);
             mask = ggml_view_2d(ctx_, input, rows, s.n, ggml_row_size(input->type, rows), first);
@@ -233,7 +328,8 @@ class PassBuilder {
         return ggml_reshape_2d(ctx_, out, l.head_dim * c_.n_head, s.n);
     }
 
-    ggml_tensor *attention(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) {
+    ggml_tensor *attention(size_t index, ggml_tensor *x, bool only_cache) {
+        const LayerWeights &l = model_.weights().layers[index];
         Operand h = {norm(x, l.attn_norm), n_, nullptr, nullptr};
         ggml_tensor *k = multiply(l.attn_k, h);
         ggml_tensor *v = l.attn_v ? multiply(l.attn_v, h) : k; // the raw projection, before k_norm and rope
@@ -247,24 +343,9 @@ class PassBuilder {
             q = rope(l, norm(q, l.attn_q_norm));
         }
         ggml_tensor *attended = nullptr;
-        int64_t first = 0;
-        for (const int32_t rows : pass_.segments) {
-            const Segment s = {first, rows, pass_.end(rows)};
-            first += rows;
-            write_cache(s, cache.k, k, l.sliding);
-            write_cache(s, cache.v, v, l.sliding);
-            if (only_cache) {
-                continue;
-            }
-            attended = attend(s, l, cache, rows_of(s, q));
-            if (pass_.segments.size() > 1) {
-                // Carried out before the next segment writes the cache: a graph runs in the order of this call.
-                const size_t row = static_cast<size_t>(attended->ne[0]) * sizeof(float);
-                ggml_tensor *place =
-                    ggml_view_2d(ctx_, io_.attended, attended->ne[0], s.n, row, static_cast<size_t>(s.first) * row);
-                ggml_build_forward_expand(graph_.nodes, ggml_cpy(ctx_, attended, place));
-                attended = ggml_view_2d(ctx_, io_.attended, attended->ne[0], n_, row, 0);
-            }
+        {
+            const Elsewhere cache_device(*this, model_.placement().cache[index]);
+            attended = through_cache(l, cache_.layers()[index], q, k, v);
         }
         if (only_cache) {
             return nullptr;
@@ -272,8 +353,36 @@ class PassBuilder {
         return norm(multiply(l.attn_output, attended), l.post_attention_norm, x);
     }
 
+    // Writes k and v, and attends with q, which is null where nobody reads the result; one segment after the other.
+    ggml_tensor *through_cache(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q, ggml_tensor *k,
+                               ggml_tensor *v) {
+        ggml_tensor *attended = nullptr;
+        int64_t first = 0;
+        for (const int32_t rows : pass_.segments) {
+            const Segment s = {first, rows, pass_.end(rows)};
+            first += rows;
+            write_cache(s, cache.k, k, l.sliding);
+            write_cache(s, cache.v, v, l.sliding);
+            if (!q) {
+                continue;
+            }
+            attended = attend(s, l, cache, rows_of(s, q));
+            if (pass_.segments.size() > 1) {
+                // Carried out before the next segment writes the cache: a graph runs in the order of this call.
+                ggml_tensor *all = inputs().attended;
+                const size_t row = static_cast<size_t>(attended->ne[0]) * sizeof(float);
+                ggml_tensor *place =
+                    ggml_view_2d(ctx_, all, attended->ne[0], s.n, row, static_cast<size_t>(s.first) * row);
+                ggml_build_forward_expand(graph_.nodes, ggml_cpy(ctx_, attended, place));
+                attended = ggml_view_2d(ctx_, all, attended->ne[0], n_, row, 0);
+            }
+        }
+        return attended;
+    }
+
     // Both inputs come from the raw residual x: the router has a norm of its own, without a weight.
-    ggml_tensor *experts(const LayerWeights &l, ggml_tensor *x) {
+    ggml_tensor *experts(size_t index, ggml_tensor *x) {
+        const LayerWeights &l = model_.weights().layers[index];
         const int64_t n_used = c_.n_expert_used;
         ggml_tensor *probabilities = ggml_soft_max(ctx_, multiply(l.router, norm(x, l.router_scale))); // [n_expert, n]
         ggml_tensor *selected =
@@ -286,6 +395,7 @@ class PassBuilder {
         weights = ggml_mul(ctx_, weights, ggml_reshape_2d(ctx_, scales, n_used, n_));
 
         ggml_tensor *h = norm(x, l.pre_ffw_norm_2);
+        const Elsewhere expert_device(*this, model_.placement().experts[index]);
 #if DG_HAS_TILES
         if (own_operators() && !importance_) {
             return own().experts(h, selected, weights, l.gate_up_exps, l.gate_exps, l.up_exps, l.down_exps);
@@ -313,14 +423,18 @@ class PassBuilder {
         return n_used == 1 ? ggml_cont(ctx_, sum) : sum;
     }
 
-    ggml_tensor *layer(const LayerWeights &l, const CacheLayer &cache, ggml_tensor *x, bool only_cache) {
-        x = attention(l, cache, x, only_cache);
+    ggml_tensor *layer(size_t index, ggml_tensor *x, bool only_cache) {
+        const LayerWeights &l = model_.weights().layers[index];
+        x = attention(index, x, only_cache);
         if (only_cache) {
+            settle();
             return nullptr;
         }
         ggml_tensor *dense = gated_mlp(norm(x, l.ffn_norm), l.ffn_gate, l.ffn_up, l.ffn_down);
-        ggml_tensor *both = norm(experts(l, x), l.post_ffw_norm_2, norm(dense, l.post_ffw_norm_1));
-        return norm(both, l.post_ffw_norm, x, pass_.causal() ? l.encoder_output_scale : l.output_scale);
+        ggml_tensor *both = norm(experts(index, x), l.post_ffw_norm_2, norm(dense, l.post_ffw_norm_1));
+        x = norm(both, l.post_ffw_norm, x, pass_.causal() ? l.encoder_output_scale : l.output_scale);
+        settle();
+        return x;
     }
 
     // The product is placed in io.logits and softcapped there: a canvas of logits exists once (268 MB at the released
@@ -330,9 +444,16 @@ class PassBuilder {
         ggml_tensor *logits = multiply(model_.weights().token_embd, h, c_.logit_softcap);
         ggml_tensor *product = mark(logits->view_src ? logits->view_src : logits, Part::HEAD);
         product->data =
-            static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_row) * io_.logits->nb[1];
+            static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_logit) * io_.logits->nb[1];
         product->buffer = io_.logits->buffer;
         ggml_build_forward_expand(graph_.nodes, logits);
+        if (pass_.sampled || pass_.watched) {
+            sample_ops(ctx_, graph_.nodes, io_.sample, logits, pass_.sampled, pass_.watched);
+        }
+        if (pass_.sampled && c_.has_self_conditioning) {
+            soft_embedding(ctx_, graph_.nodes, model_, ggml_soft_max_inplace(ctx_, logits),
+                           rows_of_io(ctx_, io_.coming, pass_.first_row, n_), &io_.sample);
+        }
     }
 };
 
@@ -372,38 +493,24 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
     return PassBuilder(model, cache, io, pass, importance).build();
 }
 
-Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t n_rows) {
-    const dg_config &c = model.config();
-    ggml_tensor *embedding = model.weights().token_embd;
+Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,
+                           int32_t n_rows) {
 #if DG_HAS_TILES
-    if (io.scratch) {
-        Graph own = make_graph(static_cast<size_t>(soft_nodes(c.n_vocab)));
-        soft_embedding_ops(own.context.get(), own.nodes, own.work, io.scratch, embedding,
-                           rows_of_io(own.context.get(), io.logits, first_row, n_rows),
+    if (io.scratch && !io.coming) {
+        Graph own = make_graph(static_cast<size_t>(soft_nodes(model.config().n_vocab)));
+        soft_embedding_ops(own.context.get(), own.nodes, own.work, io.scratch, model.weights().token_embd,
+                           rows_of_io(own.context.get(), io.logits, first_logit, n_rows),
                            rows_of_io(own.context.get(), io.soft, first_row, n_rows), &io.longest_embedding);
         return own;
     }
 #endif
-    const int64_t slice = std::clamp<int64_t>(SOFT_SLICE_FLOATS / c.n_embd, 32, c.n_vocab);
-    const int64_t n_slices = (c.n_vocab + slice - 1) / slice;
-    Graph graph = make_graph(static_cast<size_t>(n_slices) * 7 + 16);
+    Graph graph = make_graph(soft_embedding_nodes(model.config()));
     ggml_context *ctx = graph.context.get();
-    ggml_tensor *p = ggml_soft_max(ctx, rows_of_io(ctx, io.logits, first_row, n_rows));
-    ggml_tensor *sum = nullptr;
-    for (int64_t first = 0; first < c.n_vocab; first += slice) {
-        const int64_t n = std::min<int64_t>(slice, c.n_vocab - first);
-        ggml_tensor *rows =
-            ggml_view_2d(ctx, embedding, c.n_embd, n, embedding->nb[1], static_cast<size_t>(first) * embedding->nb[1]);
-        if (rows->type != GGML_TYPE_F32) {
-            rows = ggml_cast(ctx, rows, GGML_TYPE_F32);
-        }
-        ggml_tensor *transposed = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n, n_embd]
-        ggml_tensor *weights = ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
-        ggml_tensor *product = mark(ggml_mul_mat(ctx, transposed, weights), Part::SELF_CONDITIONING); // [n_embd, C]
-        sum = sum ? ggml_add(ctx, sum, product) : product;
-    }
-    sum = ggml_scale(ctx, sum, std::sqrt(static_cast<float>(c.n_embd)));
-    ggml_build_forward_expand(graph.nodes, ggml_cpy(ctx, sum, rows_of_io(ctx, io.soft, first_row, n_rows)));
+    ggml_tensor *logits = rows_of_io(ctx, io.logits, first_logit, n_rows);
+    ggml_tensor *out = rows_of_io(ctx, io.coming ? io.coming : io.soft, first_row, n_rows);
+    Settler settler(graph, model.devices());
+    soft_embedding(ctx, graph.nodes, model, ggml_soft_max(ctx, logits), out, nullptr);
+    settler.settle(model.placement().head);
     return graph;
 }
 

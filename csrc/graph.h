@@ -6,32 +6,43 @@
 #include "cache.h"
 #include "importance.h"
 #include "model.h"
+#include "sampler_graph.h"
 #include "work.h"
 
 #include "ggml-cpp.h"
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace dg {
 
 enum class Mode { ENCODE, SCORE, DENOISE };
 
-// Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
-struct GraphIo {
-    ggml_tensor *ids = nullptr;           // I32 [pass]
+// What the attention of the layers on one device reads besides its weights, written anew for each pass. Masks are for
+// ggml's operators; the CPU's own need none.
+struct DeviceIo {
     ggml_tensor *positions = nullptr;     // I32 [pass]
     ggml_tensor *slots_full = nullptr;    // I32 [pass]: the cache row of each position
     ggml_tensor *slots_sliding = nullptr; // I32 [pass]
-    // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; without it,
-    // the graph is made of ggml's, which every device has. Masks are for those.
-    ggml_tensor *scratch = nullptr;      // F32 [floats of a thread, threads]
-    ggml_tensor *mask_full = nullptr;    // F16, rows of visible_rows values; 0 where visible, -inf elsewhere
-    ggml_tensor *mask_sliding = nullptr; // F16
-    ggml_tensor *attended = nullptr;     // F32 [head_dim * n_head of the widest layer, pass]: several segments' outputs
-    ggml_tensor *soft = nullptr;         // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
-    ggml_tensor *logits = nullptr;       // F32 [n_vocab, R]; R: the session's n_rows
-    float longest_embedding = 0.0f;      // longest_row() of the embedding, once a signal was asked for (soft.h)
+    ggml_tensor *mask_full = nullptr;     // F16, rows of visible_rows values; 0 where visible, -inf elsewhere
+    ggml_tensor *mask_sliding = nullptr;  // F16
+    ggml_tensor *attended = nullptr; // F32 [head_dim * n_head of the widest layer, pass]: several segments' outputs
+};
+
+// Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
+struct GraphIo {
+    std::vector<DeviceIo> devices; // empty ones where no layer is; the CPU's is last
+    ggml_tensor *ids = nullptr;    // I32 [pass]
+    ggml_tensor *soft = nullptr;   // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+    ggml_tensor *logits = nullptr; // F32 [n_vocab, rows of logits]: R, the session's n_rows, where the CPU has the
+                                   // head; else those of a pass
+    ggml_tensor *coming = nullptr; // F32 [n_embd, R]: where a sampled pass leaves the next step's soft
+    SampleIo sample;               // of a sampled pass
+    // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
+    // without it, the graph is made of ggml's, which every device has.
+    ggml_tensor *scratch = nullptr; // F32 [floats of a thread, threads]
+    float longest_embedding = 0.0f; // longest_row() of the embedding, once a signal was asked for (soft.h)
 };
 
 // What a graph is built for; the shapes of all its tensors follow from it.
@@ -44,7 +55,10 @@ struct Pass {
     Mode mode = Mode::ENCODE;
     int32_t n_past = 0;            // positions in the cache before it
     std::vector<int32_t> segments; // rows of each
-    int32_t first_row = 0;         // its rows stand from here on in io.soft and io.logits
+    int32_t first_row = 0;         // its rows stand from here on in io.soft
+    int32_t first_logit = 0;       // and from here on in io.logits
+    bool sampled = false;          // ids are drawn, and the next step's signal is made, where the logits are
+    bool watched = false;          // probabilities of the ids in io.sample.watched are reported
 
     bool causal() const { return mode != Mode::DENOISE; }
     bool has_logits() const { return mode != Mode::ENCODE; }
@@ -56,7 +70,8 @@ struct Pass {
     int32_t end() const;                                                // of the longest segment
     bool operator==(const Pass &other) const {
         return mode == other.mode && n_past == other.n_past && segments == other.segments &&
-               first_row == other.first_row;
+               first_row == other.first_row && first_logit == other.first_logit && sampled == other.sampled &&
+               watched == other.watched;
     }
 };
 
@@ -69,7 +84,9 @@ inline bool needs_mask(const Model &model, const Pass &pass, bool sliding) {
 struct Graph {
     ggml_context_ptr context;
     ggml_cgraph *nodes = nullptr; // in context's memory
-    WorkList work;                // of its custom operators
+    // Where nodes are to be computed. Empty when all are on the CPU.
+    std::vector<std::pair<ggml_tensor *, int32_t>> devices;
+    WorkList work; // of its custom operators
 };
 
 // Whether the CPU's own operators are compiled in.
@@ -85,8 +102,9 @@ int64_t scratch_floats(const Model &model);
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
                  Importance *importance = nullptr);
 
-// n_rows of io.logits (processed) -> the same rows of io.soft: the softmax of each row times the embedding, over the
-// whole vocabulary; of ggml's operators, in slices that bound the memory for the transposed embedding.
-Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t n_rows);
+// n_rows of io.logits (processed), from first_logit on -> those of io.soft from first_row on: the softmax of each row
+// times the embedding, over the whole vocabulary, in slices that bound the memory for the transposed embedding.
+Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,
+                           int32_t n_rows);
 
 } // namespace dg

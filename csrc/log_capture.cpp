@@ -36,6 +36,9 @@ void on_log(ggml_log_level level, const char *text, void * /*user*/) {
 }
 
 void on_abort(const char *message) {
+    if (guarded && std::strstr(message, "Remote RPC server")) {
+        throw Error(DG_ERROR_DEVICE, "the connection to an RPC server was lost");
+    }
     if (guarded) {
         // What ggml asserts of its small allocations (headers, graphs), and of pthread_create.
         const bool refused = std::strstr(message, "!= NULL") || std::strstr(message, "rc == 0");

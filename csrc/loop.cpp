@@ -3,6 +3,7 @@
 #include "error.h"
 #include "random.h"
 
+#include <algorithm>
 #include <chrono>
 
 namespace dg {
@@ -173,22 +174,14 @@ void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
         conditioned_ = true;
     }
     place(going);
-    session_.denoise(ids_.data(), segments);
-    conditioned_ = false;
-
-    active_ = false; // until the sampler is through: it fails only on broken logits, and those end the canvases
-    float *logits = session_.logits();
-    bool any = false;
-    const auto began = std::chrono::steady_clock::now();
-    for (const int32_t i : going) {
-        Live &live = canvases_[static_cast<size_t>(i)];
-        live.last.step = step_;
-        sample(live, logits, handed_in ? handed_in + i : nullptr);
-        logits += static_cast<int64_t>(live.n_rows) * n_vocab;
-        any = any || live.goes_on;
+    if (stays_on_device(going)) {
+        sample_there(going, segments, handed_in);
+    } else {
+        sample_here(going, segments, handed_in);
     }
-    if (session_.profiled()) {
-        session_.add_sampling_time(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    bool any = false;
+    for (const int32_t i : going) {
+        any = any || canvases_[static_cast<size_t>(i)].goes_on;
     }
     for (size_t i = 0; i < canvases_.size(); ++i) {
         out[i] = canvases_[i].last;
@@ -197,13 +190,79 @@ void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
     active_ = any;
 }
 
-void CanvasLoop::sample(Live &live, float *logits, const dg_noise *handed_in) {
+// Sets of allowed ids are the one rule that is not known on a device: logits come here for them.
+bool CanvasLoop::stays_on_device(const std::vector<int32_t> &going) const {
+    return session_.samples_on_device() && std::all_of(going.begin(), going.end(), [this](int32_t i) {
+               return canvases_[static_cast<size_t>(i)].allowed_ends.empty();
+           });
+}
+
+StepOutput CanvasLoop::Live::output() {
+    return {argmax.data(), canvas.data(), accepted.data(), entropy.data(), logprob.empty() ? nullptr : logprob.data()};
+}
+
+dg_noise CanvasLoop::noise_of(Live &live, const dg_noise *handed_in) const {
+    live.last.step = step_;
+    return handed_in ? *handed_in : live.philox_noise(session_.model().config().n_vocab);
+}
+
+void CanvasLoop::sample_here(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
+                             const dg_noise *handed_in) {
+    session_.denoise(ids_.data(), segments);
+    conditioned_ = false;
+    active_ = false; // until the sampler is through: it fails only on broken logits, and those end the canvases
+    const auto began = std::chrono::steady_clock::now();
     const int32_t n_vocab = session_.model().config().n_vocab;
-    const dg_noise noise = handed_in ? *handed_in : live.philox_noise(n_vocab);
+    float *logits = session_.logits();
+    for (const int32_t i : going) {
+        Live &live = canvases_[static_cast<size_t>(i)];
+        const dg_noise noise = noise_of(live, handed_in ? handed_in + i : nullptr);
+        sample_step(logits, live.n_rows, n_vocab, live.sampling, step_, noise, live.rules(), session_.n_threads(),
+                    scratch_, live.output());
+        logits += static_cast<int64_t>(live.n_rows) * n_vocab;
+        judge(live);
+    }
+    if (session_.profiled()) {
+        session_.add_sampling_time(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    }
+}
+
+void CanvasLoop::sample_there(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
+                              const dg_noise *handed_in) {
+    const int32_t n_vocab = session_.model().config().n_vocab;
+    std::vector<dg_noise> noises;
+    RowInputs inputs;
+    const bool any_watched = std::any_of(
+        going.begin(), going.end(), [this](int32_t i) { return !canvases_[static_cast<size_t>(i)].watched.empty(); });
+    for (const int32_t i : going) {
+        Live &live = canvases_[static_cast<size_t>(i)];
+        noises.push_back(noise_of(live, handed_in ? handed_in + i : nullptr));
+        const RowRules rules = live.rules();
+        const auto t = static_cast<float>(temperature(live.sampling, step_));
+        for (int32_t row = 0; row < live.n_rows; ++row) {
+            inputs.temperature.push_back(t);
+            inputs.uniform.push_back(uniform_in_float(noises.back().uniform[row]));
+            inputs.pinned.push_back(rules.is_pinned(row) ? rules.pinned[row] : 0);
+            inputs.is_pinned.push_back(rules.is_pinned(row) ? 1.0f : 0.0f);
+            if (any_watched) {
+                inputs.watched.push_back(rules.watched ? std::max(0, rules.watched[row]) : 0);
+            }
+        }
+    }
+    const std::vector<RowResult> results = session_.denoise_and_sample(ids_.data(), segments, inputs);
+    active_ = false; // as above
+    const RowResult *result = results.data();
+    for (size_t k = 0; k < going.size(); ++k) {
+        Live &live = canvases_[static_cast<size_t>(going[k])];
+        take_rows(result, live.n_rows, live.rules(), scratch_, live.output());
+        result += live.n_rows;
+        finish_step(live.n_rows, n_vocab, live.sampling, noises[k], live.rules(), scratch_, live.output());
+        judge(live);
+    }
+}
+
+void CanvasLoop::judge(Live &live) const {
     const RowRules rules = live.rules();
-    sample_step(logits, live.n_rows, n_vocab, live.sampling, step_, noise, rules, session_.n_threads(), scratch_,
-                {live.argmax.data(), live.canvas.data(), live.accepted.data(), live.entropy.data(),
-                 live.logprob.empty() ? nullptr : live.logprob.data()});
     for (int32_t row = 0; row < live.n_rows; ++row) {
         const auto at = static_cast<size_t>(row);
         if (rules.is_pinned(row) && (live.canvas[at] != rules.pinned[row] || live.argmax[at] != rules.pinned[row])) {

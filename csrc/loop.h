@@ -45,6 +45,7 @@ class CanvasLoop {
 
         RowRules rules() const;
         dg_noise philox_noise(int32_t n_vocab);
+        StepOutput output();
     };
 
     Session &session_;
@@ -59,7 +60,15 @@ class CanvasLoop {
     void start(Live &live, const dg_canvas_options &options) const;
     int32_t rows(const std::vector<int32_t> &which) const;
     void place(const std::vector<int32_t> &which);
-    void sample(Live &live, float *logits, const dg_noise *handed_in);
+    bool stays_on_device(const std::vector<int32_t> &going) const;
+    dg_noise noise_of(Live &live, const dg_noise *handed_in) const;
+    // Both make the step of the canvases that go on: with their logits in this process's memory, or where they are.
+    void sample_here(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
+                     const dg_noise *handed_in);
+    void sample_there(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
+                      const dg_noise *handed_in);
+    // Whether the canvas is finished with this step.
+    void judge(Live &live) const;
 };
 
 } // namespace dg

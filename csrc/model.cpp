@@ -92,8 +92,9 @@ class ModelReader {
     ModelReader(Model &model, const std::string &path)
         : model_(model), path_(path), files_(*model.files_), keys_(path, files_.keys()) {}
 
-    void read() {
+    void read(const dg_model_options &options) {
         read_config();
+        model_.placement_ = place_layers(sizes_of(model_, options.expected), *model_.devices_, options);
         bind();
         model_.fingerprint_ = fnv1a(model_.fingerprint_, &model_.config_, sizeof model_.config_);
     }
@@ -103,11 +104,7 @@ class ModelReader {
     const std::string &path_;
     const GgufFiles &files_;
     const GgufKeys keys_;
-    struct Owned {
-        ggml_tensor *tensor;
-        std::vector<float> values;
-    };
-    std::vector<Owned> owned_;
+    int32_t device_ = 0; // where what is bound now goes
 
     [[noreturn]] void fail(dg_status status, const std::string &what) const {
         throw Error(status, path_ + ": " + what);
@@ -253,7 +250,9 @@ class ModelReader {
         return *found;
     }
 
-    // A matrix, used where it lies in the file.
+    bool on_cpu() const { return device_ == model_.devices_->cpu(); }
+
+    // A matrix; the CPU uses it where it lies in the file.
     ggml_tensor *matrix(const std::string &name, std::initializer_list<int64_t> shape) const {
         const FileTensor &found = require(name, shape);
         ggml_tensor *tensor = found.tensor;
@@ -263,6 +262,9 @@ class ModelReader {
         if (!usable) {
             fail(DG_ERROR_UNSUPPORTED,
                  format("tensor %s has type %s, which cannot be multiplied with", name.c_str(), ggml_type_name(type)));
+        }
+        if (!on_cpu()) {
+            return model_.placed_->add(device_, tensor, found.data);
         }
         if (!tensor->buffer) {
             ggml_backend_tensor_alloc(found.buffer, tensor, const_cast<unsigned char *>(found.data));
@@ -291,11 +293,9 @@ class ModelReader {
 
     float scalar(const std::string &name) { return values(name, {1})[0]; }
 
-    // A float32 tensor of our own; its data is set when all are known.
+    // A float32 tensor of our own.
     ggml_tensor *own(std::vector<float> data, int64_t ne0, int64_t ne1 = 1) {
-        ggml_tensor *tensor = ggml_new_tensor_2d(model_.owned_.get(), GGML_TYPE_F32, ne0, ne1);
-        owned_.push_back({tensor, std::move(data)});
-        return tensor;
+        return model_.placed_->add(device_, std::move(data), ne0, ne1);
     }
 
     ggml_tensor *vector(const std::string &name, int64_t n) { return own(values(name, {n}), n); }
@@ -310,28 +310,17 @@ class ModelReader {
 
     void bind() {
         const dg_config &c = model_.config_;
-        const size_t n_owned = model_.weights_.layers.size() * 12 + 8;
-        ggml_init_params params = {};
-        params.mem_size = n_owned * ggml_tensor_overhead();
-        params.no_alloc = true;
-        model_.owned_.reset(ggml_init(params));
-        if (!model_.owned_) {
-            fail(DG_ERROR_MEMORY, format("%zu bytes for tensor headers were refused", params.mem_size));
-        }
+        model_.placed_ = std::make_unique<DeviceWeights>(*model_.devices_, files_.tensors().size() + n_made());
         refuse_scales();
         bind_globals();
         for (int32_t i = 0; i < c.n_layer; ++i) {
             bind_layer(i, model_.weights_.layers[static_cast<size_t>(i)]);
         }
-        model_.owned_buffer_.reset(
-            ggml_backend_alloc_ctx_tensors_from_buft(model_.owned_.get(), ggml_backend_cpu_buffer_type()));
-        if (!model_.owned_buffer_) {
-            fail(DG_ERROR_MEMORY, "memory for the norms was refused");
-        }
-        for (const Owned &o : owned_) {
-            ggml_backend_tensor_set(o.tensor, o.values.data(), 0, o.values.size() * sizeof(float));
-        }
+        model_.placed_->load();
     }
+
+    // Every device with full layers has the angles' divisors.
+    size_t n_made() const { return model_.devices_->size() + 1; }
 
     // Some writers keep a factor of a quantized tensor beside it (X.scale of X.weight): left out, the numbers would be
     // wrong without a word.
@@ -359,13 +348,20 @@ class ModelReader {
                                embedding->ne[1], MAX_VOCAB));
         }
         c.n_vocab = static_cast<int32_t>(embedding->ne[1]);
+        const Placement &placement = model_.placement_;
+        device_ = placement.head;
         w.token_embd = matrix(names::TOKEN_EMBD, {c.n_embd, c.n_vocab});
+        device_ = placement.input;
+        w.input_embd =
+            placement.input == placement.head ? w.token_embd : matrix(names::TOKEN_EMBD, {c.n_embd, c.n_vocab});
+        device_ = placement.head;
         if (find(names::OUTPUT)) {
             fail(DG_ERROR_UNSUPPORTED,
                  std::string("tensor ") + names::OUTPUT + " is present; only a tied head is served");
         }
         w.output_norm = vector(names::OUTPUT_NORM, c.n_embd);
         bind_rope();
+        device_ = placement.layers.front();
 
         const std::string pre_norm =
             find(names::SELF_COND_PRE_NORM) ? names::SELF_COND_PRE_NORM : names::SELF_COND_NORM;
@@ -385,20 +381,33 @@ class ModelReader {
     }
 
     void bind_rope() {
-        Weights &w = model_.weights_;
-        for (const LayerWeights &l : w.layers) {
-            if (l.sliding || w.rope_freqs) {
+        const std::vector<int32_t> &device_of = model_.placement_.layers;
+        std::vector<float> factors;
+        std::vector<ggml_tensor *> on(model_.devices_->size() + 1);
+        for (size_t i = 0; i < device_of.size(); ++i) {
+            LayerWeights &l = model_.weights_.layers[i];
+            if (l.sliding) {
                 continue;
             }
-            std::vector<float> factors = values(names::ROPE_FREQS, {l.head_dim / 2});
-            for (size_t i = 0; i < factors.size(); ++i) {
-                if (!(factors[i] > 0.0f)) {
-                    fail_format(format("tensor %s holds %g at %zu, expected a positive divisor", names::ROPE_FREQS,
-                                       static_cast<double>(factors[i]), i));
-                }
+            if (factors.empty()) {
+                factors = rope_factors(l.head_dim / 2);
             }
-            w.rope_freqs = own(std::move(factors), l.head_dim / 2);
+            device_ = device_of[i];
+            ggml_tensor *&here = on[static_cast<size_t>(device_)];
+            here = here ? here : own(factors, l.head_dim / 2);
+            l.rope_freqs = here;
         }
+    }
+
+    std::vector<float> rope_factors(int64_t n) {
+        std::vector<float> factors = values(names::ROPE_FREQS, {n});
+        for (size_t i = 0; i < factors.size(); ++i) {
+            if (!(factors[i] > 0.0f)) {
+                fail_format(format("tensor %s holds %g at %zu, expected a positive divisor", names::ROPE_FREQS,
+                                   static_cast<double>(factors[i]), i));
+            }
+        }
+        return factors;
     }
 
     void bind_layer(int32_t index, LayerWeights &l) {
@@ -408,6 +417,7 @@ class ModelReader {
         const int64_t q_width = l.head_dim * c.n_head;
         const int64_t kv_width = l.head_dim * l.n_head_kv;
 
+        device_ = model_.placement_.layers[static_cast<size_t>(index)];
         l.attn_norm = vector(prefix + names::ATTN_NORM, n_embd);
         l.attn_q = matrix(prefix + names::ATTN_Q, {n_embd, q_width});
         l.attn_k = matrix(prefix + names::ATTN_K, {n_embd, kv_width});
@@ -435,6 +445,8 @@ class ModelReader {
         }
         l.router_scale = own(std::move(scale), n_embd);
         l.pre_ffw_norm_2 = vector(prefix + names::PRE_FFW_NORM_2, n_embd);
+        l.down_exps_scale = own(values(prefix + names::FFN_DOWN_EXPS_SCALE, {c.n_expert}), 1, c.n_expert);
+        device_ = model_.placement_.experts[static_cast<size_t>(index)];
         if (find(prefix + names::FFN_GATE_UP_EXPS)) {
             l.gate_up_exps = matrix(prefix + names::FFN_GATE_UP_EXPS, {n_embd, 2 * int64_t{c.n_ff_exp}, c.n_expert});
         } else if (find(prefix + names::FFN_GATE_EXPS)) {
@@ -444,7 +456,7 @@ class ModelReader {
             fail_format("tensor " + prefix + names::FFN_GATE_UP_EXPS + " is missing");
         }
         l.down_exps = matrix(prefix + names::FFN_DOWN_EXPS, {c.n_ff_exp, n_embd, c.n_expert});
-        l.down_exps_scale = own(values(prefix + names::FFN_DOWN_EXPS_SCALE, {c.n_expert}), 1, c.n_expert);
+        device_ = model_.placement_.layers[static_cast<size_t>(index)];
         l.post_ffw_norm_2 = vector(prefix + names::POST_FFW_NORM_2, n_embd);
         l.post_ffw_norm = vector(prefix + names::POST_FFW_NORM, n_embd);
 
@@ -465,20 +477,57 @@ class ModelReader {
     }
 };
 
-Model::Model(const std::string &path, const dg_model_options &options) {
+namespace {
+
+constexpr const char *INSTALL = "install a build that has one: CMAKE_ARGS=\"-DGGML_CUDA=on\" (or -DGGML_METAL, "
+                                "-DGGML_VULKAN, -DGGML_HIP) pip install --no-binary pydiffgguf pydiffgguf; or name "
+                                "RPC servers";
+
+// The devices that the options ask for, the main one last.
+std::unique_ptr<const Devices> open_devices(const dg_model_options &options) {
+    const auto refuse = [](const char *name, const std::string &value, const char *what) {
+        throw Error(DG_ERROR_ARGUMENT, std::string(name) + " is " + value + ": it must be " + what);
+    };
     if (options.n_gpu_layers < -1) {
-        throw Error(DG_ERROR_ARGUMENT,
-                    format("n_gpu_layers is %d: it must be -1 (as many as fit) or more", options.n_gpu_layers));
+        refuse("n_gpu_layers", std::to_string(options.n_gpu_layers), "-1 (as many as fit) or more");
     }
-    if (options.n_gpu_layers > 0) {
-        throw Error(DG_ERROR_UNSUPPORTED,
-                    format("n_gpu_layers is %d, but this version computes on the CPU only; use n_gpu_layers=0 "
-                           "(GPU builds will be installed with CMAKE_ARGS=\"-DGGML_CUDA=on\" pip install "
-                           "--no-binary pydiffgguf pydiffgguf)",
-                           options.n_gpu_layers));
+    if (options.n_cpu_moe < 0) {
+        refuse("n_cpu_moe", std::to_string(options.n_cpu_moe), "0 or more");
     }
+    if (options.main_gpu < -1) {
+        refuse("main_gpu", std::to_string(options.main_gpu), "-1 (the last) or more");
+    }
+    if (options.n_gpu_layers == 0) {
+        if (options.n_rpc > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0) {
+            throw Error(DG_ERROR_ARGUMENT, "n_gpu_layers is 0: rpc, tensor_split and main_gpu have nothing to place");
+        }
+        return std::make_unique<const Devices>(std::vector<std::string>(), false);
+    }
+    auto devices = std::make_unique<Devices>(
+        std::vector<std::string>(options.rpc, options.rpc + static_cast<size_t>(options.n_rpc)), true);
+    const bool asked = options.n_gpu_layers > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0;
+    if (devices->empty() && asked) {
+        throw Error(
+            DG_ERROR_UNSUPPORTED,
+            format("n_gpu_layers, tensor_split and main_gpu need a device, and there is none here; %s", INSTALL));
+    }
+    if (options.main_gpu >= 0) {
+        if (static_cast<size_t>(options.main_gpu) >= devices->size()) {
+            throw Error(DG_ERROR_UNSUPPORTED, format("main_gpu is %d: there are %zu devices; %s", options.main_gpu,
+                                                     devices->size(), INSTALL));
+        }
+        devices->move_to_end(static_cast<size_t>(options.main_gpu));
+    }
+    return devices;
+}
+
+} // namespace
+
+Model::Model(const std::string &path, const dg_model_options &options) {
     files_ = std::make_unique<const GgufFiles>(path, options.use_mmap);
-    ModelReader(*this, path).read();
+    devices_ = open_devices(options);
+    const Devices::Turn turn(*devices_);
+    ModelReader(*this, path).read(options);
 }
 
 int64_t Model::active_parameters() const {

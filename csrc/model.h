@@ -3,8 +3,11 @@
 // Shapes are in ggml's order (ne[0] contiguous): a matrix [in, out] maps rows of `in` values to rows of `out`.
 #pragma once
 
+#include "device_weights.h"
+#include "devices.h"
 #include "diffgguf.h"
 #include "gguf_files.h"
+#include "placement.h"
 
 #include "ggml-cpp.h"
 
@@ -25,6 +28,7 @@ struct LayerWeights {
     ggml_tensor *attn_k = nullptr;      // [n_embd, D*K]
     ggml_tensor *attn_v = nullptr;      // [n_embd, D*K]; null on full layers, whose V is K's raw projection
     ggml_tensor *attn_output = nullptr; // [D*H, n_embd]
+    ggml_tensor *rope_freqs = nullptr;  // [D/2] of full layers: divisors of the angle, 1e30 where a pair rests
     ggml_tensor *attn_q_norm = nullptr; // [D]
     ggml_tensor *attn_k_norm = nullptr; // [D]
     ggml_tensor *post_attention_norm = nullptr;
@@ -52,13 +56,13 @@ struct LayerWeights {
 };
 
 struct Weights {
-    ggml_tensor *token_embd = nullptr; // [n_embd, n_vocab]; also the head
+    ggml_tensor *token_embd = nullptr; // [n_embd, n_vocab]: the head, and what the self-conditioning signal is made of
+    ggml_tensor *input_embd = nullptr; // the same numbers, where the rows of the ids are taken from
     ggml_tensor *output_norm = nullptr;
     ggml_tensor *self_cond_pre_norm = nullptr; // the four are null in a file without self-conditioning
     ggml_tensor *self_cond_gate = nullptr;
     ggml_tensor *self_cond_up = nullptr;
     ggml_tensor *self_cond_down = nullptr;
-    ggml_tensor *rope_freqs = nullptr; // [D/2] of the full layers: divisors of the angle, 1e30 where a pair rests
     std::vector<LayerWeights> layers;
 };
 
@@ -71,6 +75,10 @@ class Model {
     const Weights &weights() const { return weights_; }
     const std::vector<std::string> &warnings() const { return warnings_; }
     const GgufFiles &files() const { return *files_; }
+    const Devices &devices() const { return *devices_; }
+    const Placement &placement() const { return placement_; }
+    // Bytes of weights on a device; what the CPU uses where it lies in the file is not among them.
+    size_t weights_on(int32_t device) const { return placed_->bytes(device); }
     // Weights that one row of a pass is multiplied with.
     int64_t active_parameters() const;
     // Differs between models whose caches are not exchangeable: a hash of the metadata and the small tensors.
@@ -80,8 +88,9 @@ class Model {
     friend class ModelReader;
 
     std::unique_ptr<const GgufFiles> files_;
-    ggml_context_ptr owned_; // small float32 tensors made at load
-    ggml_backend_buffer_ptr owned_buffer_;
+    std::unique_ptr<const Devices> devices_;
+    Placement placement_;
+    std::unique_ptr<DeviceWeights> placed_;
     dg_config config_ = {};
     dg_sampling sampling_ = {};
     Weights weights_;

@@ -120,12 +120,14 @@ BlockSums sum_row(const float *z, int32_t n_vocab, float greatest, std::vector<d
         row.moment += sums.moment;
     }
     if (has_nan || !std::isfinite(greatest) || !std::isfinite(row.weight)) {
-        throw Error(DG_ERROR_INTERNAL, "a row of logits holds NaN or has no finite maximum");
+        throw_unsound_row();
     }
     return row;
 }
 
 } // namespace
+
+void throw_unsound_row() { throw Error(DG_ERROR_INTERNAL, "a row of logits holds NaN or has no finite maximum"); }
 
 double log_probability(const float *z, int32_t n_vocab, int32_t id) {
     const float greatest = *std::max_element(z, z + n_vocab);
@@ -304,11 +306,17 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
         out.entropy[row] = drawn.entropy;
         draws[static_cast<size_t>(row)] = drawn.draw;
     });
+    finish_step(n_rows, n_vocab, sampling, noise, rules, scratch, out);
+}
+
+void finish_step(int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, const dg_noise &noise,
+                 const RowRules &rules, SamplerScratch &scratch, const StepOutput &out) {
     accept_rows(out.entropy, rules.pinned, n_rows, sampling.entropy_bound, out.accepted, scratch.order);
     for (int32_t row = 0; row < n_rows; ++row) {
         const bool keeps_draw = out.accepted[row] != 0 && !rules.is_pinned(row);
         // A pinned row gets its own id here, as the last thing of every step.
-        out.canvas[row] = keeps_draw ? draws[static_cast<size_t>(row)] : rules.admit(row, noise.renoise[row], n_vocab);
+        out.canvas[row] =
+            keeps_draw ? scratch.draws[static_cast<size_t>(row)] : rules.admit(row, noise.renoise[row], n_vocab);
     }
 }
 

@@ -82,6 +82,14 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
                  const dg_noise &noise, const RowRules &rules, int32_t n_threads, SamplerScratch &scratch,
                  const StepOutput &out);
 
+// The end of a step whose rows are sampled, wherever that was: draws [C] stand in `scratch`, entropies and argmax in
+// `out`; which rows are accepted, and the next canvas.
+void finish_step(int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, const dg_noise &noise,
+                 const RowRules &rules, SamplerScratch &scratch, const StepOutput &out);
+
+// DG_ERROR_INTERNAL, for a row that holds NaN or has no finite maximum.
+[[noreturn]] void throw_unsound_row();
+
 // Stable when the argmax canvas equals each of the last `threshold` ones.
 class StabilityHistory {
   public:

@@ -26,16 +26,6 @@ constexpr int32_t MOST_ROWS = 1 << 16;
 constexpr int32_t PASS_ROWS = 256;
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
 
-ggml_type cache_type(int32_t type) {
-    switch (type) {
-        case DG_KV_F32: return GGML_TYPE_F32;
-        case DG_KV_F16: return GGML_TYPE_F16;
-        case DG_KV_BF16: return GGML_TYPE_BF16;
-        case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
-    }
-    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
-}
-
 int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
     if (value < least || value > most) {
         throw Error(DG_ERROR_ARGUMENT, format("%s is %d: it must be from %d to %d", name, value, least, most));
@@ -43,25 +33,10 @@ int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
     return value;
 }
 
-// Bytes for the intermediate tensors of `graph`, which are allocated too unless this is a prediction.
-size_t reserve(ggml_gallocr_t allocator, const Graph &graph, bool allocate) {
-    size_t size = 0;
-    if (!allocate) {
-        ggml_gallocr_reserve_n_size(allocator, graph.nodes, nullptr, nullptr, &size);
-        return size;
-    }
-    if (!ggml_gallocr_reserve(allocator, graph.nodes)) {
-        throw Error(DG_ERROR_MEMORY,
-                    "memory for intermediate tensors was refused; a smaller n_ctx or n_batch needs less");
-    }
-    return ggml_gallocr_get_buffer_size(allocator, 0);
-}
+void upload(ggml_tensor *tensor, const void *data, size_t size) { ggml_backend_tensor_set(tensor, data, 0, size); }
 
-// Gives the graph's tensors their places; within what was reserved, nothing is allocated.
-void place(ggml_gallocr_t allocator, const Graph &graph) {
-    if (!ggml_gallocr_alloc_graph(allocator, graph.nodes)) {
-        throw Error(DG_ERROR_MEMORY, "memory for intermediate tensors was refused");
-    }
+void upload(ggml_tensor *tensor, const std::vector<int32_t> &values) {
+    upload(tensor, values.data(), values.size() * sizeof values[0]);
 }
 
 // As many as this process may use, but no more than the work of a step is worth: barriers cost a small model more than
@@ -75,6 +50,16 @@ int32_t default_threads(const Model &model) {
 }
 
 } // namespace
+
+ggml_type Session::cache_type(int32_t type) {
+    switch (type) {
+        case DG_KV_F32: return GGML_TYPE_F32;
+        case DG_KV_F16: return GGML_TYPE_F16;
+        case DG_KV_BF16: return GGML_TYPE_BF16;
+        case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
+    }
+    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
+}
 
 int32_t Session::context_size(const Model &model, int32_t asked) {
     const dg_config &c = model.config();
@@ -101,6 +86,7 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     }
     const int32_t canvas = model_->config().canvas_length;
     n_rows_ = n_rows_ == 0 ? canvas : checked("n_rows", n_rows_, canvas, MOST_ROWS);
+    backends_ = model_->devices().start();
 }
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
@@ -108,43 +94,13 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
     plan(false);
     check_memory(format("a session (KV cache %zu bytes, intermediate tensors and inputs %zu, logits %zu)",
                         memory_.kv_cache, memory_.compute, memory_.logits),
-                 memory_.kv_cache + memory_.compute + memory_.logits);
+                 host_bytes());
     plan(true);
     start_threads();
     tokens_.reserve(static_cast<size_t>(n_ctx_));
 }
 
 Session::~Session() { stop_threads(); }
-
-void Session::start_threads() {
-    process_ = process_id();
-    backend_.reset(ggml_backend_cpu_init());
-    if (!backend_) {
-        throw Error(DG_ERROR_MEMORY, "memory for ggml's CPU backend was refused");
-    }
-    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads_);
-    params.poll = 1; // idle threads sleep after some 2 ms instead of ggml's 100: a desktop program is mostly idle
-    threadpool_ = ggml_threadpool_new(&params);
-    if (!threadpool_) {
-        throw Error(DG_ERROR_MEMORY, format("%d threads were refused", n_threads_));
-    }
-    ggml_backend_cpu_set_threadpool(backend_.get(), threadpool_);
-    ggml_backend_cpu_set_n_threads(backend_.get(), n_threads_);
-    ggml_backend_cpu_set_abort_callback(
-        backend_.get(), [](void *self) { return static_cast<Session *>(self)->should_stop(); }, this);
-}
-
-// In a fork, the parent's threads do not exist, and waiting for their end would take for ever: what is left of them is
-// given up.
-void Session::stop_threads() {
-    if (process_ != process_id()) {
-        backend_.release();
-    } else if (threadpool_) {
-        ggml_backend_cpu_set_threadpool(backend_.get(), nullptr);
-        ggml_threadpool_free(threadpool_);
-    }
-    threadpool_ = nullptr;
-}
 
 dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_session_options &options) {
     Session session(model, options, DryRun{});
@@ -157,97 +113,6 @@ int32_t Session::largest_segment() const { return std::max(n_batch_, model_->con
 int32_t Session::canvas_pass() const { return std::min(n_rows_, std::max(PASS_ROWS, model_->config().canvas_length)); }
 
 int32_t Session::largest_pass() const { return std::max(n_batch_, canvas_pass()); }
-
-// Cache, inputs and the memory of the largest graphs: what a session holds for its whole life.
-void Session::plan(bool allocate) {
-    const int32_t canvas = model_->config().canvas_length;
-    // A scored text writes one row behind itself.
-    cache_ = std::make_unique<KvCache>(*model_, n_ctx_, largest_segment() + 1, type_kv_, allocate);
-    make_io(allocate);
-
-    ggml_backend_buffer_type_t host = ggml_backend_cpu_buffer_type();
-    pass_allocator_.reset(ggml_gallocr_new(host));
-    soft_allocator_.reset(ggml_gallocr_new(host));
-    const int32_t longest_chunk = std::min(n_batch_, n_ctx_ - canvas);
-    std::vector<int32_t> canvases(static_cast<size_t>(canvas_pass() / canvas), canvas);
-    if (canvas_pass() % canvas > 0) {
-        canvases.push_back(canvas_pass() % canvas);
-    }
-    const Pass largest[] = {{Mode::ENCODE, n_ctx_ - canvas - longest_chunk, {longest_chunk}, 0},
-                            {Mode::SCORE, n_ctx_ - canvas, canvases, 0},
-                            {Mode::DENOISE, n_ctx_ - canvas, canvases, 0}};
-    memory_.compute = 0;
-    for (const Pass &pass : largest) {
-        const Graph graph = build_pass(*model_, *cache_, io_, pass);
-        memory_.compute = std::max(memory_.compute, reserve(pass_allocator_.get(), graph, allocate));
-    }
-    if (model_->config().has_self_conditioning) {
-        const Graph graph = build_soft_embedding(*model_, io_, 0, canvas_pass());
-        memory_.compute += reserve(soft_allocator_.get(), graph, allocate);
-    }
-    memory_.compute += io_bytes() - ggml_nbytes(io_.logits);
-    memory_.weights = model_->files().n_bytes();
-    memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
-    memory_.kv_cache = cache_->bytes();
-    memory_.logits = logits_size(n_rows_);
-}
-
-size_t Session::io_bytes() const {
-    size_t bytes = 0;
-    for (ggml_tensor *t = ggml_get_first_tensor(io_context_.get()); t; t = ggml_get_next_tensor(io_context_.get(), t)) {
-        bytes += ggml_nbytes(t);
-    }
-    return bytes;
-}
-
-void Session::make_io(bool allocate) {
-    const dg_config &c = model_->config();
-    const int64_t pass = largest_pass();
-    ggml_init_params params = {};
-    params.mem_size = 16 * ggml_tensor_overhead();
-    params.no_alloc = true;
-    io_context_.reset(ggml_init(params));
-    if (!io_context_) {
-        throw Error(DG_ERROR_MEMORY, "memory for input headers was refused");
-    }
-    ggml_context *ctx = io_context_.get();
-    io_.ids = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-    io_.positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-    io_.slots_full = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-    io_.slots_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pass);
-    int64_t widest = 0;
-    for (const LayerWeights &layer : model_->weights().layers) {
-        widest = std::max(widest, layer.head_dim * c.n_head);
-    }
-    if (own_operators_) {
-        io_.scratch = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, scratch_floats(*model_), n_threads_);
-    } else {
-        io_.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
-        io_.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
-    }
-    io_.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
-    io_.soft = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_embd, n_rows_);
-    io_.logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_vocab, n_rows_);
-    if (allocate) {
-        io_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type()));
-        if (!io_buffer_) {
-            throw Error(DG_ERROR_MEMORY,
-                        format("%zu bytes for a canvas of logits and the inputs were refused",
-                               ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, ggml_backend_cpu_buffer_type())));
-        }
-        condition_on_nothing();
-    } else {
-        // Planning asks only whether a tensor has memory, never where.
-        static char placeholder;
-        for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-            t->data = &placeholder;
-        }
-        for (const CacheLayer &layer : cache_->layers()) {
-            layer.k->data = &placeholder;
-            layer.v->data = &placeholder;
-        }
-    }
-}
 
 void Session::set_past(int32_t n) { n_past_.store(n, std::memory_order_relaxed); }
 
@@ -264,25 +129,36 @@ void Session::check_ids(const char *what, const int32_t *ids, int32_t n) const {
 // ------------------------------------------------------------------------------------------------------ passes
 
 void Session::set_pass_inputs(const Pass &pass) {
-    auto *positions = static_cast<int32_t *>(io_.positions->data);
-    auto *slots_full = static_cast<int32_t *>(io_.slots_full->data);
-    auto *slots_sliding = static_cast<int32_t *>(io_.slots_sliding->data);
-    int32_t first = 0;
+    std::vector<int32_t> positions;
+    std::vector<int32_t> slots_full;
+    std::vector<int32_t> slots_sliding;
     for (const int32_t rows : pass.segments) {
         for (int32_t i = 0; i < rows; ++i) {
             const int32_t position = pass.first_position() + i;
             const bool repeated = pass.mode == Mode::SCORE && i == 0;
             const int32_t written = repeated ? pass.end(rows) : position;
-            positions[first + i] = position;
-            slots_full[first + i] = cache_->slot(false, written);
-            slots_sliding[first + i] = cache_->slot(true, written);
+            positions.push_back(position);
+            slots_full.push_back(cache_->slot(false, written));
+            slots_sliding.push_back(cache_->slot(true, written));
         }
-        for (const bool sliding : {false, true}) {
-            if (!io_.scratch && needs_mask(*model_, pass, sliding)) {
+    }
+    for (const DeviceIo &io : io_.devices) {
+        if (io.positions) {
+            upload(io.positions, positions);
+            upload(io.slots_full, slots_full);
+            upload(io.slots_sliding, slots_sliding);
+        }
+    }
+    const bool masks =
+        std::any_of(io_.devices.begin(), io_.devices.end(), [](const DeviceIo &io) { return io.mask_full; });
+    for (const bool sliding : {false, true}) {
+        if (masks && needs_mask(*model_, pass, sliding)) {
+            int32_t first = 0;
+            for (const int32_t rows : pass.segments) {
                 set_mask(pass, first, rows, sliding);
+                first += rows;
             }
         }
-        first += rows;
     }
 }
 
@@ -297,26 +173,33 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
     for (int32_t slot = 0; slot < n_slots; ++slot) {
         held[static_cast<size_t>(slot)] = cache_->position(sliding, slot, end);
     }
-    auto *mask = static_cast<ggml_fp16_t *>((sliding ? io_.mask_sliding : io_.mask_full)->data) +
-                 int64_t{first} * cache_->slots(sliding);
+    std::vector<ggml_fp16_t> mask(static_cast<size_t>(rows) * static_cast<size_t>(n_slots));
     for (int32_t i = 0; i < rows; ++i) {
         // The canvas has no window inside: all its rows look back from its first one.
         const int32_t last = pass.causal() ? pass.first_position() + i : end - 1;
         const int32_t anchor = pass.causal() ? last : pass.n_past;
         const int32_t oldest = sliding ? std::max(0, anchor - (window - 1)) : 0;
-        ggml_fp16_t *row = mask + int64_t{i} * n_slots;
+        ggml_fp16_t *row = mask.data() + int64_t{i} * n_slots;
         for (int32_t slot = 0; slot < n_slots; ++slot) {
             const int32_t position = held[static_cast<size_t>(slot)];
             row[slot] = position >= oldest && position <= last ? visible : hidden;
+        }
+    }
+    const size_t offset = static_cast<size_t>(first) * static_cast<size_t>(cache_->slots(sliding)) * sizeof mask[0];
+    for (const DeviceIo &io : io_.devices) {
+        if (io.mask_full) {
+            ggml_backend_tensor_set(sliding ? io.mask_sliding : io.mask_full, mask.data(), offset,
+                                    mask.size() * sizeof mask[0]);
         }
     }
 }
 
 // Graph and inputs of a pass, but for its ids.
 void Session::prepare(const Pass &pass) {
+    renew_in_fork();
     ready_ = {};
     pass_graph_ = build_pass(*model_, *cache_, io_, pass, importance_.get());
-    place(pass_allocator_.get(), pass_graph_);
+    passes_->place(pass_graph_);
     set_pass_inputs(pass);
     cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
 }
@@ -344,24 +227,20 @@ bool Session::should_stop() {
     return false;
 }
 
-void Session::compute(const Graph &graph) {
+void Session::compute(Executor &executor, const Graph &graph) {
     model_->files().check_unchanged();
-    if (process_ != process_id()) {
-        stop_threads();
-        start_threads();
-    }
     for (const std::unique_ptr<Work> &work : graph.work) {
         work->next.store(0, std::memory_order_relaxed);
     }
     if (profiled_) {
         run_timed(graph);
     } else {
-        run(graph.nodes);
+        run([&] { return executor.compute(graph); });
     }
 }
 
-void Session::run(ggml_cgraph *nodes) {
-    const ggml_status status = should_stop() ? GGML_STATUS_ABORTED : ggml_backend_graph_compute(backend_.get(), nodes);
+template <typename Compute> void Session::run(const Compute &compute) {
+    const ggml_status status = should_stop() ? GGML_STATUS_ABORTED : compute();
     switch (status) {
         case GGML_STATUS_SUCCESS: return;
         case GGML_STATUS_ABORTED: clear_cancel(); throw Error(DG_ERROR_CANCELLED, "cancelled");
@@ -372,6 +251,9 @@ void Session::run(ggml_cgraph *nodes) {
 }
 
 void Session::profile(bool on) {
+    if (on && !model_->devices().empty()) {
+        throw Error(DG_ERROR_UNSUPPORTED, "the parts of a step are timed on the CPU alone; use n_gpu_layers=0");
+    }
     profiled_ = on;
     timings_ = {};
 }
@@ -395,7 +277,7 @@ void Session::run_timed(const Graph &graph) {
         ggml_graph_clear(one);
         ggml_graph_add_node(one, node);
         const auto began = std::chrono::steady_clock::now();
-        run(one);
+        run([&] { return ggml_backend_graph_compute(backends_.back().get(), one); });
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
         switch (part_of(node)) {
             case Part::OTHER: timings_.other += seconds; break;
@@ -426,10 +308,10 @@ void Session::encode(const int32_t *ids, int32_t n) {
 }
 
 void Session::encode_chunk(const int32_t *ids, int32_t n) {
-    const Pass pass = {Mode::ENCODE, n_past(), {n}, 0};
+    const Pass pass = {Mode::ENCODE, n_past(), {n}};
     prepare(pass);
-    std::memcpy(io_.ids->data, ids, static_cast<size_t>(n) * sizeof *ids);
-    compute(pass_graph_);
+    upload(io_.ids, ids, static_cast<size_t>(n) * sizeof *ids);
+    compute(*passes_, pass_graph_);
     tokens_.insert(tokens_.end(), ids, ids + n);
     set_past(pass.end());
 }
@@ -468,23 +350,37 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
 }
 
 void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
-    const Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}, 0};
+    Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}};
+    pass.watched = samples_on_device();
     prepare(pass);
     // Row i predicts id i: it reads the one before.
-    auto *inputs = static_cast<int32_t *>(io_.ids->data);
-    std::memcpy(inputs + 1, ids, static_cast<size_t>(pass.rows() - 1) * sizeof *ids);
+    std::vector<int32_t> inputs(static_cast<size_t>(pass.rows()));
+    std::copy(ids, ids + pass.rows() - 1, inputs.begin() + 1);
     for (int32_t i = 0, first = 0; i < n_texts; first += lengths[i++]) {
-        inputs[first] = tokens_.back();
+        inputs[static_cast<size_t>(first)] = tokens_.back();
     }
-    compute(pass_graph_);
+    upload(io_.ids, inputs);
+    if (pass.watched) {
+        upload(io_.sample.watched, ids, static_cast<size_t>(pass.rows()) * sizeof *ids);
+    }
+    compute(*passes_, pass_graph_);
+    if (pass.watched) {
+        for (const RowResult &row : read_results(io_.sample, pass.rows())) {
+            if (!row.before.sound()) {
+                throw_unsound_row();
+            }
+            *logprob++ = row.logprob();
+        }
+        return;
+    }
     const int32_t n_vocab = model_->config().n_vocab;
     parallel_rows(pass.rows(), n_vocab, n_threads_, [&](int32_t row) {
         logprob[row] = log_probability(logits() + int64_t{row} * n_vocab, n_vocab, ids[row]);
     });
 }
 
-void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
-    const Pass whole = {Mode::DENOISE, n_past(), segments, 0};
+void Session::check_canvases(const std::vector<int32_t> &segments) const {
+    const Pass whole = {Mode::DENOISE, n_past(), segments};
     if (n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a canvas needs a prefix of at least one token");
     }
@@ -496,21 +392,90 @@ void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) 
         throw Error(DG_ERROR_CONTEXT, format("a canvas of %d after a prefix of %d does not fit n_ctx %d",
                                              whole.end() - n_past(), n_past(), n_ctx_));
     }
-    Pass pass = {Mode::DENOISE, n_past(), {}, 0};
+}
+
+// Calls `run` for one pass after the other, each with its graph ready and its ids in place.
+template <typename Run>
+void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run) {
+    check_canvases(segments);
+    renew_in_fork();
+    pass.mode = Mode::DENOISE;
+    pass.n_past = n_past();
     for (size_t i = 0; i < segments.size(); ++i) {
         pass.segments.push_back(segments[i]);
         const int32_t rows = pass.rows();
         if (i + 1 < segments.size() && rows + segments[i + 1] <= canvas_pass()) {
             continue;
         }
+        pass.first_logit = samples_on_device() ? 0 : pass.first_row;
         if (!(ready_ == pass)) {
             prepare(pass);
             ready_ = pass;
         }
-        std::memcpy(io_.ids->data, ids + pass.first_row, static_cast<size_t>(rows) * sizeof *ids);
-        compute(pass_graph_);
+        upload(io_.ids, ids + pass.first_row, static_cast<size_t>(rows) * sizeof *ids);
+        run(pass);
         pass.first_row += rows;
         pass.segments.clear();
+    }
+}
+
+void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
+    if (samples_on_device()) {
+        host_logits_.resize(static_cast<size_t>(n_rows_) * static_cast<size_t>(model_->config().n_vocab));
+    }
+    each_pass(ids, segments, Pass(), [&](const Pass &pass) {
+        compute(*passes_, pass_graph_);
+        if (samples_on_device()) {
+            float *out = host_logits_.data() + int64_t{pass.first_row} * model_->config().n_vocab;
+            ggml_backend_tensor_get(io_.logits, out, 0, logits_size(pass.rows()));
+        }
+    });
+}
+
+std::vector<RowResult> Session::denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
+                                                   const RowInputs &inputs) {
+    std::vector<RowResult> results;
+    Pass kind;
+    kind.sampled = true;
+    kind.watched = !inputs.watched.empty();
+    const auto set = [](ggml_tensor *tensor, const auto &values, const Pass &pass) {
+        upload(tensor, values.data() + pass.first_row, static_cast<size_t>(pass.rows()) * sizeof values[0]);
+    };
+    each_pass(ids, segments, kind, [&](const Pass &pass) {
+        set(io_.sample.temperature, inputs.temperature, pass);
+        set(io_.sample.uniform, inputs.uniform, pass);
+        set(io_.sample.pinned, inputs.pinned, pass);
+        set(io_.sample.is_pinned, inputs.is_pinned, pass);
+        if (pass.watched) {
+            set(io_.sample.watched, inputs.watched, pass);
+        }
+        compute(*passes_, pass_graph_);
+        const std::vector<RowResult> rows = read_results(io_.sample, pass.rows());
+        results.insert(results.end(), rows.begin(), rows.end());
+    });
+    // Only now, so that a step that was cancelled between two passes may be repeated.
+    if (model_->config().has_self_conditioning) {
+        take_coming(static_cast<int32_t>(results.size()));
+    }
+    return results;
+}
+
+// The signal that was made where the logits are becomes the next pass's.
+void Session::take_coming(int32_t n_rows) {
+    if (model_->placement().layers.front() == model_->placement().head) {
+        ggml_backend_tensor_copy(io_.coming, io_.soft);
+        return;
+    }
+    std::vector<char> rows(static_cast<size_t>(n_rows) * io_.soft->nb[1]);
+    ggml_backend_tensor_get(io_.coming, rows.data(), 0, rows.size());
+    upload(io_.soft, rows.data(), rows.size());
+}
+
+void Session::set_logits(const float *logits, int32_t n_rows) {
+    if (samples_on_device()) {
+        host_logits_.assign(logits, logits + int64_t{n_rows} * model_->config().n_vocab);
+    } else {
+        upload(io_.logits, logits, logits_size(n_rows));
     }
 }
 
@@ -518,8 +483,9 @@ void Session::condition_on_logits(int32_t n_rows) {
     if (!model_->config().has_self_conditioning) {
         return;
     }
+    renew_in_fork();
 #if DG_HAS_TILES
-    if (io_.scratch && io_.longest_embedding == 0.0f) {
+    if (io_.scratch && io_.longest_embedding == 0.0f && !samples_on_device()) {
         io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
     }
 #endif
@@ -527,22 +493,28 @@ void Session::condition_on_logits(int32_t n_rows) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {
             soft_graph_rows_ = 0;
-            soft_graph_ = build_soft_embedding(*model_, io_, first, n);
-            place(soft_allocator_.get(), soft_graph_);
+            soft_graph_ = build_soft_embedding(*model_, io_, first, samples_on_device() ? 0 : first, n);
+            soft_->place(soft_graph_);
             soft_graph_first_ = first;
             soft_graph_rows_ = n;
         }
-        compute(soft_graph_);
+        if (samples_on_device()) {
+            upload(io_.logits, host_logits_.data() + int64_t{first} * model_->config().n_vocab, logits_size(n));
+        }
+        compute(*soft_, soft_graph_);
+    }
+    if (samples_on_device()) {
+        take_coming(n_rows);
     }
 }
 
-void Session::condition_on_nothing() { std::memset(io_.soft->data, 0, ggml_nbytes(io_.soft)); }
+void Session::condition_on_nothing() { ggml_backend_tensor_memset(io_.soft, 0, 0, ggml_nbytes(io_.soft)); }
 
 void Session::move_condition(int32_t from, int32_t to, int32_t n) {
     const size_t row = io_.soft->nb[1];
-    auto *rows = static_cast<char *>(io_.soft->data);
-    std::memmove(rows + static_cast<size_t>(to) * row, rows + static_cast<size_t>(from) * row,
-                 static_cast<size_t>(n) * row);
+    std::vector<char> rows(static_cast<size_t>(n) * row);
+    ggml_backend_tensor_get(io_.soft, rows.data(), static_cast<size_t>(from) * row, rows.size());
+    ggml_backend_tensor_set(io_.soft, rows.data(), static_cast<size_t>(to) * row, rows.size());
 }
 
 void Session::truncate(int32_t n) {

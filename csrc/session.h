@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cache.h"
+#include "executor.h"
 #include "graph.h"
 #include "model.h"
 
@@ -18,6 +19,15 @@
 
 namespace dg {
 
+// Of each row of the canvases, for the sampler on a device.
+struct RowInputs {
+    std::vector<float> temperature;
+    std::vector<float> uniform;
+    std::vector<int32_t> pinned; // 0 where a row is free
+    std::vector<float> is_pinned;
+    std::vector<int32_t> watched; // empty unless wanted
+};
+
 class Session {
   public:
     Session(std::shared_ptr<const Model> model, const dg_session_options &options);
@@ -27,10 +37,12 @@ class Session {
 
     // What n_ctx comes to when `asked` is 0; throws CONTEXT for one that is too small or too large.
     static int32_t context_size(const Model &model, int32_t asked);
+    static ggml_type cache_type(int32_t type);
     // What a session would take, by the arithmetic that makes one.
     static dg_memory predict(const std::shared_ptr<const Model> &model, const dg_session_options &options);
 
     const Model &model() const { return *model_; }
+    std::shared_ptr<const Model> shared_model() const { return model_; }
     int32_t n_ctx() const { return n_ctx_; }
     int32_t n_threads() const { return n_threads_; }
     int32_t n_rows() const { return n_rows_; }
@@ -53,18 +65,25 @@ class Session {
     // The processed logits of the first n_rows in logits() -> the self-conditioning signal of the next pass.
     void condition_on_logits(int32_t n_rows);
     void condition_on_nothing();
-    // Moves the signal of `n` rows to rows `to` and after; `to` <= `from`.
+    // Moves the signal of `n` rows to rows `to` and after.
     void move_condition(int32_t from, int32_t to, int32_t n);
     // [R, V] float32, in place: raw after denoise; the sampler turns them into the processed ones.
-    float *logits() { return static_cast<float *>(io_.logits->data); }
+    float *logits() { return samples_on_device() ? host_logits_.data() : static_cast<float *>(io_.logits->data); }
+    void set_logits(const float *logits, int32_t n_rows);
     size_t logits_size(int32_t n_rows) const { return static_cast<size_t>(n_rows) * io_.logits->nb[1]; }
+
+    // Logits are made on a device. They can stay there: denoise_and_sample is denoise, the sampler and
+    // condition_on_logits in one, with nothing but a few numbers for each row to come back. denoise brings them here.
+    bool samples_on_device() const { return model_->placement().head != model_->devices().cpu(); }
+    std::vector<RowResult> denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
+                                              const RowInputs &inputs);
     void check_ids(const char *what, const int32_t *ids, int32_t n) const;
 
     // From here on passes add up what they multiply weights by, from zero; or do so no longer.
     void collect(bool on);
     const Importance *importance() const { return importance_.get(); }
 
-    // From here on operators run one at a time and their times are added up, from zero; or no longer.
+    // From here on, or no longer, the parts of steps are timed, from zero.
     void profile(bool on);
     bool profiled() const { return profiled_; }
     void add_sampling_time(double seconds) { timings_.sampling += seconds; }
@@ -89,25 +108,26 @@ class Session {
     ggml_type type_kv_;
     bool own_operators_; // the CPU's (product.h); else ggml's alone
     std::unique_ptr<KvCache> cache_;
-    ggml_context_ptr io_context_;
-    ggml_backend_buffer_ptr io_buffer_;
+    std::vector<ggml_backend_ptr> backends_;    // the CPU's is last
+    std::vector<ggml_context_ptr> io_contexts_; // of each of them
+    std::vector<ggml_backend_buffer_ptr> io_buffers_;
     GraphIo io_;
-    ggml_backend_ptr backend_;
+    std::vector<float> host_logits_; // [R, V], where they are made on a device and wanted here
     ggml_threadpool *threadpool_ = nullptr;
     int64_t process_ = 0; // whose threads they are: a fork has none of them
-    ggml_gallocr_ptr pass_allocator_;
-    ggml_gallocr_ptr soft_allocator_;
+    std::unique_ptr<Executor> passes_;
+    std::unique_ptr<Executor> soft_;
     Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
     Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
     Graph soft_graph_;
     std::unique_ptr<Importance> importance_;
-    bool profiled_ = false;
-    dg_timings timings_ = {};
     int32_t soft_graph_first_ = 0; // the rows that soft_graph_ is for
     int32_t soft_graph_rows_ = 0;
     std::vector<int32_t> tokens_;
     std::atomic<int32_t> n_past_{0};
     dg_memory memory_ = {};
+    bool profiled_ = false;
+    dg_timings timings_ = {};
     std::atomic<bool> cancelled_{false};
     dg_poll poll_ = nullptr;
     void *poll_user_ = nullptr;
@@ -118,17 +138,27 @@ class Session {
     int32_t largest_pass() const;
     void plan(bool allocate);
     void make_io(bool allocate);
+    void allocate_io(int32_t device);
     size_t io_bytes() const;
+    size_t io_bytes_on(size_t device) const;
+    size_t host_bytes() const;
     void start_threads();
     void stop_threads();
+    void renew_in_fork();
+    void make_executors(bool allocate);
+    std::unique_ptr<Executor> make_executor(const std::vector<Graph> &largest, bool allocate);
     void set_past(int32_t n);
     void set_pass_inputs(const Pass &pass);
     void set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding);
     void prepare(const Pass &pass);
     void score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
     void encode_chunk(const int32_t *ids, int32_t n);
-    void compute(const Graph &graph);
-    void run(ggml_cgraph *nodes);
+    void check_canvases(const std::vector<int32_t> &segments) const;
+    template <typename Run>
+    void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run);
+    void take_coming(int32_t n_rows);
+    void compute(Executor &executor, const Graph &graph);
+    template <typename Compute> void run(const Compute &compute);
     void run_timed(const Graph &graph);
     bool should_stop();
 };

@@ -1,7 +1,10 @@
-// A session's prefix in a file: its tokens and what the cache holds of them.
+// A session's prefix in a file.
 #include "session.h"
 
 #include "error.h"
+#include "file_map.h"
+
+#include "ggml-backend.h"
 
 #include <algorithm>
 #include <cstring>
@@ -19,6 +22,26 @@ struct SavedHeader {
 };
 constexpr char SAVED_MAGIC[8] = {'D', 'G', 'P', 'R', 'E', 'F', '0', '1'};
 
+// Rows of a cache tensor that lie one behind the other.
+struct Run {
+    int32_t slot;
+    int32_t rows;
+};
+
+constexpr int32_t MOST_ROWS_AT_ONCE = 1024;
+
+// Positions first .. end - 1.
+std::vector<Run> runs(const KvCache &cache, bool sliding, int32_t first, int32_t end) {
+    std::vector<Run> result;
+    while (first < end) {
+        const int32_t slot = cache.slot(sliding, first);
+        const int32_t rows = std::min({end - first, cache.slots(sliding) - slot, MOST_ROWS_AT_ONCE});
+        result.push_back({slot, rows});
+        first += rows;
+    }
+    return result;
+}
+
 } // namespace
 
 void Session::save(const std::string &path) {
@@ -31,12 +54,14 @@ void Session::save(const std::string &path) {
     AtomicFile file(path);
     file.write(&header, sizeof header);
     file.write(tokens_.data(), tokens_.size() * sizeof tokens_[0]);
+    std::vector<char> bytes;
     for (const CacheLayer &layer : cache_->layers()) {
         for (const ggml_tensor *t : {layer.k, layer.v}) {
-            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
-                file.write(static_cast<const char *>(t->data) +
-                               static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
-                           t->nb[1]);
+            for (const Run run :
+                 runs(*cache_, layer.sliding, layer.sliding ? header.first_sliding : 0, header.n_past)) {
+                bytes.resize(static_cast<size_t>(run.rows) * t->nb[1]);
+                ggml_backend_tensor_get(t, bytes.data(), static_cast<size_t>(run.slot) * t->nb[1], bytes.size());
+                file.write(bytes.data(), bytes.size());
             }
         }
     }
@@ -77,14 +102,17 @@ void Session::load(const std::string &path) {
     } catch (const Error &error) {
         throw Error(DG_ERROR_FORMAT, path + ": " + error.what());
     }
+    std::vector<char> bytes;
     for (const CacheLayer &layer : cache_->layers()) {
         for (ggml_tensor *t : {layer.k, layer.v}) {
             if (layer.sliding) { // slots before the window stay unwritten: a masked NaN would still spoil the sums
-                std::memset(t->data, 0, ggml_nbytes(t));
+                ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
             }
-            for (int32_t p = layer.sliding ? header.first_sliding : 0; p < header.n_past; ++p) {
-                take(static_cast<char *>(t->data) + static_cast<size_t>(cache_->slot(layer.sliding, p)) * t->nb[1],
-                     t->nb[1]);
+            for (const Run run :
+                 runs(*cache_, layer.sliding, layer.sliding ? header.first_sliding : 0, header.n_past)) {
+                bytes.resize(static_cast<size_t>(run.rows) * t->nb[1]);
+                take(bytes.data(), bytes.size());
+                ggml_backend_tensor_set(t, bytes.data(), static_cast<size_t>(run.slot) * t->nb[1], bytes.size());
             }
         }
     }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pydiffgguf.errors import (
         CancelledError,
         ContextOverflowError,
+        DeviceError,
         DiffGGUFError,
         ModelClosedError,
         ModelFormatError,
@@ -40,6 +41,7 @@ __all__ = [
     "Choice",
     "ContextOverflowError",
     "DenoiseStep",
+    "DeviceError",
     "DiffGGUFError",
     "DiffusionModel",
     "Edit",
@@ -65,6 +67,7 @@ _HOME = {
     "errors": (
         "CancelledError",
         "ContextOverflowError",
+        "DeviceError",
         "DiffGGUFError",
         "ModelClosedError",
         "ModelFormatError",

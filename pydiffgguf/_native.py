@@ -33,10 +33,12 @@ from pydiffgguf._arguments import MAX_SEED, float_array, id_array, int32, intege
 from pydiffgguf._records import (
     BuildInfo,
     CanvasSpec,
+    Device,
     Float32Array,
     Float64Array,
     Int32Array,
     LayerConfig,
+    LocalDevice,
     Memory,
     MetadataValue,
     ModelConfig,
@@ -93,6 +95,7 @@ _EXCEPTIONS: dict[int, type[Exception]] = {
     lib.DG_ERROR_BUSY: errors.SessionBusyError,
     lib.DG_ERROR_CANCELLED: errors.CancelledError,
     lib.DG_ERROR_INTERNAL: errors.DiffGGUFError,
+    lib.DG_ERROR_DEVICE: errors.DeviceError,
 }
 
 _ERROR_SIZE = 1024
@@ -221,6 +224,7 @@ def _fields(struct: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 _SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
+_DEVICE_FIELDS = tuple(Device.__dataclass_fields__)
 _MEMORY_FIELDS = tuple(Memory.__dataclass_fields__)
 _TIMINGS_FIELDS = tuple(Timings.__dataclass_fields__)
 _CONFIG_FIELDS = tuple(name for name in ModelConfig.__dataclass_fields__ if name != "layers")
@@ -281,16 +285,41 @@ class Metadata(Mapping[str, MetadataValue]):
 class NativeModel:
     """An opened GGUF file: immutable, shareable between threads and sessions.
 
-    `n_gpu_layers`: 0 for none, -1 for as many as fit. `use_mmap` maps the file instead of reading it into memory.
+    `use_mmap` maps the file instead of reading it into memory. The other options say where the model lies: those of
+    dg_model_options in csrc/diffgguf.h. `expected`: options of the NativeSession that "as many as fit" makes room for.
 
-    Raises OSError (FileNotFoundError, IsADirectoryError, PermissionError where it is one of them), ModelFormatError,
-    UnsupportedError or OutOfMemoryError; ValueError or TypeError for bad options.
+    Raises OSError (FileNotFoundError, IsADirectoryError, PermissionError where it is one of them; also for an RPC
+    server that does not answer), ModelFormatError, UnsupportedError or OutOfMemoryError; ValueError or TypeError for
+    bad options.
     """
 
-    def __init__(self, path: StrPath, *, n_gpu_layers: int = 0, use_mmap: bool = True) -> None:
+    def __init__(
+        self,
+        path: StrPath,
+        *,
+        use_mmap: bool = True,
+        n_gpu_layers: int = 0,
+        n_cpu_moe: int = 0,
+        tensor_split: Sequence[float] = (),
+        main_gpu: int = -1,
+        offload_kv: bool = True,
+        rpc: Sequence[str] = (),
+        expected: Mapping[str, Any] | None = None,
+    ) -> None:
         options = ffi.new("dg_model_options *", lib.dg_model_options_default())
-        options.n_gpu_layers = int32("n_gpu_layers", n_gpu_layers, low=-1)
         options.use_mmap = bool(use_mmap)
+        options.n_gpu_layers = int32("n_gpu_layers", n_gpu_layers, low=-1)
+        options.n_cpu_moe = int32("n_cpu_moe", n_cpu_moe)
+        options.main_gpu = int32("main_gpu", main_gpu, low=-1)
+        options.offload_kv = bool(offload_kv)
+        split = ffi.new("float[]", [real("a part of tensor_split", part) for part in tensor_split])
+        options.tensor_split, options.n_tensor_split = split, len(tensor_split)
+        if isinstance(rpc, str):
+            raise TypeError('rpc is a string: it must be a list of "host:port"')
+        servers = [ffi.new("char[]", server.encode()) for server in rpc]
+        endpoints = ffi.new("const char *[]", servers)
+        options.rpc, options.n_rpc = endpoints, len(servers)
+        options.expected = _session_options(**(expected or {}))[0]
         encoded = _encode_path(path)
         _check_readable(path)
         out = ffi.new("dg_model **")
@@ -337,6 +366,15 @@ class NativeModel:
             shape = tuple(info.ne[0 : info.n_dims])
             result.append(TensorInfo(_text(info.name), _text(info.type_name), shape, info.n_bytes, _text(info.kernel)))
         return result
+
+    def devices(self) -> list[Device]:
+        """The devices that the model may lie on, in the order in which a pass goes through them."""
+        pointer = self._open_pointer()
+        infos = (lib.dg_model_device(pointer, i) for i in range(lib.dg_model_n_devices(pointer)))
+        return [
+            Device(**{**_fields(info, _DEVICE_FIELDS), "name": _text(info.name), "endpoint": _text(info.endpoint)})
+            for info in infos
+        ]
 
     def n_ctx(self, **options: Any) -> int:
         """The n_ctx of a session with these options: what 0 comes to."""
@@ -632,10 +670,12 @@ def sample(
     uniform: npt.ArrayLike,
     renoise: npt.ArrayLike,
     pinned: npt.ArrayLike | None = None,
+    ggml_operators: bool = False,
 ) -> RawSample:
     """The sampler alone on logits z float32 [C, V], softcapped, before temperature; `step` counts from 0.
 
     `uniform` float64 [C] in [0, 1), `renoise` [C] ids, `pinned` [C] ids with -1 where a row is free.
+    `ggml_operators`: as the logits of a device are sampled.
     """
     z = float_array("z", z, np.float32, (None, None))
     n_rows, n_vocab = z.shape
@@ -655,6 +695,7 @@ def sample(
         int32("step", step),
         noise,
         _pointer_to("int32_t[]", pinned_ids),
+        bool(ggml_operators),
         _pointer_to("int32_t[]", argmax),
         _pointer_to("int32_t[]", canvas),
         _pointer_to("uint8_t[]", accepted),
@@ -743,6 +784,19 @@ def quantize_rows(
 # ----------------------------------------------------------------------------------------------------------- build
 
 
+def serve_rpc(endpoint: str, *, n_threads: int = 0) -> None:
+    """dg_rpc_serve of csrc/diffgguf.h: serves, and does not return. Raises OSError when the port cannot be had."""
+    _call(lib.dg_rpc_serve, endpoint.encode(), int32("n_threads", n_threads))
+
+
+def _local_device(device: Any) -> LocalDevice:
+    return {
+        "name": _text(device.name),
+        "memory_free": int(device.memory_free),
+        "memory_total": int(device.memory_total),
+    }
+
+
 def build_info() -> BuildInfo:
     return {
         "version": _text(lib.dg_version()),
@@ -751,5 +805,6 @@ def build_info() -> BuildInfo:
         "compiler": _text(lib.dg_compiler()),
         "flags": _text(lib.dg_build_flags()).split(),
         "backends": [_text(lib.dg_backend_name(i)) for i in range(lib.dg_n_backends())],
+        "devices": [_local_device(lib.dg_local_device(i)) for i in range(lib.dg_n_devices())],
         "cpu_features": [feature for feature in _text(lib.dg_cpu_features()).split(",") if feature],
     }

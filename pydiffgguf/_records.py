@@ -83,11 +83,25 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Device:
+    """A device that a model may lie on besides the CPU, and what lies there; see dg_device in csrc/diffgguf.h."""
+
+    name: str
+    endpoint: str
+    memory_free: int
+    memory_total: int
+    weights: int
+    n_layers: int
+    is_main: bool
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes by kind; see dg_memory in csrc/diffgguf.h."""
 
     weights: int
     weights_mapped: int
+    weights_on_devices: int
     kv_cache: int
     compute: int
     logits: int
@@ -161,6 +175,14 @@ class CanvasSpec:
         return canvas_length if self.n_rows is None else integer("n_rows", self.n_rows, 1, canvas_length)
 
 
+class LocalDevice(TypedDict):
+    """A device of this machine, the CPU being one; bytes."""
+
+    name: str
+    memory_free: int
+    memory_total: int
+
+
 class BuildInfo(TypedDict):
     """The C library's version and ABI number, the ggml and the compiler inside, the build type and the switches that
     were on, the backends that were built in, and the CPU features that its code was built with."""
@@ -171,4 +193,5 @@ class BuildInfo(TypedDict):
     compiler: str
     flags: list[str]
     backends: list[str]
+    devices: list[LocalDevice]
     cpu_features: list[str]

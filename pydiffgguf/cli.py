@@ -260,6 +260,22 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command(
+        "rpc-server",
+        "offer this machine's GPUs, or its CPU, to models on other machines",
+        _rpc_server,
+        "pydiffgguf rpc-server --port 50052",
+        "pydiffgguf generate model.gguf --rpc 127.0.0.1:50052 -p Hello",
+    )
+    sub.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="where to listen (127.0.0.1); there is no authentication: never where strangers can reach it",
+    )
+    sub.add_argument("--port", type=_at_least(1), metavar="P", default=50052, help="(50052)")
+    sub.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (as many as there are)")
+
+    sub = command(
         "bench",
         "measure prefill and denoise step times, steps per canvas, tokens per second, peak memory",
         _bench,
@@ -313,7 +329,14 @@ def _add_model_options(sub: Any) -> None:
         "--ctx", type=int, metavar="N", help="positions for prompt, text and canvas (8192, or the file's if less)"
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (as many as there are)")
-    group.add_argument("--gpu-layers", type=_gpu_layers, metavar="N|auto", help="layers on the GPU (auto)")
+    group.add_argument("--gpu-layers", type=_gpu_layers, metavar="N|auto", help="layers on devices (auto: what fits)")
+    group.add_argument("--cpu-moe", type=_at_least(0), metavar="N", help="keep the first N layers' experts on the CPU")
+    group.add_argument("--tensor-split", type=_numbers, metavar="X,Y", help="each device's share (its free memory)")
+    group.add_argument("--main-gpu", type=_at_least(0), metavar="I", help="the device with the head (the last)")
+    group.add_argument("--no-offload-kv", action="store_true", help="keep the cache, and attention, on the CPU")
+    group.add_argument(
+        "--rpc", type=_words, metavar="HOST:PORT,..", help="devices of other machines, which run pydiffgguf rpc-server"
+    )
     group.add_argument("--type-kv", metavar="TYPE", help="type of the cache: f16 (default), f32, bf16, q8_0")
     group.add_argument("--verbose", action="store_true", help="say on stderr what was opened and what it takes")
 
@@ -324,6 +347,14 @@ def _flag(name: str) -> str:
 
 def _gpu_layers(text: str) -> int | str:
     return "auto" if text == "auto" else int(text)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -386,6 +417,11 @@ def open_model(args: argparse.Namespace) -> Any:
         "n_ctx": args.ctx,
         "n_threads": args.threads,
         "n_gpu_layers": args.gpu_layers,
+        "n_cpu_moe": args.cpu_moe,
+        "tensor_split": args.tensor_split,
+        "main_gpu": args.main_gpu,
+        "offload_kv": False if args.no_offload_kv else None,
+        "rpc": args.rpc,
         "type_kv": args.type_kv,
         "verbose": args.verbose or None,
     }
@@ -636,6 +672,25 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         print(render(report))
     return 1 if report["problems"] else 0
+
+
+def _rpc_server(args: argparse.Namespace) -> int:
+    import signal
+
+    from pydiffgguf._native import serve_rpc
+    from pydiffgguf.rpc import numeric_address
+
+    host = numeric_address(args.host)
+    if not host.startswith("127."):
+        print(
+            f"pydiffgguf: warning: whoever reaches {host}:{args.port} can read and write this process's memory: RPC "
+            "has no authentication. Only in a network of which every member is trusted.",
+            file=sys.stderr,
+        )
+    # The call below never comes back to Python, which could not see a Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    serve_rpc(f"{host}:{args.port}", n_threads=args.threads or 0)
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -196,6 +196,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def _device(device: dict[str, Any]) -> str:
+    free, total = device["memory_free"] / 1e9, device["memory_total"] / 1e9
+    return f"{device['name']}, {free:.1f} of {total:.1f} GB free"
+
+
 def render(report: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
     build = report["build"]
@@ -212,8 +217,12 @@ def render(report: dict[str, Any]) -> str:
             ("compiler", build["compiler"]),
             ("build", " ".join(build["flags"])),
             ("backends", ", ".join(build["backends"])),
+            ("devices", "; ".join(_device(device) for device in build["devices"])),
             ("CPU features", ", ".join(build["cpu_features"]) or "none beyond the baseline"),
         ]
+    if build is not None and [device["name"] for device in build["devices"]] == ["CPU"]:
+        cure = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --no-binary pydiffgguf pydiffgguf'
+        rows.append(("GPU", f"none in this build; one comes with {cure}, or with GGML_METAL, GGML_VULKAN, GGML_HIP"))
     rows.append(("demo model", report["demo_model"] or "missing"))
     lines = [f"{name:<13}{value}" for name, value in rows]
     for each in report["off"]:

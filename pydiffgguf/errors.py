@@ -18,6 +18,7 @@ from __future__ import annotations
 __all__ = [
     "CancelledError",
     "ContextOverflowError",
+    "DeviceError",
     "DiffGGUFError",
     "ModelClosedError",
     "ModelFormatError",
@@ -37,6 +38,11 @@ class ModelFormatError(DiffGGUFError):
 
 class UnsupportedError(DiffGGUFError):
     """A device that was not built in, or an option or a variant of the format that cannot be served."""
+
+
+class DeviceError(DiffGGUFError):
+    """The connection to an RPC server was lost. The model and its sessions are of no more use: close the model, and
+    open it again."""
 
 
 class OutOfMemoryError(DiffGGUFError):

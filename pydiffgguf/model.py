@@ -18,7 +18,7 @@ import numpy as np
 from pydiffgguf._arguments import MAX_SEED, integer
 from pydiffgguf._log import logger
 from pydiffgguf._native import Metadata, NativeModel, StrPath
-from pydiffgguf._records import Memory, ModelConfig, Sampling, TensorInfo
+from pydiffgguf._records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf.chat import StopStrings, render
 from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
@@ -60,16 +60,23 @@ class DiffusionModel:
             file's context_length.
         n_batch: a prompt is encoded in chunks of so many tokens.
         n_threads: None: as many as this process may use, but no more than a step of this model is worth.
-        n_gpu_layers: "auto" (as many as fit; none on a CPU build) or a number.
+        n_gpu_layers: so many layers, counted from the last, lie on devices: this machine's GPUs, where one was built
+            in, and what RPC servers offer. "auto": as many as fit into the memory that they report free.
+        n_cpu_moe: the experts of the first so many layers stay on the CPU.
+        tensor_split: each device's share of the layers; None: as their free memory.
+        main_gpu: index in `devices()`-order of the device with the head and the sampler; None: the last.
+        offload_kv: a layer's cache lies where the layer does; False: on the CPU.
+        rpc: "host:port" of servers that `pydiffgguf rpc-server` runs; docs/DEVICES.md.
         type_kv: "f16", "f32", "bf16" or "q8_0".
         use_mmap: map the file instead of reading it into memory.
         verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
             logger "pydiffgguf".
 
     Raises:
-        OSError: no such file, a directory, not readable.
+        OSError: no such file, a directory, not readable; no RPC server at an address.
         ModelFormatError: not a GGUF of this architecture, or a broken one; says which key or tensor.
-        UnsupportedError: GPU layers on a build without one, or a file that needs what is not built.
+        UnsupportedError: GPU layers where there is no device, or a file that needs what is not built.
+        DeviceError: an RPC server was lost; any later call may raise it too.
         ContextOverflowError: n_ctx below canvas + 1, or beyond the file's context_length.
         ValueError, TypeError: an option out of range or of the wrong type.
     """
@@ -82,6 +89,11 @@ class DiffusionModel:
         n_batch: int = 512,
         n_threads: int | None = None,
         n_gpu_layers: int | Literal["auto"] = "auto",
+        n_cpu_moe: int = 0,
+        tensor_split: Sequence[float] | None = None,
+        main_gpu: int | None = None,
+        offload_kv: bool = True,
+        rpc: Sequence[str] = (),
         type_kv: str = "f16",
         use_mmap: bool = True,
         verbose: bool = False,
@@ -97,8 +109,14 @@ class DiffusionModel:
         self.path = Path(path)
         self._native = NativeModel(
             path,
-            n_gpu_layers=-1 if n_gpu_layers == "auto" else integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1),
             use_mmap=use_mmap,
+            n_gpu_layers=-1 if n_gpu_layers == "auto" else integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1),
+            n_cpu_moe=n_cpu_moe,
+            tensor_split=tensor_split or (),
+            main_gpu=-1 if main_gpu is None else integer("main_gpu", main_gpu, 0, 2**31 - 1),
+            offload_kv=offload_kv,
+            rpc=rpc,
+            expected=self._session_options,
         )
         self._lock = threading.Lock()
         self._idle: list[Session] = []
@@ -148,6 +166,11 @@ class DiffusionModel:
         """All tensors of the file, in its order."""
         return self._native.tensors()
 
+    def devices(self) -> list[Device]:
+        """The devices besides the CPU that the model may lie on, and what lies there, in the order in which a pass goes
+        through them; the last one has the head. Empty for a model on the CPU."""
+        return self._native.devices()
+
     def memory(self, **options: Any) -> Memory:
         """Bytes by kind: those of the session that was made last, or what a session would take before there is one.
 
@@ -165,13 +188,22 @@ class DiffusionModel:
         """What was opened and what it takes, for people."""
         c, memory = self.config, self._predicted
         full = sum(not layer.sliding for layer in c.layers)
-        return [
+        lines = [
             f"{self.path.name}: {c.n_layer} layers ({full} full), hidden {c.n_embd}, {c.n_expert} experts "
             f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}",
             f"weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
-            f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB; all on the CPU",
+            f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB"
+            + ("" if self.devices() else "; all on the CPU"),
             f"products: {self._kernels()}",
         ]
+        for device in self.devices():
+            where = f" ({device.endpoint})" if device.endpoint else ""
+            parts = f"{device.n_layers} layers{', head' if device.is_main else ''}"
+            lines.append(
+                f"{device.name}{where}: {parts}, weights {device.weights / 1e6:.1f} MB; "
+                f"{device.memory_free / 1e6:.0f} MB were free"
+            )
+        return lines
 
     def _kernels(self) -> str:
         """Which tensors are multiplied by what: "8-bit integers for 120 tensors of Q4_K, 25 of Q6_K; ..."."""

@@ -401,8 +401,8 @@ class Calls {
             return;
         }
         if (check(dg_sample(z.data(), n_rows, n_vocab, &options, input_.number(), &noise,
-                            input_.byte() % 2 ? pinned.data() : nullptr, argmax.data(), canvas.data(), accepted.data(),
-                            entropy.data(), err_, sizeof err_),
+                            input_.byte() % 2 ? pinned.data() : nullptr, input_.byte() % 2 != 0, argmax.data(),
+                            canvas.data(), accepted.data(), entropy.data(), err_, sizeof err_),
                   {DG_ERROR_ARGUMENT, DG_ERROR_INTERNAL})) {
             for (size_t i = 0; i < static_cast<size_t>(n_rows); ++i) {
                 expect(canvas[i] >= 0 && canvas[i] < n_vocab && argmax[i] >= 0 && argmax[i] < n_vocab, "ids");

@@ -1,0 +1,39 @@
+// Runs graphs over the CPU and any number of devices: ggml's scheduler, with each node where the graph wants it.
+#pragma once
+
+#include "graph.h"
+
+#include "ggml-cpp.h"
+
+#include <cstddef>
+#include <vector>
+
+namespace dg {
+
+// Holds memory for the intermediate tensors of one graph at a time.
+class Executor {
+  public:
+    // For graphs of at most so many nodes. The backends, the CPU's last, must outlive it.
+    Executor(const std::vector<ggml_backend_ptr> &backends, size_t n_nodes);
+
+    // Takes the memory that `graph` needs; throws MEMORY.
+    void reserve(const Graph &graph);
+    // What it would take, in bytes, of all devices together.
+    size_t measure(const Graph &graph);
+    // What it holds.
+    size_t bytes() const;
+
+    // Gives the graph's tensors their places, in the stead of the graph before it. Within what was reserved nothing is
+    // allocated.
+    void place(const Graph &graph);
+    // The graph that was placed last.
+    ggml_status compute(const Graph &graph);
+
+  private:
+    const std::vector<ggml_backend_ptr> &backends_;
+    ggml_backend_sched_ptr scheduler_;
+
+    void assign(const Graph &graph);
+};
+
+} // namespace dg
