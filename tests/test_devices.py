@@ -209,8 +209,8 @@ def test_a_step_sends_and_receives_less_than_64_kb() -> None:
     assert len(steps) >= 6
     assert logits > 200_000
     assert steps.max() <= 64 * 1024, steps
-    # What was measured: inputs and results of 224 rows.
-    assert steps.max() <= 16 * 1024, steps
+    # Measured for the 64 rows: 4,101 sent and 2,329 received. That is 20 and 36 bytes a row beside what is always sent.
+    assert steps.max() <= 5_000, steps
 
 
 LOST = """
