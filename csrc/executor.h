@@ -16,6 +16,10 @@ class Executor {
     // For graphs of at most so many nodes. The backends, the CPU's last, must outlive it.
     Executor(const std::vector<ggml_backend_ptr> &backends, size_t n_nodes);
 
+    // Address space that the scheduler takes for its own headers, most of which is never touched: ggml's bound of 30
+    // inputs, two headers each, for as many splits as there are nodes.
+    static size_t headers(size_t n_nodes) { return 2 * n_nodes * 30 * 2 * sizeof(ggml_tensor); }
+
     // Takes the memory that `graph` needs; throws MEMORY.
     void reserve(const Graph &graph);
     // What it would take, in bytes, of all devices together.

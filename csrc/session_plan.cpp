@@ -66,6 +66,8 @@ std::unique_ptr<Executor> Session::make_executor(const std::vector<Graph> &large
     for (const Graph &graph : largest) {
         n_nodes = std::max(n_nodes, ggml_graph_size(graph.nodes));
     }
+    check_memory(format("a session's scheduler, for graphs of %d nodes,", n_nodes),
+                 Executor::headers(static_cast<size_t>(n_nodes)));
     auto executor = std::make_unique<Executor>(backends_, static_cast<size_t>(n_nodes));
     size_t bytes = 0;
     for (const Graph &graph : largest) {

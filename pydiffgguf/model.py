@@ -652,10 +652,10 @@ class DiffusionModel:
     def cancel(self) -> None:
         """From any thread: what this model is generating ends within one operator of the graph, with finish_reason
         "cancelled" and the canvases that were finished."""
+        # Under the lock: a session that has gone back to the pool meanwhile would carry the request into a later call.
         with self._lock:
-            active = list(self._active)
-        for session in active:
-            session.cancel()
+            for session in self._active:
+                session.cancel()
 
     # ---------------------------------------------------------------------------------------------------------- life
 

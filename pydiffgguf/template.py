@@ -109,8 +109,6 @@ class ChatTemplate:
             tree = _Accounting(self._environment).visit(self._environment.parse(source))
             code = self._environment.compile(tree)
             self._template = Template.from_code(self._environment, code, self._environment.make_globals(None))
-        except MemoryError:
-            raise
         except Exception as error:  # jinja2's own, and SyntaxError or RecursionError from the code it generates
             raise ModelFormatError(f"tokenizer.chat_template does not compile: {_one_line(error)}") from error
 

@@ -189,7 +189,7 @@ def test_a_session_that_does_not_fit_is_refused_with_both_figures(tiny_gguf: Pat
     done = run(LIMITED, tiny_gguf, 16 << 20, 4096, kind)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(
-        rf"OutOfMemoryError a session .* needs \d+\.\d MiB of memory, and RLIMIT_{kind} leaves \d+\.\d MiB", done.stdout
+        rf"OutOfMemoryError a session.* needs \d+\.\d MiB of memory, and RLIMIT_{kind} leaves \d+\.\d MiB", done.stdout
     ), done.stdout
 
 
