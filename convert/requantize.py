@@ -33,7 +33,6 @@ REPLACED = frozenset(
         "split.no",
         "split.count",
         "split.tensors.count",
-        "diffusion.recipe",
     )
 )
 
