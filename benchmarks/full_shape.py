@@ -1,14 +1,13 @@
 """The released model's exact shape on this machine: memory as predicted and as measured, prefill, and denoise steps.
 
     python benchmarks/full_shape.py full.gguf                     # writes the file first if it is not there: 16.8 GB
-    python benchmarks/full_shape.py full.gguf --type q8_0 --json
+    python benchmarks/full_shape.py other.gguf --type q8_0 --ctx 8192
 
 The weights are random blocks with sane scales (benchmarks/shapes.py): nothing about time or memory depends on what they
 say. The file is mapped; 512 tokens are encoded, and one canvas is denoised for two steps, the second of which has a
 self-conditioning signal. Anonymous memory (RssAnon: cache, buffers, copies of weights) is what the process needs;
 file-backed pages (RssFile) are the mapped weights, which the system may take back. The floor is the arithmetic of the
-matrix products alone at the rate of numpy's float32 product of two 2,048 x 2,048 matrices, measured in the same run on
-as many threads. Linux only.
+matrix products alone at the rate of numpy's float32 product, both as `pydiffgguf bench` has them. Linux only.
 """
 
 from __future__ import annotations
@@ -60,37 +59,12 @@ class Peak(threading.Thread):
         return self.values
 
 
-def products_of_a_step(shape: str) -> int:
-    """Floating point operations of one denoise step's matrix products, attention and self-conditioning left out."""
-    config = shapes.shape(shape)
-    total = 0
-    for tensor in shapes.tensors(config):
-        if len(tensor.shape) == 1:
-            continue
-        n = int(np.prod(tensor.shape))
-        if len(tensor.shape) == 3:
-            n = n // config.experts * config.experts_used
-        total += 2 * n * config.canvas_length
-    return total
-
-
-def ceiling() -> float:
-    """Operations a second of numpy's float32 product on all cores; the best of five."""
-    n = 2048
-    a, b = (np.random.default_rng(i).standard_normal((n, n), np.float32) for i in (1, 2))
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return 2 * n**3 / min(times)
-
-
-def measure(path: Path, shape: str, n_ctx: int, threads: int | None) -> dict[str, Any]:
+def measure(path: Path, n_ctx: int, threads: int | None) -> dict[str, Any]:
     """Everything about one context size; in a process of its own, so that peaks are its own."""
     from pydiffgguf import DiffusionModel
+    from pydiffgguf.bench import ceiling, product_flop
 
-    floor = products_of_a_step(shape) / ceiling()
+    rate = ceiling()
     before = resident()
     peak = Peak()
     peak.start()
@@ -116,7 +90,7 @@ def measure(path: Path, shape: str, n_ctx: int, threads: int | None) -> dict[str
         "prefill_s": prefill,
         "first_step_s": ends[0] - began,
         "second_step_s": ends[1] - ends[0],
-        "floor_s": floor,
+        "floor_s": product_flop(model) / rate,
         "predicted": dataclasses.asdict(predicted),
         "predicted_anonymous": own,
         "peak_anonymous": values["RssAnon"] - before["RssAnon"],
@@ -135,7 +109,7 @@ def main() -> None:
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.path, args.shape, args.child, args.threads)))
+        print(json.dumps(measure(args.path, args.child, args.threads)))
         return
     if not args.path.exists():
         console = Console(stderr=True)
