@@ -419,7 +419,11 @@ class Calls {
         std::vector<char> err(input_.byte() % 4 == 0 ? 0 : 1 + input_.byte() % 8);
         char *const e = err.empty() ? nullptr : err.data();
         const size_t n = err.size();
-        const dg_model_options options = {input_.number(), input_.byte() % 2 == 0};
+        dg_model_options options = dg_model_options_default();
+        options.n_gpu_layers = input_.number();
+        options.use_mmap = input_.byte() % 2 == 0;
+        options.n_cpu_moe = input_.number();
+        options.main_gpu = input_.number();
         dg_model *opened = nullptr;
         if (dg_model_open(&opened, DG_FUZZ_MODEL, &options, e, n) == DG_OK) {
             dg_model_free(opened);
