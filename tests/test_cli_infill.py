@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pseudo_terminal import Pty
 
-from pydiffgguf import DiffusionModel, cli, demo_model_path
+from pydiffgguf import DiffusionModel, cli, commands, demo_model_path
 from pydiffgguf.document import Document, Position
 from pydiffgguf.generate import DenoiseStep
 from pydiffgguf.infill import Infill
@@ -206,7 +206,7 @@ def test_bad_usage_says_what_to_give(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
 ) -> None:
     """Before the model is opened."""
-    monkeypatch.setattr(cli, "open_model", lambda args: pytest.fail("opened"))
+    monkeypatch.setattr(commands, "open_model", lambda args: pytest.fail("opened"))
     words = [word.replace("FILE", str(file)).replace("$", " ") for word in arguments.split()]
     assert message in refused(capsys, *words).replace(str(file), "FILE")
 
