@@ -293,6 +293,7 @@ def test_an_importance_matrix_reaches_each_experts_rows(wide: Path, tmp_path: Pa
     floats = read_tensors(tmp_path / "shape.gguf")["blk.1.ffn_gate_up_exps.weight"].data
     made = read_tensors(tmp_path / "x.gguf")["blk.1.ffn_gate_up_exps.weight"]
     weights = imatrix.Importance.load(tmp_path / "i.gguf").means["blk.1.ffn_gate_up_exps.weight"]
+    # The file holds float32 sums, which are divided again: two roundings of 6e-8 each.
     np.testing.assert_allclose(weights, means["blk.1.ffn_gate_up_exps.weight"], rtol=1e-6)
     for i, expert in enumerate(floats):
         expected = _native.quantize_rows(expert, int(T.F32), int(T.Q4_K), 256, importance=weights[i])

@@ -25,7 +25,8 @@ from pydiffgguf.tokenizer import Tokenizer
 HANG_SECONDS = 2.0
 MOST_CHARACTERS = 4000
 
-# Statements; those from USUAL_FORMS on are rarely legal.
+# Statements; those from USUAL_FORMS on are rarely legal. These tables are packed by hand (fmt: skip): formatted, each
+# has as many lines as entries, over a hundred together.
 USUAL_FORMS = 12
 FORMS = (
     "{{ VALUE }}", "plain text\n", "{% for m in VALUE %}BODY{% endfor %}", "{% for x in range(999) %}BODY{% endfor %}",
