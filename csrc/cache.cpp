@@ -64,14 +64,15 @@ KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_t
     }
 }
 
-size_t KvCache::bytes_on(size_t device) const {
+size_t tensor_bytes(ggml_context *ctx) {
     size_t bytes = 0;
-    ggml_context *ctx = contexts_[device].get();
     for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         bytes += ggml_nbytes(t);
     }
     return bytes;
 }
+
+size_t KvCache::bytes_on(size_t device) const { return tensor_bytes(contexts_[device].get()); }
 
 int32_t KvCache::position(bool sliding, int32_t slot, int32_t end) const {
     const int32_t n = slots(sliding);

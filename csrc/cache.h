@@ -21,6 +21,9 @@ struct CacheLayer {
     bool sliding = false;
 };
 
+// Bytes of all tensors that were made in `ctx`.
+size_t tensor_bytes(ggml_context *ctx);
+
 class KvCache {
   public:
     // `allocate` false: sizes only, for predictions.

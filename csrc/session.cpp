@@ -21,7 +21,7 @@ namespace {
 constexpr int32_t DEFAULT_CONTEXT = 8192;
 constexpr int32_t MOST_ROWS = 1 << 16;
 // Canvases side by side go through the layers so many rows at a time. Eight canvases of 256 rows (724 M parameters,
-// Q8_0) took 1.09 times what they took one after the other in one pass of 2048 rows, and 1.03 times in passes of 512:
+// Q8_0, ggml's operators) took 1.09 times what they took one by one in a pass of 2048 rows, and 1.03 in passes of 512:
 // the work is arithmetic, and larger intermediate tensors leave the processor's cache.
 constexpr int32_t PASS_ROWS = 256;
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);

@@ -182,14 +182,7 @@ size_t Session::io_bytes() const {
     return bytes;
 }
 
-size_t Session::io_bytes_on(size_t device) const {
-    size_t bytes = 0;
-    ggml_context *ctx = io_contexts_[device].get();
-    for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        bytes += ggml_nbytes(t);
-    }
-    return bytes;
-}
+size_t Session::io_bytes_on(size_t device) const { return tensor_bytes(io_contexts_[device].get()); }
 
 // What of all that is in this process's memory for certain: with devices, intermediate tensors may be anywhere.
 size_t Session::host_bytes() const {
