@@ -5,9 +5,9 @@
 
 1. The kernels of csrc/cuda at the released shape: the same argmax, draws and entropies as the C++ sampler, on the
    device itself, and the time of each against its floor. Compiled here with nvcc.
-2. A denoise step of MODEL with all its layers on the GPU, against the floors of performance_model.py, and tokens per
-   second at 12, 16 and 24 steps a canvas. Run it again with GGML_CUDA_DISABLE_GRAPHS=1: the difference is what the
-   launches cost.
+2. A denoise step of MODEL with all its layers on the GPU, with each sampler (kernels, operators, host), against the
+   floors of performance_model.py; tokens per second at 12, 16 and 24 steps a canvas. Run it again with
+   GGML_CUDA_DISABLE_GRAPHS=1: the difference is what the launches cost.
 3. How many tokens make up a row's softmax, step by step: what the gathered self-conditioning signal reads, and how
    often a row has more of them than it has room for. It needs a trained model, and no GPU: --candidates-only.
 
@@ -33,13 +33,14 @@ import numpy as np
 import numpy.typing as npt
 import performance_model as paper
 
-from pydiffgguf import DiffGGUFError, DiffusionModel, UnsupportedError, _native
-from pydiffgguf._native import sample
+from pydiffgguf import DiffGGUFError, DiffusionModel, UnsupportedError, _functions
+from pydiffgguf._functions import sample
 from pydiffgguf._records import Sampling
 from pydiffgguf.bench import PROMPT, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPACITY = 8192  # csrc/cuda/step.h
+SAMPLERS = ("kernels", "operators", "host")
 Q6_K = 6  # RowType in csrc/cuda/dequantize.h
 
 Floats = npt.NDArray[np.float32]
@@ -81,7 +82,7 @@ def find_device(gpu: Gpu, bandwidth: float | None) -> paper.Device:
 def compile_kernels(gpu: Gpu, folder: Path) -> ctypes.CDLL:
     """csrc/cuda and gpu_kernels.cu as a library."""
     library = folder / "gpu_kernels.so"
-    sources = [ROOT / "benchmarks/gpu_kernels.cu", ROOT / "csrc/cuda/cuda_device.cu"]
+    sources = [ROOT / "benchmarks/gpu_kernels.cu", ROOT / "csrc/cuda/cuda_device.cu", ROOT / "csrc/gpu_failure.cpp"]
     options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
     target = f"-gencode=arch=compute_{gpu.capability},code=sm_{gpu.capability}"
@@ -139,11 +140,16 @@ def measure_kernels(kernels: ctypes.CDLL, device: paper.Device, repeat: int) -> 
 
 
 def measure_step(path: Path) -> dict[str, Any]:
-    """`pydiffgguf bench` with every layer on the GPU, and generations capped at 12, 16 and 24 steps a canvas."""
-    with DiffusionModel(path) as model:
+    """`pydiffgguf bench` with every layer on the GPU, for each sampler, and generations capped at 12, 16 and 24 steps a
+    canvas."""
+    with DiffusionModel(path, n_gpu_layers=0) as model:
         n_layers = model.config.n_layer
+    out: dict[str, Any] = {"step_s": {}}
+    for sampler in SAMPLERS:
+        with DiffusionModel(path, n_gpu_layers=n_layers, sampler=sampler) as model:
+            timed = measure(model, None, prefill=512, repeat=5, options={})
+            out["step_s"][sampler] = timed["denoise"]["step_s"]
     with DiffusionModel(path, n_gpu_layers=n_layers) as model:
-        out: dict[str, Any] = {"step_s": measure(model, None, prefill=512, repeat=5, options={})["denoise"]["step_s"]}
         for steps in paper.STEPS:
             result = model.generate(PROMPT, seed=0, steps=steps, max_tokens=512)
             out[f"tokens_per_second_{steps}"] = result.stats.tokens_per_second
@@ -161,7 +167,7 @@ def count_candidates(model: DiffusionModel, prompt: str, n_canvases: int) -> lis
     with model.session() as session:
         session.encode(ids)
         for seed in range(n_canvases):
-            rows = _native.noise_canvas(seed, 0, canvas, n_vocab)
+            rows = _functions.noise_canvas(seed, 0, canvas, n_vocab)
             signal: Floats | None = None
             last: npt.NDArray[np.int32] | None = None
             for step in range(sampling.steps):
@@ -170,8 +176,8 @@ def count_candidates(model: DiffusionModel, prompt: str, n_canvases: int) -> lis
                 signal = z / np.float32(t)
                 counts = (signal - signal.max(axis=1, keepdims=True) > lowest).sum(axis=1)
                 by_step.setdefault(step, []).append(counts)
-                uniform = _native.noise_uniform(seed, 0, step, canvas)
-                renoise = _native.noise_renoise(seed, 0, step, canvas, n_vocab)
+                uniform = _functions.noise_uniform(seed, 0, step, canvas)
+                renoise = _functions.noise_renoise(seed, 0, step, canvas, n_vocab)
                 out = sample(z, sampling, step=step, uniform=uniform, renoise=renoise)
                 rows = out.canvas
                 settled = out.entropy.mean() < sampling.confidence_threshold
@@ -211,7 +217,8 @@ def show(result: dict[str, Any]) -> str:
     if "reason" in step:
         lines.append(f"A step was not measured: {step['reason']}")
     else:
-        lines.append(f"A step: {step['step_s'] * 1e3:.2f} ms; floors at the released shape: {result['floors']}")
+        times = ", ".join(f"{time * 1e3:.2f} ms with {sampler}" for sampler, time in step["step_s"].items())
+        lines.append(f"A step: {times}; floors at the released shape: {result['floors']}")
         lines += [f"{n} steps a canvas: {step[f'tokens_per_second_{n}']:.0f} tokens/s" for n in paper.STEPS]
     lines += ["", show_candidates(result["candidates"])]
     return "\n".join(lines)

@@ -12,6 +12,15 @@ if(GGML_VULKAN)
             "  Debian and Ubuntu: apt install libvulkan-dev glslc spirv-headers; elsewhere the SDK from "
             "https://vulkan.lunarg.com, with VULKAN_SDK set.")
     endif()
+    # Debian 12's headers lack it: ggml would compile shaders for minutes first.
+    file(STRINGS "${Vulkan_INCLUDE_DIR}/vulkan/vulkan_core.h" layer_settings REGEX "define VK_EXT_layer_settings ")
+    if(NOT layer_settings)
+        message(FATAL_ERROR
+            "The Vulkan headers in ${Vulkan_INCLUDE_DIR} are too old for ggml: they lack "
+            "VK_EXT_layer_settings, which those of 1.4.309 have.\n"
+            "  Newer ones need no installing: unpack https://github.com/KhronosGroup/Vulkan-Headers and give "
+            "CMAKE_ARGS=\"-DGGML_VULKAN=on -DVulkan_INCLUDE_DIR=/path/to/include\".")
+    endif()
 endif()
 
 if(GGML_HIP)

@@ -1,32 +1,25 @@
 """Which part of a model goes onto a device with so much memory: layers, experts, cache, buffers, and what is left over.
 
-The order goes by operations per byte. In a denoise step of 256 rows all weights are read once, those of the experts
-too (256 rows choose 8 of 128 experts each, so nearly every one is chosen), but an expert meets 16 rows where a dense
-matrix meets 256. So first the buffers and the head, without which the loop cannot stay on the device, then whole layers
-without their experts, each with its part of the cache, then experts; all from the last layer backwards.
+What goes there, what is kept free and what the buffers take is the engine's to say (csrc/placement.cpp), which does the
+same when it opens a model with `n_gpu_layers="auto"`; here are a file's sizes, from its header alone, and the sums.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from pydiffgguf._functions import plan_layers
 from pydiffgguf.errors import ModelFormatError
 
-from .inspect import DEFAULT_BATCH, FileReport, Keys, Layers, read_layers
+from .inspect import FileReport
 from .output import human
 from .report import table
-
-#: What the device's driver, its context, loaded kernels and a matrix library's workspace take before the first tensor:
-#: 0.3 to 0.5 GB with CUDA, by reports; more is taken by a desktop on the same card.
-RESERVE = 500_000_000
-#: Floats of the transposed embedding that exist at a time (build_soft_embedding in csrc/graph.cpp).
-SOFT_SLICE_FLOATS = 4 << 20
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
@@ -94,43 +87,6 @@ def parse_size(text: str) -> int:
     return round(float(match.group(1)) * unit)
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """Bytes of what a session holds besides weights and cache: the logits of a canvas, and everything else."""
-
-    logits: int
-    working: int
-
-
-def estimate_buffers(report: FileReport, layers: Layers, n_ctx: int, n_rows: int) -> Buffers:
-    """Not less than `Session::plan` (csrc/session.cpp) takes with its own defaults: the largest intermediate tensors of
-    a prompt's chunk, or of a canvas, over a full cache, and those of the soft embedding."""
-    keys = Keys(report.keys)
-    vocab = next((t.shape[-1] for t in report.tensors if t.name == "token_embd.weight"), None)
-    values = {name: keys.integer(name) for name in (".embedding_length", ".attention.head_count")}
-    values |= {name: keys.integer(name) for name in (".expert_used_count", ".expert_feed_forward_length")}
-    window = keys.integer(".attention.sliding_window")
-    known = [value for value in values.values() if value is not None]
-    if vocab is None or window is None or len(known) != len(values):
-        raise ModelFormatError(f"{report.path}: the keys do not tell what buffers it needs (see inspect's findings)")
-    hidden, heads, n_used, expert = known
-    batch = max(min(DEFAULT_BATCH, n_ctx), n_rows)
-    ring = min(n_ctx, window + batch)
-    # A layer's scores [visible, rows, heads], and its V as float32 twice: as it lies in the cache, and transposed.
-    attention = max(
-        (ring if sliding else n_ctx) * 4 * (batch * heads + 2 * kv_heads * head_dim)
-        for sliding, kv_heads, head_dim in zip(layers.sliding, layers.kv_heads, layers.head_dims, strict=True)
-    )
-    widest = heads * max(layers.head_dims)
-    attention += batch * 4 * (widest + 4 * hidden)
-    # Gate, up, what becomes of them, and down, for each expert of each row.
-    experts = batch * n_used * 4 * (2 * expert + 3 * expert + hidden) + batch * 4 * 4 * hidden
-    softmax = n_rows * vocab * 4
-    soft_embedding = softmax + 2 * SOFT_SLICE_FLOATS * 4 + 2 * n_rows * hidden * 4
-    inputs = 2 * batch * (n_ctx + ring) + n_rows * 4 * (widest + hidden)  # masks; attended, soft
-    return Buffers(n_rows * vocab * 4, max(attention, experts) + soft_embedding + inputs)
-
-
 def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None) -> FitPlan:
     """The plan for a device with `device_bytes` free, at the context and cache type that the report is for.
 
@@ -139,40 +95,21 @@ def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None) ->
     """
     if device_bytes < 1:
         raise ValueError(f"device_bytes: {device_bytes}, expected at least 1")
-    keys = Keys(report.keys)
-    layers, memory = read_layers(keys), report.memory
-    canvas = keys.integer("diffusion.canvas_length") if n_rows is None else n_rows
-    if layers is None or memory.kv_layers is None or memory.n_ctx is None or canvas is None:
+    if n_rows is not None and n_rows < 1:
+        raise ValueError(f"n_rows: {n_rows}, expected at least 1")
+    figures, memory = report.figures, report.memory
+    if figures is None or memory.needs is None:
         raise ModelFormatError(f"{report.path}: the keys do not tell its layers (see inspect's findings)")
-    if canvas < 1:
-        raise ValueError(f"n_rows: {canvas}, expected at least 1")
-    buffers = estimate_buffers(report, layers, memory.n_ctx, canvas)
-    n = len(layers.sliding)
-    head = 0
-    dense: dict[int, int] = defaultdict(int)
-    experts: dict[int, int] = defaultdict(int)
-    for tensor in report.tensors:
-        parts = tensor.name.split(".", 2)
-        if parts[0] != "blk":
-            head += tensor.n_bytes
-        elif tensor.kind == "experts":
-            experts[int(parts[1])] += tensor.n_bytes
-        else:
-            dense[int(parts[1])] += tensor.n_bytes
-    free = device_bytes - RESERVE - buffers.logits - buffers.working - head
-    first_dense = first_expert = n  # of the layers whose part is on the device
-    if free >= 0:
-        while first_dense > 0 and dense[first_dense - 1] + memory.kv_layers[first_dense - 1] <= free:
-            first_dense -= 1
-            free -= dense[first_dense] + memory.kv_layers[first_dense]
-    if first_dense == 0:
-        while first_expert > 0 and experts[first_expert - 1] <= free:
-            first_expert -= 1
-            free -= experts[first_expert]
-    used = first_dense < n
-    n_device, n_experts = n - first_dense, n - first_expert
+    needs = memory.needs
+    if n_rows is not None:
+        needs = figures.needs(n_ctx=needs.n_ctx, type_kv=memory.type_kv, n_rows=n_rows)
+    n = len(figures.layers)
+    head, dense, experts = sum_tensors(report, n)
+    placed = plan_layers(list(zip(dense, experts, strict=True)), head, needs, [(device_bytes, "")])
+    used = placed.n_gpu_layers > 0
+    first_dense, first_expert = n - placed.n_gpu_layers, max(placed.n_cpu_moe, n - placed.n_gpu_layers)
 
-    def split(what: str, by_layer: list[int], first: int) -> Share:
+    def split(what: str, by_layer: Sequence[int], first: int) -> Share:
         return Share(what, sum(by_layer[first:]), sum(by_layer[:first]))
 
     def whole(what: str, size: int) -> Share:
@@ -180,23 +117,37 @@ def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None) ->
 
     return FitPlan(
         device_bytes=device_bytes,
-        n_ctx=memory.n_ctx,
+        n_ctx=needs.n_ctx,
         type_kv=memory.type_kv,
-        n_rows=canvas,
+        n_rows=needs.n_rows,
         n_layers=n,
-        n_gpu_layers=n_device,
-        n_cpu_moe=first_expert,
+        n_gpu_layers=placed.n_gpu_layers,
+        n_cpu_moe=placed.n_cpu_moe,
         offload_kv=used,
         shares=(
-            Share("driver, context, workspace", RESERVE if used else 0, 0),
-            whole(f"logits, {canvas} rows", buffers.logits),
-            whole("working buffers, at most", buffers.working),
-            whole("embedding, head, self-conditioning", head),
-            split(f"layers without experts, {n_device} of {n}", [dense[i] for i in range(n)], first_dense),
-            split(f"KV cache, {memory.n_ctx} positions in {memory.type_kv}", list(memory.kv_layers), first_dense),
-            split(f"experts, {n_experts} of {n} layers", [experts[i] for i in range(n)], first_expert),
+            Share("driver, context, workspace", placed.reserve if used else 0, 0),
+            whole(f"logits, {needs.n_rows} rows", needs.logits),
+            whole("working buffers, at most", needs.passes + needs.sampling),
+            whole("embedding, which is the head", head),
+            split(f"layers without experts, {placed.n_gpu_layers} of {n}", dense, first_dense),
+            split(f"KV cache, {needs.n_ctx} positions in {memory.type_kv}", needs.cache, first_dense),
+            split(f"experts, {n - first_expert} of {n} layers", experts, first_expert),
         ),
     )
+
+
+def sum_tensors(report: FileReport, n_layers: int) -> tuple[int, list[int], list[int]]:
+    """Bytes as the engine sums them (sizes_of in csrc/placement.cpp): the embedding; each layer without its experts,
+    the first with what is no layer's; each layer's experts."""
+    head, dense, experts = 0, [0] * n_layers, [0] * n_layers
+    for tensor in report.tensors:
+        parts = tensor.name.split(".", 2)
+        layer = int(parts[1]) if parts[0] == "blk" and len(parts) == 3 and parts[1].isdecimal() else 0
+        if tensor.name == "token_embd.weight":
+            head += tensor.n_bytes
+        elif layer < n_layers:
+            (experts if "_exps.weight" in tensor.name else dense)[layer] += tensor.n_bytes
+    return head, dense, experts
 
 
 def render(plan: FitPlan) -> RenderableType:

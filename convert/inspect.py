@@ -6,10 +6,12 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-from pydiffgguf.errors import ModelFormatError
+from pydiffgguf._functions import session_needs
+from pydiffgguf._records import LayerConfig, Needs
+from pydiffgguf._structs import FIGURES, KV_TYPES
+from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 
 from .gguf_file import GGUFHead, TensorInfo, Value, read_head
 from .names import (
@@ -25,16 +27,6 @@ from .names import (
     full_key,
     layer_name,
 )
-
-DEFAULT_CONTEXT = 8192  # DiffusionModel's, when the file's own context is longer
-DEFAULT_BATCH = 512  # DiffusionModel's n_batch
-BUFFER_ALIGNMENT = 32  # ggml's, of a tensor in a CPU buffer
-KV_TYPES = {
-    "f32": GGMLQuantizationType.F32,
-    "f16": GGMLQuantizationType.F16,
-    "bf16": GGMLQuantizationType.BF16,
-    "q8_0": GGMLQuantizationType.Q8_0,
-}
 
 CANVAS_LENGTH = "diffusion.canvas_length"
 RELEASED_CANVAS = 256
@@ -65,6 +57,19 @@ REQUIRED_KEYS = (
     CANVAS_LENGTH,
 )
 TOKENIZER_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+
+# Where those figures stand that the header tells; n_vocab is the embedding's.
+FIGURE_KEYS = {
+    "n_embd": ".embedding_length",
+    "n_head": ".attention.head_count",
+    "n_ff": ".feed_forward_length",
+    "n_ff_exp": ".expert_feed_forward_length",
+    "n_expert": ".expert_count",
+    "n_expert_used": ".expert_used_count",
+    "sliding_window": ".attention.sliding_window",
+    "canvas_length": CANVAS_LENGTH,
+    "n_ctx_train": ".context_length",
+}
 
 SELF_CONDITIONING = ("self_cond_gate.weight", "self_cond_up.weight", "self_cond_down.weight")
 ENCODER_SCALAR = "enc_layer_output_scale.weight"
@@ -104,28 +109,42 @@ class TypeShare:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What of a file's shape its memory depends on. `values`: by the names of dg_config in csrc/diffgguf.h."""
+
+    values: dict[str, int]
+    layers: tuple[LayerConfig, ...]
+    has_self_conditioning: bool
+
+    def needs(self, **options: Any) -> Needs:
+        """What a session with these options takes; raises what session_needs() raises."""
+        return session_needs(self.values, self.layers, self.has_self_conditioning, **options)
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that are needed at a context of `n_ctx` positions: the weights, and the KV cache in `type_kv`.
+    """Bytes that are needed: the weights, and what a session takes with its cache in `type_kv`. `needs`: None when the
+    keys do not tell."""
 
-    Working buffers come on top; only an open model knows them. `kv_layers`: the cache's bytes on each layer; None when
-    the keys do not tell.
-    """
-
-    n_ctx: int | None
     type_kv: str
     weight_bytes: int
-    kv_layers: tuple[int, ...] | None
+    needs: Needs | None
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Positions that the estimate is for."""
+        return None if self.needs is None else self.needs.n_ctx
 
     @property
     def kv_bytes(self) -> int | None:
-        """The whole cache."""
-        return None if self.kv_layers is None else sum(self.kv_layers)
+        """The whole KV cache."""
+        return None if self.needs is None else sum(self.needs.cache)
 
 
 @dataclass(frozen=True)
 class FileReport:
     """What inspect_file() found. `parts`: the file, or all files of a split model, `size` bytes together; `keys`: name
-    -> Value; `types`: type -> share; `classes`: class -> type -> share."""
+    -> Value; `types`: type -> share; `classes`: class -> type -> share; `figures`: None when the keys do not tell."""
 
     path: Path
     parts: tuple[Path, ...]
@@ -135,6 +154,7 @@ class FileReport:
     tensors: tuple[TensorReport, ...]
     types: dict[str, TypeShare]
     classes: dict[str, dict[str, TypeShare]]
+    figures: Figures | None
     memory: MemoryEstimate
     findings: tuple[Finding, ...]
 
@@ -149,12 +169,13 @@ def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "
 
     `n_ctx`: positions that the memory estimate is for, by default the smaller of 8192 and the file's context length.
     `type_kv`: "f32", "f16", "bf16" or "q8_0". Raises OSError when the file cannot be opened, ModelFormatError when it
-    is not a GGUF, is broken, or holds another architecture, and ValueError for options out of range.
+    is not a GGUF, is broken, or holds another architecture, ValueError for options out of range; ContextOverflowError
+    for an n_ctx, and UnsupportedError for a type_kv, that the model cannot have.
     """
     if type_kv not in KV_TYPES:
         raise ValueError(f"type_kv: {type_kv!r}, expected one of {', '.join(KV_TYPES)}")
-    if n_ctx is not None and n_ctx < 1:
-        raise ValueError(f"n_ctx: {n_ctx}, expected at least 1")
+    if n_ctx is not None and not 1 <= n_ctx < 2**31:
+        raise ValueError(f"n_ctx: {n_ctx}, expected 1 to 2^31 - 1")
     head = read_head(Path(path))
     architecture = head.keys.get("general.architecture")
     if architecture is None or architecture.value != ARCHITECTURE:
@@ -166,6 +187,7 @@ def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "
     classes: dict[str, list[TensorReport]] = defaultdict(list)
     for tensor in tensors:
         classes[tensor.kind].append(tensor)
+    figures = read_figures(head)
     return FileReport(
         path=head.path,
         parts=head.parts,
@@ -175,7 +197,8 @@ def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "
         tensors=tensors,
         types=shares(tensors),
         classes={kind: shares(members) for kind, members in sorted(classes.items())},
-        memory=estimate_memory(head, n_ctx, type_kv),
+        figures=figures,
+        memory=estimate_memory(head, figures, n_ctx, type_kv),
         findings=tuple(find_missing(head)),
     )
 
@@ -250,27 +273,32 @@ def read_layers(keys: Keys) -> Layers | None:
     return Layers(sliding, kv_heads, [swa if s else full for s in sliding])
 
 
-def estimate_memory(head: GGUFHead, n_ctx: int | None, type_kv: str) -> MemoryEstimate:
-    """Full layers keep every position, sliding layers a ring (`KvCache` in csrc/cache.h): `window - 1`, the largest
-    pass (a chunk or a canvas), and one row for what a scored text writes behind itself."""
-    weights = sum(t.n_bytes for t in head.tensors.values())
+def read_figures(head: GGUFHead) -> Figures | None:
+    """None when the keys do not tell."""
     keys = Keys(head.keys)
-    context = keys.integer(".context_length")
-    if n_ctx is None and context is not None:
-        n_ctx = min(DEFAULT_CONTEXT, context)
-    layers = read_layers(keys)
-    window, canvas = keys.integer(".attention.sliding_window"), keys.integer(CANVAS_LENGTH)
-    if canvas is None and is_rival(head):
-        canvas = RELEASED_CANVAS
-    if n_ctx is None or layers is None or window is None or canvas is None:
-        return MemoryEstimate(n_ctx, type_kv, weights, None)
-    ring = min(n_ctx, window - 1 + max(DEFAULT_BATCH, canvas) + 1)
-    block, size = GGML_QUANT_SIZES[KV_TYPES[type_kv]]
-    kv_layers = []
-    for sliding, kv_heads, head_dim in zip(layers.sliding, layers.kv_heads, layers.head_dims, strict=True):
-        one = (ring if sliding else n_ctx) * -(-kv_heads * head_dim // block) * size
-        kv_layers.append(2 * (-(-one // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT))
-    return MemoryEstimate(n_ctx, type_kv, weights, tuple(kv_layers))
+    layers, embedding = read_layers(keys), head.tensors.get("token_embd.weight")
+    values = {name: keys.integer(key) for name, key in FIGURE_KEYS.items()}
+    values["n_vocab"] = None if embedding is None else embedding.shape[-1]
+    if values["canvas_length"] is None and is_rival(head):
+        values["canvas_length"] = RELEASED_CANVAS
+    known = {name: value for name, value in values.items() if value is not None}
+    if layers is None or known.keys() != set(FIGURES):
+        return None
+    shapes = zip(layers.sliding, layers.kv_heads, layers.head_dims, strict=True)
+    signal = any(name in head.tensors for name in (*SELF_CONDITIONING, "self_cond_pre_norm.weight", RIVAL_NORM))
+    return Figures(known, tuple(LayerConfig(*shape) for shape in shapes), signal)
+
+
+def estimate_memory(head: GGUFHead, figures: Figures | None, n_ctx: int | None, type_kv: str) -> MemoryEstimate:
+    """Figures that no engine would take are as good as none; so is a context that the file itself has too little of."""
+    needs = None
+    if figures is not None:
+        try:
+            needs = figures.needs(n_ctx=n_ctx or 0, type_kv=type_kv)
+        except (ValueError, ContextOverflowError) as error:
+            if n_ctx is not None and isinstance(error, ContextOverflowError):
+                raise
+    return MemoryEstimate(type_kv, sum(t.n_bytes for t in head.tensors.values()), needs)
 
 
 def find_missing(head: GGUFHead) -> list[Finding]:

@@ -6,14 +6,13 @@
 #include "log_capture.h"
 #include "loop.h"
 #include "model.h"
+#include "placement.h"
 #include "quantize.h"
 #include "random.h"
 #include "sampler.h"
 #include "sampler_graph.h"
 #include "session.h"
 
-#include "ggml-backend.h"
-#include "ggml-cpu.h"
 #include "gguf.h"
 
 #include <algorithm>
@@ -25,10 +24,6 @@
 
 #ifdef __GLIBCXX__
 #    include <cxxabi.h>
-#endif
-
-#ifndef DG_VERSION
-#    error "DG_VERSION is set by the build"
 #endif
 
 struct dg_model {
@@ -95,7 +90,7 @@ template <typename Body> void with_devices(const dg::Model &model, const Body &b
     try {
         body();
     } catch (const dg::Error &error) {
-        if (error.status() != DG_ERROR_DEVICE) {
+        if (error.status() != DG_ERROR_DEVICE || dg::has_gpu_failed()) {
             throw;
         }
         throw dg::Error(DG_ERROR_DEVICE, std::string(error.what()) + " (of " + devices.servers() +
@@ -246,14 +241,17 @@ dg_device dg_model_device(const dg_model *model, int32_t index) {
         return out;
     }
     const dg::Device &device = model->model->devices()[static_cast<size_t>(index)];
-    const std::vector<int32_t> &layers = model->model->placement().layers;
     out.name = device.name.c_str();
     out.endpoint = device.endpoint.c_str();
     out.memory_free = device.free;
     out.memory_total = device.total;
     out.weights = model->model->weights_on(index);
-    out.n_layers = static_cast<int32_t>(std::count(layers.begin(), layers.end(), index));
-    out.is_main = model->model->placement().head == index;
+    const dg::Placement &placement = model->model->placement();
+    for (size_t i = 0; i < placement.layers.size(); ++i) {
+        out.n_layers += placement.layers[i] == index;
+        out.n_cpu_moe += placement.layers[i] == index && placement.experts[i] != index;
+    }
+    out.is_main = placement.head == index;
     return out;
 }
 
@@ -279,7 +277,7 @@ dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
 
 // ----------------------------------------------------------------------------------------------------- session
 
-dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0, false}; }
+dg_session_options dg_session_options_default(void) { return {0, 512, 0, DG_KV_F16, 0, false, DG_SAMPLER_AUTO}; }
 
 dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *options, int32_t *out, char *err,
                          size_t err_size) {
@@ -287,7 +285,7 @@ dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *option
         require(model, "model");
         require(options, "options");
         require(out, "out");
-        *out = dg::Session::context_size(*model->model, options->n_ctx);
+        *out = dg::Session::context_size(model->model->config(), options->n_ctx);
     });
 }
 
@@ -298,6 +296,48 @@ dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg
         require(options, "options");
         require(out, "out");
         with_devices(*model->model, [&] { *out = dg::Session::predict(model->model, *options); });
+    });
+}
+
+dg_status dg_session_needs(const dg_config *config, const dg_layer_config *layers, const dg_session_options *options,
+                           dg_needs *out, size_t *cache, char *err, size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(config, "config");
+        require(layers, "layers");
+        require(options, "options");
+        require(out, "out");
+        require(cache, "cache");
+        const int32_t n = std::clamp<int32_t>(config->n_layer, 0, dg::MAX_LAYERS);
+        std::vector<size_t> bytes;
+        *out = dg::session_needs(*config, {layers, layers + n}, *options, bytes);
+        std::copy(bytes.begin(), bytes.end(), cache);
+    });
+}
+
+dg_status dg_plan_layers(const dg_layer_bytes *layers, int32_t n_layers, size_t head, const dg_needs *needs,
+                         const dg_device *devices, int32_t n_devices, const dg_model_options *options, dg_plan *out,
+                         int32_t *device_of, char *err, size_t err_size) {
+    return guarded(err, err_size, [&] {
+        require(layers, "layers");
+        require(needs, "needs");
+        require(options, "options");
+        require(out, "out");
+        if (n_layers < 1 || n_devices < 0) {
+            throw dg::Error(DG_ERROR_ARGUMENT, "n_layers must be 1 or more, n_devices 0 or more");
+        }
+        dg::check_placing(*options);
+        const dg::Sizes sizes = {{layers, layers + n_layers}, head, *needs};
+        std::vector<dg::Room> rooms;
+        for (int32_t i = 0; i < n_devices; ++i) {
+            require(devices, "devices");
+            rooms.push_back({devices[i].memory_free, devices[i].endpoint && *devices[i].endpoint});
+        }
+        const dg::Plan plan = dg::plan_layers(sizes, rooms, *options);
+        *out = {static_cast<int32_t>(plan.devices.size()), plan.n_cpu_moe, dg::reserve()};
+        if (device_of) {
+            std::fill(device_of, device_of + n_layers, -1);
+            std::copy(plan.devices.rbegin(), plan.devices.rend(), std::make_reverse_iterator(device_of + n_layers));
+        }
     });
 }
 
@@ -328,6 +368,17 @@ int32_t dg_session_n_ctx(const dg_session *session) { return session->session.n_
 int32_t dg_session_n_threads(const dg_session *session) { return session->session.n_threads(); }
 
 int32_t dg_session_n_rows(const dg_session *session) { return session->session.n_rows(); }
+
+int32_t dg_session_sampler(const dg_session *session) { return session->session.sampler(); }
+
+int32_t dg_session_n_fallbacks(const dg_session *session) {
+    return static_cast<int32_t>(session->session.fallbacks().size());
+}
+
+const char *dg_session_fallback(const dg_session *session, int32_t index) {
+    const bool known = index >= 0 && index < dg_session_n_fallbacks(session);
+    return known ? session->session.fallbacks()[static_cast<size_t>(index)].c_str() : nullptr;
+}
 
 int32_t dg_session_n_past(const dg_session *session) { return session->session.n_past(); }
 
@@ -427,6 +478,13 @@ dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noise, dg_
     return inside(session, err, err_size, [&] {
         require(out, "out");
         session->loop.step(noise, out);
+    });
+}
+
+dg_status dg_session_canvas_rows(dg_session *session, int32_t index, dg_step *out, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(out, "out");
+        *out = session->loop.rows_of(index);
     });
 }
 
@@ -552,92 +610,6 @@ dg_status dg_quantize_rows(int32_t src_type, const void *src, int32_t dst_type, 
         require(dst, "dst");
         dg::quantize_rows(src_type, src, dst_type, dst, {n_rows, row}, importance, n_threads);
     });
-}
-
-// ------------------------------------------------------------------------------------------------------- build
-
-void dg_set_log(dg_log log, void *user) { dg::set_log(log, user); }
-
-const char *dg_version(void) { return DG_VERSION; }
-
-int32_t dg_abi_version(void) { return DG_ABI_VERSION; }
-
-const char *dg_ggml_version(void) { return ggml_version(); }
-
-const char *dg_compiler(void) {
-#if defined(__clang__)
-    return "clang " __clang_version__;
-#elif defined(__GNUC__)
-    return "gcc " __VERSION__;
-#elif defined(_MSC_VER)
-    return "msvc";
-#else
-    return "unknown";
-#endif
-}
-
-const char *dg_build_flags(void) { return DG_BUILD_FLAGS; }
-
-const char *dg_cpu_features(void) {
-    static const std::string features = [] {
-        std::string text;
-        const auto add = [&text](const char *name, int has) {
-            if (has) {
-                text += (text.empty() ? "" : ",") + std::string(name);
-            }
-        };
-        add("sse3", ggml_cpu_has_sse3());
-        add("ssse3", ggml_cpu_has_ssse3());
-        add("avx", ggml_cpu_has_avx());
-        add("avx2", ggml_cpu_has_avx2());
-        add("avx_vnni", ggml_cpu_has_avx_vnni());
-        add("bmi2", ggml_cpu_has_bmi2());
-        add("f16c", ggml_cpu_has_f16c());
-        add("fma", ggml_cpu_has_fma());
-        add("avx512", ggml_cpu_has_avx512());
-        add("avx512_vbmi", ggml_cpu_has_avx512_vbmi());
-        add("avx512_vnni", ggml_cpu_has_avx512_vnni());
-        add("avx512_bf16", ggml_cpu_has_avx512_bf16());
-        add("amx_int8", ggml_cpu_has_amx_int8());
-        add("neon", ggml_cpu_has_neon());
-        add("arm_fma", ggml_cpu_has_arm_fma());
-        add("fp16_va", ggml_cpu_has_fp16_va());
-        add("dotprod", ggml_cpu_has_dotprod());
-        add("matmul_int8", ggml_cpu_has_matmul_int8());
-        add("sve", ggml_cpu_has_sve());
-        add("riscv_v", ggml_cpu_has_riscv_v());
-        add("vsx", ggml_cpu_has_vsx());
-        add("llamafile", ggml_cpu_has_llamafile());
-        return text;
-    }();
-    return features.c_str();
-}
-
-int32_t dg_n_backends(void) {
-    dg::initialize_ggml();
-    return static_cast<int32_t>(ggml_backend_reg_count());
-}
-
-const char *dg_backend_name(int32_t index) {
-    return index >= 0 && index < dg_n_backends()
-               ? ggml_backend_reg_name(ggml_backend_reg_get(static_cast<size_t>(index)))
-               : nullptr;
-}
-
-int32_t dg_n_devices(void) {
-    dg::initialize_ggml();
-    return static_cast<int32_t>(ggml_backend_dev_count());
-}
-
-dg_device dg_local_device(int32_t index) {
-    dg_device out = {};
-    if (index >= 0 && index < dg_n_devices()) {
-        const ggml_backend_dev_t device = ggml_backend_dev_get(static_cast<size_t>(index));
-        out.name = ggml_backend_dev_name(device);
-        out.endpoint = "";
-        ggml_backend_dev_memory(device, &out.memory_free, &out.memory_total);
-    }
-    return out;
 }
 
 // --------------------------------------------------------------------------------------------- other machines

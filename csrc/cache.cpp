@@ -15,6 +15,14 @@ int32_t KvCache::slots_for(const dg_config &config, bool sliding, int32_t n_ctx,
     return sliding ? static_cast<int32_t>(std::min<int64_t>(n_ctx, ring)) : n_ctx;
 }
 
+void KvCache::check_type(ggml_type type, int64_t head_dim) {
+    if (head_dim % ggml_blck_size(type) != 0) {
+        throw Error(DG_ERROR_UNSUPPORTED,
+                    format("type_kv %s needs heads of a multiple of %" PRId64 ", this file has %" PRId64,
+                           ggml_type_name(type), ggml_blck_size(type), head_dim));
+    }
+}
+
 KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate)
     : window_(model.config().sliding_window), slots_full_(slots_for(model.config(), false, n_ctx, largest_pass)),
       slots_sliding_(slots_for(model.config(), true, n_ctx, largest_pass)) {
@@ -32,11 +40,7 @@ KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_t
     for (size_t i = 0; i < layers.size(); ++i) {
         const LayerWeights &weights = layers[i];
         const int64_t width = weights.head_dim * weights.n_head_kv;
-        if (weights.head_dim % ggml_blck_size(type) != 0) {
-            throw Error(DG_ERROR_UNSUPPORTED,
-                        format("type_kv %s needs heads of a multiple of %" PRId64 ", this file has %" PRId64,
-                               ggml_type_name(type), ggml_blck_size(type), weights.head_dim));
-        }
+        check_type(type, weights.head_dim);
         ggml_context *ctx = contexts_[static_cast<size_t>(model.placement().cache[i])].get();
         CacheLayer layer;
         layer.sliding = weights.sliding;
@@ -49,15 +53,12 @@ KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_t
         if (!ggml_get_first_tensor(ctx)) {
             continue;
         }
-        const ggml_backend_buffer_type_t type_there = devices.buffer_type(static_cast<int32_t>(i));
-        const size_t bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type_there);
-        bytes_ += bytes;
+        const auto device = static_cast<int32_t>(i);
+        const std::string what = format("the KV cache (n_ctx %d)", n_ctx);
+        devices.check_sizes(ctx, device, what);
+        bytes_ += ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, devices.buffer_type(device));
         if (allocate) {
-            buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctx, type_there));
-            if (!buffers_.back()) {
-                throw Error(DG_ERROR_MEMORY,
-                            format("%zu bytes for the KV cache were refused (n_ctx %d)", bytes, n_ctx));
-            }
+            buffers_.push_back(devices.allocate(ctx, device, what));
             // A masked NaN would still spoil the sums.
             ggml_backend_buffer_clear(buffers_.back().get(), 0);
         }

@@ -31,6 +31,8 @@ class KvCache {
 
     // Slots of a layer in a cache made of these.
     static int32_t slots_for(const dg_config &config, bool sliding, int32_t n_ctx, int32_t largest_pass);
+    // Throws UNSUPPORTED where heads are no multiple of the type's blocks.
+    static void check_type(ggml_type type, int64_t head_dim);
 
     const std::vector<CacheLayer> &layers() const { return layers_; }
     int32_t slots(bool sliding) const { return sliding ? slots_sliding_ : slots_full_; }
@@ -58,7 +60,7 @@ class KvCache {
     size_t bytes_ = 0;
     std::vector<CacheLayer> layers_;
     std::vector<ggml_context_ptr> contexts_; // of each device
-    std::vector<ggml_backend_buffer_ptr> buffers_;
+    std::vector<BufferPtr> buffers_;
 };
 
 } // namespace dg

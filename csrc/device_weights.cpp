@@ -51,14 +51,7 @@ void DeviceWeights::load() {
             continue;
         }
         const auto device = static_cast<int32_t>(i);
-        buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctx, devices_.buffer_type(device)));
-        if (!buffers_.back()) {
-            throw Error(DG_ERROR_MEMORY,
-                        device == devices_.cpu()
-                            ? format("%zu bytes for the norms were refused", bytes(device))
-                            : format("device %s refused %zu bytes for weights; fewer n_gpu_layers need less",
-                                     devices_[i].name.c_str(), bytes(device)));
-        }
+        buffers_.push_back(devices_.allocate(ctx, device, "weights"));
         ggml_backend_buffer_set_usage(buffers_.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     }
     for (const Source &source : sources_) {

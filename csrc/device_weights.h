@@ -36,7 +36,7 @@ class DeviceWeights {
     };
     const Devices &devices_;
     std::vector<ggml_context_ptr> contexts_; // of each device
-    std::vector<ggml_backend_buffer_ptr> buffers_;
+    std::vector<BufferPtr> buffers_;
     std::vector<Source> sources_;
 };
 

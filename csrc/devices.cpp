@@ -80,6 +80,9 @@ Devices::Devices(const std::vector<std::string> &rpc, bool local) {
                                          "rpc-server --port N");
         }
     }
+    if (local && has_gpu_failed()) {
+        throw gpu_failure("it did so earlier");
+    }
     for (size_t i = 0; local && i < ggml_backend_dev_count(); ++i) {
         if (is_accelerator(ggml_backend_dev_get(i))) {
             list_.push_back(described(ggml_backend_dev_get(i), ""));
@@ -113,8 +116,38 @@ ggml_backend_buffer_type_t Devices::buffer_type(int32_t device) const {
                            : ggml_backend_dev_buffer_type(list_[static_cast<size_t>(device)].handle);
 }
 
-std::vector<ggml_backend_ptr> Devices::start() const {
-    std::vector<ggml_backend_ptr> backends;
+void Devices::check_sizes(ggml_context *ctx, int32_t device, const std::string &what) const {
+    if (device == cpu()) {
+        return;
+    }
+    const Device &d = list_[static_cast<size_t>(device)];
+    for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        // Vulkan's answer for a tensor that is no operation's result goes by its size alone. Where it is no, ggml gives
+        // up at the first graph that has the tensor.
+        if (!ggml_backend_dev_supports_op(d.handle, t)) {
+            throw Error(DG_ERROR_UNSUPPORTED,
+                        format("device %s takes no tensor of %zu bytes, and there is one among %s; "
+                               "n_gpu_layers=0 leaves all to the CPU",
+                               d.name.c_str(), ggml_nbytes(t), what.c_str()));
+        }
+    }
+}
+
+BufferPtr Devices::allocate(ggml_context *ctx, int32_t device, const std::string &what) const {
+    check_sizes(ctx, device, what);
+    const ggml_backend_buffer_type_t type = buffer_type(device);
+    BufferPtr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx, type));
+    if (!buffer) {
+        const std::string name = device == cpu() ? "the CPU" : "device " + list_[static_cast<size_t>(device)].name;
+        throw Error(DG_ERROR_MEMORY, format("%s refused %zu bytes for %s%s", name.c_str(),
+                                            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type), what.c_str(),
+                                            device == cpu() ? "" : "; fewer n_gpu_layers need less"));
+    }
+    return buffer;
+}
+
+std::vector<BackendPtr> Devices::start() const {
+    std::vector<BackendPtr> backends;
     for (const Device &device : list_) {
         backends.emplace_back(ggml_backend_dev_init(device.handle, nullptr));
         if (!backends.back()) {

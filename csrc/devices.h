@@ -3,6 +3,8 @@
 #pragma once
 
 #include "ggml-backend.h"
+#include "held.h"
+
 #include "ggml-cpp.h"
 
 #include <cstddef>
@@ -37,8 +39,12 @@ class Devices {
     int32_t cpu() const { return static_cast<int32_t>(list_.size()); }
     const Device &operator[](size_t i) const { return list_[i]; }
     ggml_backend_buffer_type_t buffer_type(int32_t device) const;
+    // Throws UNSUPPORTED where one of ctx's tensors is larger than a device takes; `what` they are, for the message.
+    void check_sizes(ggml_context *ctx, int32_t device, const std::string &what) const;
+    // Memory for all of ctx's tensors on a device. Throws as check_sizes does, and MEMORY where the device refuses.
+    BufferPtr allocate(ggml_context *ctx, int32_t device, const std::string &what) const;
     // One for each, the CPU last.
-    std::vector<ggml_backend_ptr> start() const;
+    std::vector<BackendPtr> start() const;
     // Puts the device that had this index last.
     void move_to_end(size_t index);
     // What is known of the servers, for messages; empty without any.
@@ -58,7 +64,7 @@ class Devices {
     bool add_server(const std::string &endpoint);
 
     std::vector<Device> list_;
-    std::vector<ggml_backend_buffer_ptr> held_; // a byte on each server: ggml hangs up when it holds nothing there
+    std::vector<BufferPtr> held_; // a byte on each server: ggml hangs up when it holds nothing there
     std::vector<std::recursive_mutex *> connections_; // in one order for all, so that two models cannot lock each other
 };
 

@@ -52,7 +52,7 @@
 
 /* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
  * run time compares it with dg_abi_version(). */
-#define DG_ABI_VERSION 5
+#define DG_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -70,11 +70,25 @@ typedef enum dg_status {
     DG_ERROR_BUSY = 7,        /* another thread is inside this session */
     DG_ERROR_CANCELLED = 8,   /* dg_session_cancel or the poll function stopped the call */
     DG_ERROR_INTERNAL = 9,    /* a defect here or in ggml, or logits that are not finite */
-    DG_ERROR_DEVICE = 10 /* an RPC server was lost: the model and its sessions are of no more use, the process is */
+    DG_ERROR_DEVICE =
+        10 /* an RPC server was lost, or a GPU failed: the model and its sessions are of no more use, the
+              process is. A GPU that has failed cannot be used again in it, and what it holds stays held */
 } dg_status;
 
 /* Type of the KV cache's elements. */
 typedef enum dg_kv_type { DG_KV_F32 = 0, DG_KV_F16 = 1, DG_KV_BF16 = 2, DG_KV_Q8_0 = 3 } dg_kv_type;
+
+/* Where the work on a step's logits is done: softmax sums, argmax, entropy and draw of each row, the self-conditioning
+ * signal, and what is accepted, renoised and stopped. All draw the same ids from the same logits, but for u within
+ * rounding of a cumulative probability (OPERATORS). */
+typedef enum dg_sampler {
+    DG_SAMPLER_AUTO = 0,      /* KERNELS on a CUDA device, OPERATORS on any other, HOST on the CPU */
+    DG_SAMPLER_HOST = 1,      /* C++ on the CPU, wherever the logits are made */
+    DG_SAMPLER_OPERATORS = 2, /* rows by operators of the graph, in float32; nine numbers of each come to the CPU, which
+                                 accepts, renoises and stops */
+    DG_SAMPLER_KERNELS = 3 /* all of it by own kernels; 40 bytes a canvas come back. On the CPU they run serially, far
+                              slower than HOST: for tests. DG_ERROR_UNSUPPORTED elsewhere but on CUDA */
+} dg_sampler;
 
 typedef struct dg_model dg_model;
 typedef struct dg_session dg_session;
@@ -88,6 +102,7 @@ typedef struct dg_session_options {
     int32_t type_kv;     /* a dg_kv_type; default DG_KV_F16 */
     int32_t n_rows;      /* R: the most rows that canvases denoised together may have; 0: C, the least there is */
     bool ggml_operators; /* compute with ggml's operators alone, as devices other than the CPU do; default false */
+    int32_t sampler;     /* a dg_sampler; default DG_SAMPLER_AUTO */
 } dg_session_options;
 
 /* Where the model lies. Devices are those behind the RPC servers, in the order of `rpc`, then this machine's GPUs. A
@@ -95,10 +110,11 @@ typedef struct dg_session_options {
  * the logits and the sampler as well. What is asked for and not there: DG_ERROR_UNSUPPORTED. */
 typedef struct dg_model_options {
     int32_t n_gpu_layers; /* so many layers, counted from the last, lie on devices; 0: none; -1 (default): as many as
-                             fit into what the devices report free, of which there may be none */
+                             fit into what the devices report free, of which there may be none (dg_plan_layers) */
     bool use_mmap;        /* map the file (default) instead of reading the weights into memory */
     bool offload_kv;      /* a layer's cache lies where the layer does (default); else on the CPU, with its attention */
-    int32_t n_cpu_moe;    /* the experts of the first layers stay on the CPU, so many layers' */
+    int32_t n_cpu_moe;    /* the experts of the first layers stay on the CPU, so many layers'; at least so many where
+                             n_gpu_layers is -1 */
     int32_t main_gpu;     /* the main device's index; -1 (default): the last one */
     const float *tensor_split; /* each device's share of the layers; NULL: as their free memory */
     int32_t n_tensor_split;
@@ -200,7 +216,8 @@ typedef struct dg_device {
     size_t memory_total;
     size_t weights; /* bytes of this model's weights on it */
     int32_t n_layers;
-    bool is_main; /* the head, the logits and the sampler are on it */
+    int32_t n_cpu_moe; /* of these, so many have their experts on the CPU */
+    bool is_main;      /* the head, the logits and the sampler are on it */
 } dg_device;
 
 DG_API int32_t dg_model_n_devices(const dg_model *model);
@@ -231,6 +248,52 @@ DG_API dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options 
 DG_API dg_status dg_model_memory(dg_model *model, const dg_session_options *options, dg_memory *out, char *err,
                                  size_t err_size);
 
+/* What a session takes on devices, at most: bytes, from figures alone. */
+typedef struct dg_needs {
+    int32_t n_ctx;   /* of the session: what 0 comes to */
+    int32_t n_rows;  /* R */
+    size_t logits;   /* on the main device */
+    size_t sampling; /* there too: what the sampler and the self-conditioning signal work in */
+    size_t passes;   /* on each device that has layers: inputs and intermediate tensors of the largest pass */
+} dg_needs;
+
+/* What a session with these options will need, of a model that nobody has opened. `layers` and `cache` have n_layer
+ * entries: each layer's figures, and the bytes of its KV cache. Of the config, the epsilon, the softcap, the rotation's
+ * bases and has_encoder_scalars do not count. Out of range: DG_ERROR_ARGUMENT, DG_ERROR_CONTEXT as at
+ * dg_session_create, or DG_ERROR_UNSUPPORTED for heads that type_kv cannot hold; nothing is written then. */
+DG_API dg_status dg_session_needs(const dg_config *config, const dg_layer_config *layers,
+                                  const dg_session_options *options, dg_needs *out, size_t *cache, char *err,
+                                  size_t err_size);
+
+/* Bytes of a layer. */
+typedef struct dg_layer_bytes {
+    size_t weights; /* without the experts; of the first layer with the self-conditioning MLP, and all that is no
+                       layer's */
+    size_t experts;
+    size_t cache;
+} dg_layer_bytes;
+
+typedef struct dg_plan {
+    int32_t n_gpu_layers; /* as in dg_model_options, of which these are what -1 came to */
+    int32_t n_cpu_moe;
+    size_t reserve; /* bytes that every device with layers keeps free: contexts, kernels, a library's workspace */
+} dg_plan;
+
+/* Which layers go where: what dg_model_open does, as a function of sizes. `head`: bytes of the embedding. `devices`: as
+ * dg_model_device gives them, the main one last; of each, memory_free and endpoint count, and of the options those that
+ * place layers. With n_gpu_layers -1, what the devices report free, less the reserve, `needs` and the head, takes:
+ *
+ * - all layers, and the experts of as many as fit, from the last one backwards;
+ * - where that is too much without any expert: fewer layers, without experts;
+ * - with an RPC server among the devices: as many layers as fit, with all experts but those that n_cpu_moe names, since
+ *   experts on the CPU cut the graph in every layer, and each piece is sent in each step.
+ *
+ * `device_of` [n_layers]: each layer's device, -1 for the CPU; NULL: not wanted. DG_ERROR_ARGUMENT for options out of
+ * range; nothing is written then. */
+DG_API dg_status dg_plan_layers(const dg_layer_bytes *layers, int32_t n_layers, size_t head, const dg_needs *needs,
+                                const dg_device *devices, int32_t n_devices, const dg_model_options *options,
+                                dg_plan *out, int32_t *device_of, char *err, size_t err_size);
+
 /* Makes a session; the cache and all buffers are allocated here, for the largest graphs it can meet.
  * n_ctx smaller than C + 1: DG_ERROR_CONTEXT. On failure *out is NULL. */
 DG_API dg_status dg_session_create(dg_session **out, dg_model *model, const dg_session_options *options, char *err,
@@ -241,6 +304,11 @@ DG_API dg_memory dg_session_memory(const dg_session *session);
 DG_API int32_t dg_session_n_ctx(const dg_session *session);
 DG_API int32_t dg_session_n_threads(const dg_session *session);
 DG_API int32_t dg_session_n_rows(const dg_session *session);
+DG_API int32_t dg_session_sampler(const dg_session *session); /* a dg_sampler: what AUTO came to */
+/* What a device lacks for this session, one line for each kind of operator ("CUDA0 lacks GET_ROWS of iq4_nl"): the CPU
+ * does it, and what it reads is brought there each time. Lives as long as the session. */
+DG_API int32_t dg_session_n_fallbacks(const dg_session *session);
+DG_API const char *dg_session_fallback(const dg_session *session, int32_t index); /* NULL when out of range */
 /* Seconds of computing by what they went into, since dg_session_profile. */
 typedef struct dg_timings {
     double products; /* by the layers' dense matrices */
@@ -303,6 +371,8 @@ typedef struct dg_canvas_options {
     const int32_t *watched;      /* ids whose log-probability every step reports, -1: the argmax's; NULL: none are */
     const int32_t *allowed_ends; /* row i takes only allowed_ids[allowed_ends[i - 1]] up to, and without, */
     const int32_t *allowed_ids;  /* allowed_ids[allowed_ends[i]]; an empty range, or NULL: any id */
+    bool quiet;                  /* nobody looks at the rows on the way: the arrays of dg_step are NULL until the last
+                                    step, and need not leave the device; default false */
 } dg_canvas_options;
 
 DG_API dg_canvas_options dg_canvas_options_default(const dg_model *model);
@@ -313,8 +383,8 @@ typedef struct dg_noise {
     const int32_t *renoise; /* ids for the rows that are not accepted */
 } dg_noise;
 
-/* What one step did to one canvas. The arrays have n_rows entries, belong to the session and live until its next call.
- */
+/* What one step did to one canvas. The arrays have n_rows entries, belong to the session and live until its next call;
+ * all of them are NULL where the canvas is quiet and not finished. */
 typedef struct dg_step {
     int32_t step;  /* from 0, in order of execution */
     int32_t steps; /* the most there can be: min(steps, max_steps) */
@@ -341,6 +411,10 @@ DG_API dg_status dg_session_canvas_begin(dg_session *session, const dg_canvas_op
  * the step and it may be repeated. A step after the last one is DG_ERROR_ARGUMENT. The prefix never changes. */
 DG_API dg_status dg_session_canvas_step(dg_session *session, const dg_noise *noise, dg_step *out, char *err,
                                         size_t err_size);
+
+/* The last step of canvas `index` again, with its arrays even where it is quiet. Before the first step: the canvas as
+ * it was begun. DG_ERROR_ARGUMENT: there is none, or another call on the session has ended it. */
+DG_API dg_status dg_session_canvas_rows(dg_session *session, int32_t index, dg_step *out, char *err, size_t err_size);
 
 /* Canvas `index` makes no further step: it lost, say. Its last step stays what it was. */
 DG_API dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, size_t err_size);

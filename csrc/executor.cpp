@@ -8,9 +8,9 @@
 
 namespace dg {
 
-Executor::Executor(const std::vector<ggml_backend_ptr> &backends, size_t n_nodes) : backends_(backends) {
+Executor::Executor(const std::vector<BackendPtr> &backends, size_t n_nodes) : backends_(backends) {
     std::vector<ggml_backend_t> all;
-    for (const ggml_backend_ptr &backend : backends) {
+    for (const BackendPtr &backend : backends) {
         all.push_back(backend.get());
     }
     // Twice the nodes: its table has leafs as well.
@@ -46,10 +46,21 @@ size_t Executor::measure(const Graph &graph) {
 
 size_t Executor::bytes() const {
     size_t n = 0;
-    for (const ggml_backend_ptr &backend : backends_) {
+    for (const BackendPtr &backend : backends_) {
         n += ggml_backend_sched_get_buffer_size(scheduler_.get(), backend.get());
     }
     return n;
+}
+
+std::vector<std::pair<int32_t, std::string>> Executor::missing(const Graph &graph) const {
+    std::vector<std::pair<int32_t, std::string>> found;
+    for (const auto &[node, device] : graph.devices) {
+        if (!ggml_backend_supports_op(backends_[static_cast<size_t>(device)].get(), node)) {
+            const ggml_type type = node->src[0] ? node->src[0]->type : node->type;
+            found.emplace_back(device, std::string(ggml_op_desc(node)) + " of " + ggml_type_name(type));
+        }
+    }
+    return found;
 }
 
 void Executor::place(const Graph &graph) {

@@ -6,6 +6,8 @@
 #include "ggml-cpp.h"
 
 #include <cstddef>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace dg {
@@ -14,7 +16,7 @@ namespace dg {
 class Executor {
   public:
     // For graphs of at most so many nodes. The backends, the CPU's last, must outlive it.
-    Executor(const std::vector<ggml_backend_ptr> &backends, size_t n_nodes);
+    Executor(const std::vector<BackendPtr> &backends, size_t n_nodes);
 
     // Address space that the scheduler takes for its own headers, most of which is never touched: ggml's bound of 30
     // inputs, two headers each, for as many splits as there are nodes.
@@ -27,6 +29,10 @@ class Executor {
     // What it holds.
     size_t bytes() const;
 
+    // Operators that the graph wants on a device which cannot do them, so that they run on the CPU: "CPY of q6_K", with
+    // the device.
+    std::vector<std::pair<int32_t, std::string>> missing(const Graph &graph) const;
+
     // Gives the graph's tensors their places, in the stead of the graph before it. Within what was reserved nothing is
     // allocated.
     void place(const Graph &graph);
@@ -34,8 +40,8 @@ class Executor {
     ggml_status compute(const Graph &graph);
 
   private:
-    const std::vector<ggml_backend_ptr> &backends_;
-    ggml_backend_sched_ptr scheduler_;
+    const std::vector<BackendPtr> &backends_;
+    SchedulerPtr scheduler_;
 
     void assign(const Graph &graph);
 };

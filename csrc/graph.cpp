@@ -19,6 +19,10 @@ constexpr size_t NODES_PER_SEGMENT = 32; // of a layer: 27 in its attention
 constexpr size_t NODES_BESIDES = 64;
 // Floats of transposed embedding that exist at a time in build_soft_embedding: 16 MB.
 constexpr int64_t SOFT_SLICE_FLOATS = 4 << 20;
+// Vulkan's get_rows gives up on a matrix or ids that do not begin at a multiple of a device's alignment: 4 to 64 bytes
+// of most, 256 at most.
+constexpr int64_t ALIGNED_ROWS = 256;
+constexpr size_t ALIGNED_BYTES = 256;
 
 Graph make_graph(size_t n_nodes) {
     Graph graph;
@@ -65,7 +69,11 @@ ggml_tensor *rows_of_io(ggml_context *ctx, ggml_tensor *input, int64_t first, in
     return ggml_view_2d(ctx, input, input->ne[0], n, input->nb[1], static_cast<size_t>(first) * input->nb[1]);
 }
 
-int64_t soft_slice(const dg_config &c) { return std::clamp<int64_t>(SOFT_SLICE_FLOATS / c.n_embd, 32, c.n_vocab); }
+// A multiple of ALIGNED_ROWS, whatever a row's bytes are.
+int64_t soft_slice(const dg_config &c) {
+    const int64_t slice = SOFT_SLICE_FLOATS / c.n_embd / ALIGNED_ROWS * ALIGNED_ROWS;
+    return std::min<int64_t>(std::max(slice, ALIGNED_ROWS), c.n_vocab);
+}
 
 size_t soft_embedding_nodes(const dg_config &c) {
     const int64_t slice = soft_slice(c);
@@ -79,13 +87,19 @@ void soft_embedding(ggml_context *ctx, ggml_cgraph *graph, const Model &model, g
     const dg_config &c = model.config();
     ggml_tensor *embedding = model.weights().token_embd;
     const int64_t slice = soft_slice(c);
+    // Rows as float32 by get_rows: a cast would do, but CUDA's knows no K-quants, and the scheduler would bring the
+    // whole embedding to the CPU.
+    ggml_tensor *numbers = nullptr;
+    if (embedding->type != GGML_TYPE_F32) {
+        numbers = ggml_cast(ctx, ggml_arange(ctx, 0.0f, static_cast<float>(slice), 1.0f), GGML_TYPE_I32);
+    }
     ggml_tensor *sum = nullptr;
     for (int64_t first = 0; first < c.n_vocab; first += slice) {
         const int64_t n = std::min<int64_t>(slice, c.n_vocab - first);
         ggml_tensor *rows =
             ggml_view_2d(ctx, embedding, c.n_embd, n, embedding->nb[1], static_cast<size_t>(first) * embedding->nb[1]);
-        if (rows->type != GGML_TYPE_F32) {
-            rows = ggml_cast(ctx, rows, GGML_TYPE_F32);
+        if (numbers) {
+            rows = ggml_get_rows(ctx, rows, n == slice ? numbers : ggml_view_1d(ctx, numbers, n, 0));
         }
         ggml_tensor *transposed = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n, n_embd]
         ggml_tensor *weights = ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
@@ -114,7 +128,7 @@ class PassBuilder {
     Graph build() {
         const Weights &w = model_.weights();
         const Placement &placement = model_.placement();
-        ids_ = head_of(io_.ids);
+        ids_ = ggml_view_1d(ctx_, io_.ids, n_, static_cast<size_t>(pass_.first_row) * io_.ids->nb[0]);
         ggml_tensor *x = embed();
         for (size_t i = 0; i < w.layers.size(); ++i) {
             const bool only_cache = pass_.mode == Mode::ENCODE && i + 1 == w.layers.size();
@@ -164,6 +178,12 @@ class PassBuilder {
         PassBuilder &builder_;
         const int32_t here_;
     };
+
+    bool device_computes(ggml_tensor *node) const {
+        const Devices &devices = model_.devices();
+        return device_ == devices.cpu() ||
+               ggml_backend_dev_supports_op(devices[static_cast<size_t>(device_)].handle, node);
+    }
 
     const DeviceIo &inputs() const { return io_.devices[static_cast<size_t>(device_)]; }
 
@@ -222,7 +242,8 @@ class PassBuilder {
     // the logits; this form costs 6e-7 and runs on every device.
     ggml_tensor *gelu_mul(ggml_tensor *gate, ggml_tensor *up) const {
         const float a = 2.0f * std::sqrt(2.0f / 3.14159265358979f);
-        ggml_tensor *w = ggml_scale_bias(ctx_, ggml_sqr(ctx_, gate), a * 0.044715f, a);
+        // Not ggml_sqr: CUDA's takes no view, as the experts' gate is, and gives up.
+        ggml_tensor *w = ggml_scale_bias(ctx_, ggml_mul(ctx_, gate, gate), a * 0.044715f, a);
         return ggml_swiglu_split(ctx_, ggml_mul(ctx_, gate, w), ggml_div(ctx_, up, w));
     }
 
@@ -242,7 +263,9 @@ class PassBuilder {
     ggml_tensor *embed() {
         const Weights &w = model_.weights();
         device_ = model_.placement().input;
-        ggml_tensor *x = ggml_get_rows(ctx_, w.input_embd, ids_);
+        const bool aligned = static_cast<size_t>(pass_.first_row) * io_.ids->nb[0] % ALIGNED_BYTES == 0;
+        const bool copied = !aligned && device_ != model_.devices().cpu();
+        ggml_tensor *x = ggml_get_rows(ctx_, w.input_embd, copied ? ggml_cont(ctx_, ids_) : ids_);
         settle();
         device_ = model_.placement().layers.front();
         x = ggml_scale(ctx_, x, std::sqrt(static_cast<float>(c_.n_embd)));
@@ -258,11 +281,12 @@ class PassBuilder {
         return norm(x); // also on the first step, whose signal is zero
     }
 
-    // Angles: float32(position) * float32(inv_freq), as in the reference (vendor/patches/0002).
+    // Angles: float32(position) / divisor, to the last bit those of the reference on the CPU (vendor/patches/0002).
+    // With the base for ggml, GPUs would take powers of a rounded base^(-2/D), which are off by 1e-7 of the position
+    // and more: at position 1,000 Vulkan's sines by 1e-4, with the divisors by 7e-6.
     ggml_tensor *rope(const LayerWeights &l, ggml_tensor *x) const {
-        return ggml_rope_ext(ctx_, x, head_of(inputs().positions), l.rope_freqs, static_cast<int>(l.head_dim),
-                             GGML_ROPE_TYPE_NEOX, 0, l.sliding ? c_.rope_base_sliding : c_.rope_base_full, 1.0f, 0.0f,
-                             1.0f, 0.0f, 0.0f);
+        return ggml_rope_ext(ctx_, x, head_of(inputs().positions), l.rope_divisors, static_cast<int>(l.head_dim),
+                             GGML_ROPE_TYPE_NEOX, 0, 1.0f, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
     }
 
     // One segment of the pass: rows first .. first + n - 1.
@@ -320,8 +344,23 @@ class PassBuilder {
             const size_t first = static_cast<size_t>(s.first) * cache_.slots(l.sliding) * ggml_type_size(input->type);
             mask = ggml_view_2d(ctx_, input, rows, s.n, ggml_row_size(input->type, rows), first);
         }
-        ggml_tensor *scores = ggml_mul_mat(ctx_, k, ggml_permute(ctx_, q, 0, 2, 1, 3)); // [rows, n, n_head]
+        q = ggml_permute(ctx_, q, 0, 2, 1, 3);
+        if (k->type == GGML_TYPE_F32) {
+            // A cache in single precision is for those who want no less. Vulkan copies strided factors in half
+            // precision: 2e-4 in the logits of a small net, 1e-6 with these.
+            k = mark(ggml_cont(ctx_, k), Part::ATTENTION);
+            q = mark(ggml_cont(ctx_, q), Part::ATTENTION);
+        }
+        ggml_tensor *scores = ggml_mul_mat(ctx_, k, q); // [rows, n, n_head]
+        if (!device_computes(scores)) {
+            // Vulkan multiplies by no quantized matrix whose rows are strided. In place of the scores alone, the CPU
+            // would get them, their softmax and the cache of each layer.
+            scores->src[0] = mark(ggml_cast(ctx_, k, GGML_TYPE_F32), Part::ATTENTION);
+        }
         mark(scores, Part::ATTENTION);
+        // Norms in place of a scale make large scores, which a product in half precision may not hold; and CUDA's keeps
+        // a second copy of them then, in half precision.
+        ggml_mul_mat_set_prec(scores, GGML_PREC_F32);
         scores = mark(ggml_soft_max_ext(ctx_, scores, mask, 1.0f, 0.0f), Part::ATTENTION);
         ggml_tensor *out = mark(ggml_mul_mat(ctx_, v, scores), Part::ATTENTION); // [head_dim, n, n_head]
         out = mark(ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3)), Part::ATTENTION);
@@ -441,7 +480,7 @@ class PassBuilder {
     // shape).
     void head(ggml_tensor *x) {
         Operand h = {norm(x, model_.weights().output_norm), n_, nullptr, nullptr};
-        ggml_tensor *logits = multiply(model_.weights().token_embd, h, c_.logit_softcap);
+        ggml_tensor *logits = multiply(model_.weights().token_embd, h, pass_.uncapped ? 0.0f : c_.logit_softcap);
         ggml_tensor *product = mark(logits->view_src ? logits->view_src : logits, Part::HEAD);
         product->data =
             static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_logit) * io_.logits->nb[1];
@@ -474,6 +513,11 @@ const char *product_kernel(ggml_type type) {
 #endif
 }
 
+// Three slices: of the embedding's rows, of them transposed, and the hole that the sum of those before leaves.
+size_t soft_embedding_bytes(const dg_config &c, int64_t n_rows) {
+    return sizeof(float) * static_cast<size_t>((3 * soft_slice(c) + 2 * n_rows) * c.n_embd);
+}
+
 int64_t scratch_floats(const Model &model) {
 #if DG_HAS_TILES
     int64_t n = product_scratch(model.config().n_embd, model.config().n_ff_exp);
@@ -496,7 +540,7 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,
                            int32_t n_rows) {
 #if DG_HAS_TILES
-    if (io.scratch && !io.coming) {
+    if (io.scratch && !io.coming && model.placement().head == model.devices().cpu()) {
         Graph own = make_graph(static_cast<size_t>(soft_nodes(model.config().n_vocab)));
         soft_embedding_ops(own.context.get(), own.nodes, own.work, io.scratch, model.weights().token_embd,
                            rows_of_io(own.context.get(), io.logits, first_logit, n_rows),

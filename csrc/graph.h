@@ -33,12 +33,14 @@ struct DeviceIo {
 // Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
 struct GraphIo {
     std::vector<DeviceIo> devices; // empty ones where no layer is; the CPU's is last
-    ggml_tensor *ids = nullptr;    // I32 [pass]
+    ggml_tensor *ids = nullptr;    // I32 [pass], or R where that is more
     ggml_tensor *soft = nullptr;   // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
-    ggml_tensor *logits = nullptr; // F32 [n_vocab, rows of logits]: R, the session's n_rows, where the CPU has the
-                                   // head; else those of a pass
-    ggml_tensor *coming = nullptr; // F32 [n_embd, R]: where a sampled pass leaves the next step's soft
-    SampleIo sample;               // of a sampled pass
+    ggml_tensor *logits = nullptr; // F32 [n_vocab, rows of logits]: R, the session's n_rows, or those of a pass
+    // Where a step leaves the next one's signal and ids, if not in soft and ids themselves: null then.
+    ggml_tensor *coming = nullptr;     // F32 [n_embd, R]
+    ggml_tensor *coming_ids = nullptr; // I32 [R]
+    ggml_tensor *candidates = nullptr; // I8: memory of the kernels (cuda/device_loop.h)
+    SampleIo sample;                   // of a pass that is sampled or watched
     // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
     // without it, the graph is made of ggml's, which every device has.
     ggml_tensor *scratch = nullptr; // F32 [floats of a thread, threads]
@@ -55,10 +57,11 @@ struct Pass {
     Mode mode = Mode::ENCODE;
     int32_t n_past = 0;            // positions in the cache before it
     std::vector<int32_t> segments; // rows of each
-    int32_t first_row = 0;         // its rows stand from here on in io.soft
+    int32_t first_row = 0;         // its rows stand from here on in io.ids and io.soft
     int32_t first_logit = 0;       // and from here on in io.logits
     bool sampled = false;          // ids are drawn, and the next step's signal is made, where the logits are
     bool watched = false;          // probabilities of the ids in io.sample.watched are reported
+    bool uncapped = false;         // logits are left as the product makes them: the kernels softcap
 
     bool causal() const { return mode != Mode::DENOISE; }
     bool has_logits() const { return mode != Mode::ENCODE; }
@@ -71,7 +74,7 @@ struct Pass {
     bool operator==(const Pass &other) const {
         return mode == other.mode && n_past == other.n_past && segments == other.segments &&
                first_row == other.first_row && first_logit == other.first_logit && sampled == other.sampled &&
-               watched == other.watched;
+               watched == other.watched && uncapped == other.uncapped;
     }
 };
 
@@ -95,6 +98,9 @@ bool has_own_operators();
 const char *product_kernel(ggml_type type);
 // Floats of scratch memory that each thread needs for them.
 int64_t scratch_floats(const Model &model);
+
+// Bytes of intermediate tensors of a self-conditioning signal, at most, beside the probabilities that it is made of.
+size_t soft_embedding_bytes(const dg_config &config, int64_t n_rows);
 
 // One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
 // whose rows are those of the segments, one after the other.

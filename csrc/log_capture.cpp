@@ -1,6 +1,6 @@
 #include "log_capture.h"
 
-#include "error.h"
+#include "gpu_failure.h"
 
 #include "ggml.h"
 
@@ -12,6 +12,7 @@ namespace {
 
 thread_local LogCapture *current_log = nullptr;
 thread_local bool guarded = false;
+thread_local std::string gpu_error; // what ggml's GPU backends log before they give up: "CUDA error: out of memory"
 
 struct Listener {
     dg_log log = nullptr;
@@ -24,6 +25,9 @@ Listener listener;
 void on_log(ggml_log_level level, const char *text, void * /*user*/) {
     if (current_log) {
         current_log->append(text);
+    }
+    if (level == GGML_LOG_LEVEL_ERROR && std::strstr(text, " error: ")) {
+        gpu_error.assign(text, std::strcspn(text, "\n"));
     }
     Listener told;
     {
@@ -38,6 +42,15 @@ void on_log(ggml_log_level level, const char *text, void * /*user*/) {
 void on_abort(const char *message) {
     if (guarded && std::strstr(message, "Remote RPC server")) {
         throw Error(DG_ERROR_DEVICE, "the connection to an RPC server was lost");
+    }
+    if (guarded && !gpu_error.empty() && std::strstr(message, " error")) {
+        std::string reason;
+        std::swap(reason, gpu_error);
+        if (reason.find("out of memory") != std::string::npos) {
+            throw Error(DG_ERROR_MEMORY, "the GPU refused memory in the middle of a pass (" + reason +
+                                             "); fewer n_gpu_layers, a smaller n_ctx or n_batch need less");
+        }
+        throw gpu_failure(reason);
     }
     if (guarded) {
         // What ggml asserts of its small allocations (headers, graphs), and of pthread_create.

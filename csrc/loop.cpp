@@ -47,6 +47,7 @@ void CanvasLoop::start(Live &live, const dg_canvas_options &options) const {
     live.seed = options.seed;
     live.canvas_index = options.canvas_index;
     live.n_rows = n;
+    live.quiet = options.quiet;
     const auto keep = [size](std::vector<int32_t> &out, const int32_t *in) {
         if (in) {
             out.assign(in, in + size);
@@ -107,6 +108,9 @@ void CanvasLoop::begin(const dg_canvas_options *options, int32_t n_canvases) {
     }
     step_ = 0;
     session_.condition_on_nothing();
+    if (has_kernels()) {
+        begin_kernels();
+    }
     conditioned_ = true;
     active_ = true;
 }
@@ -122,6 +126,11 @@ int32_t CanvasLoop::rows(const std::vector<int32_t> &which) const {
 // Closes up the rows of the self-conditioning signal where a canvas between others goes on no more. `which` is a
 // subset of placed_, in its order.
 void CanvasLoop::place(const std::vector<int32_t> &which) {
+    if (has_kernels()) {
+        session_.kernels().place(which);
+        placed_ = which;
+        return;
+    }
     int32_t from = 0;
     int32_t to = 0;
     auto next = which.begin();
@@ -139,11 +148,41 @@ void CanvasLoop::place(const std::vector<int32_t> &which) {
     placed_ = which;
 }
 
-void CanvasLoop::leave(int32_t index) {
-    if (!active_ || index < 0 || static_cast<size_t>(index) >= canvases_.size()) {
+size_t CanvasLoop::checked(int32_t index) const {
+    if (index < 0 || static_cast<size_t>(index) >= canvases_.size()) {
         throw Error(DG_ERROR_ARGUMENT, format("canvas %d is not under way", index));
     }
-    canvases_[static_cast<size_t>(index)].goes_on = false;
+    return static_cast<size_t>(index);
+}
+
+dg_step CanvasLoop::Live::shown() const {
+    dg_step out = last;
+    if (quiet && !last.finished) {
+        out.argmax = out.canvas = nullptr;
+        out.accepted = nullptr;
+        out.entropy = out.logprob = nullptr;
+    }
+    return out;
+}
+
+dg_step CanvasLoop::rows_of(int32_t index) {
+    const Live &live = canvases_[checked(index)];
+    if (live.goes_on && !active_) {
+        throw Error(DG_ERROR_ARGUMENT, format("canvas %d was ended by an error", index));
+    }
+    if (has_kernels() && live.quiet && live.goes_on) {
+        read_kernels(index);
+    }
+    return live.last;
+}
+
+void CanvasLoop::leave(int32_t index) {
+    Live &live = canvases_[checked(index)];
+    if (!active_) {
+        throw Error(DG_ERROR_ARGUMENT, format("canvas %d is not under way", index));
+    }
+    rows_of(index); // while they are there
+    live.goes_on = false;
 }
 
 void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
@@ -174,7 +213,9 @@ void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
         conditioned_ = true;
     }
     place(going);
-    if (stays_on_device(going)) {
+    if (has_kernels()) {
+        sample_by_kernels(going, segments, handed_in);
+    } else if (stays_on_device(going)) {
         sample_there(going, segments, handed_in);
     } else {
         sample_here(going, segments, handed_in);
@@ -184,15 +225,15 @@ void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
         any = any || canvases_[static_cast<size_t>(i)].goes_on;
     }
     for (size_t i = 0; i < canvases_.size(); ++i) {
-        out[i] = canvases_[i].last;
+        out[i] = canvases_[i].shown();
     }
     ++step_;
     active_ = any;
 }
 
-// Sets of allowed ids are the one rule that is not known on a device: logits come here for them.
+// Sets of allowed ids are the one rule that operators do not know: logits come here for them.
 bool CanvasLoop::stays_on_device(const std::vector<int32_t> &going) const {
-    return session_.samples_on_device() && std::all_of(going.begin(), going.end(), [this](int32_t i) {
+    return session_.sampler() == DG_SAMPLER_OPERATORS && std::all_of(going.begin(), going.end(), [this](int32_t i) {
                return canvases_[static_cast<size_t>(i)].allowed_ends.empty();
            });
 }
@@ -261,7 +302,48 @@ void CanvasLoop::sample_there(const std::vector<int32_t> &going, const std::vect
     }
 }
 
-void CanvasLoop::judge(Live &live) const {
+void CanvasLoop::begin_kernels() {
+    std::vector<cuda::DeviceLoop::Start> starts;
+    for (const Live &live : canvases_) {
+        starts.push_back({live.sampling, live.last.steps, live.seed, live.canvas_index, live.n_rows, live.rules(),
+                          live.canvas.data()});
+    }
+    session_.kernels().begin(starts);
+}
+
+void CanvasLoop::read_kernels(int32_t index) {
+    Live &live = canvases_[static_cast<size_t>(index)];
+    const StepOutput out = live.output();
+    session_.kernels().read(index, {out.argmax, out.canvas, out.accepted, out.entropy, out.logprob});
+    check_pins(live);
+}
+
+// Between the passes nothing but decisions comes here, and the rows of what somebody watches.
+void CanvasLoop::sample_by_kernels(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
+                                   const dg_noise *handed_in) {
+    session_.denoise_placed(segments);
+    active_ = false; // as above
+    const auto began = std::chrono::steady_clock::now();
+    session_.kernels().step(handed_in);
+    conditioned_ = !session_.kernels().wants_dense_signal();
+    for (const int32_t i : going) {
+        Live &live = canvases_[static_cast<size_t>(i)];
+        const cuda::Canvas::Decision &decision = session_.kernels().decision(i);
+        live.last.step = step_;
+        live.last.mean_entropy = decision.mean_entropy;
+        live.last.converged = decision.converged != 0;
+        live.last.finished = decision.finished != 0;
+        if (!live.quiet || live.last.finished) {
+            read_kernels(i);
+        }
+        live.goes_on = !live.last.finished;
+    }
+    if (session_.profiled()) {
+        session_.add_sampling_time(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    }
+}
+
+void CanvasLoop::check_pins(const Live &live) const {
     const RowRules rules = live.rules();
     for (int32_t row = 0; row < live.n_rows; ++row) {
         const auto at = static_cast<size_t>(row);
@@ -269,6 +351,11 @@ void CanvasLoop::judge(Live &live) const {
             throw Error(DG_ERROR_INTERNAL, format("the pinned row %d was changed", row));
         }
     }
+}
+
+void CanvasLoop::judge(Live &live) const {
+    check_pins(live);
+    const RowRules rules = live.rules();
     dg_step &out = live.last;
     out.mean_entropy = mean_entropy(live.entropy.data(), rules.pinned, live.n_rows);
     const bool stable = live.history.observe(live.argmax.data(), live.n_rows);

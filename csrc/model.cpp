@@ -12,16 +12,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 
 namespace dg {
 namespace {
-
-// Sizes beyond these are taken for damage: they bound every product of two figures well inside 63 bits.
-constexpr int64_t MAX_LAYERS = 1024;
-constexpr int64_t MAX_WIDTH = 1 << 20;
-constexpr int64_t MAX_VOCAB = 1 << 24;
-constexpr int64_t MAX_CANVAS = 1 << 16;
-constexpr int64_t MAX_CONTEXT = 1 << 28;
 
 constexpr int32_t RELEASED_CANVAS = 256;
 
@@ -123,8 +117,8 @@ class ModelReader {
         c.n_layer = keys_.integer(names::KEY_BLOCK_COUNT, 1, MAX_LAYERS);
         c.n_embd = keys_.integer(names::KEY_EMBEDDING_LENGTH, 1, MAX_WIDTH);
         c.n_ff = keys_.integer(names::KEY_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
-        c.n_head = keys_.integer(names::KEY_HEAD_COUNT, 1, 4096);
-        c.n_expert = keys_.integer(names::KEY_EXPERT_COUNT, 1, 65536);
+        c.n_head = keys_.integer(names::KEY_HEAD_COUNT, 1, MAX_HEADS);
+        c.n_expert = keys_.integer(names::KEY_EXPERT_COUNT, 1, MAX_EXPERTS);
         c.n_expert_used = keys_.integer(names::KEY_EXPERT_USED_COUNT, 1, c.n_expert);
         c.n_ff_exp = keys_.integer(names::KEY_EXPERT_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
         c.sliding_window = keys_.integer(names::KEY_SLIDING_WINDOW, 2, MAX_CONTEXT);
@@ -139,6 +133,26 @@ class ModelReader {
         refuse_unless_zero(names::KEY_EMBEDDING_LENGTH_PER_LAYER);
         read_layers();
         read_sampling();
+        read_vocabulary();
+        c.has_self_conditioning =
+            find(pre_norm()) || find(names::SELF_COND_GATE) || find(names::SELF_COND_UP) || find(names::SELF_COND_DOWN);
+    }
+
+    void read_vocabulary() {
+        const FileTensor *found = find(names::TOKEN_EMBD);
+        if (!found) {
+            fail_format(std::string("tensor ") + names::TOKEN_EMBD + " is missing");
+        }
+        const int64_t n = found->tensor->ne[1];
+        if (n < 2 || n > MAX_VOCAB) {
+            fail_format(
+                format("tensor %s has %" PRId64 " rows, expected 2 to %" PRId64, names::TOKEN_EMBD, n, MAX_VOCAB));
+        }
+        model_.config_.n_vocab = static_cast<int32_t>(n);
+    }
+
+    const char *pre_norm() const {
+        return find(names::SELF_COND_PRE_NORM) ? names::SELF_COND_PRE_NORM : names::SELF_COND_NORM;
     }
 
     // A program that writes self_cond_norm for self_cond_pre_norm has the released canvas built in and no key for it.
@@ -192,13 +206,13 @@ class ModelReader {
     }
 
     int64_t head_dim(const char *key, const char *value_key, const char *rope_key) const {
-        const int64_t dim = keys_.integer(key, 2, 1 << 14);
+        const int64_t dim = keys_.integer(key, 2, MAX_HEAD_DIM);
         if (dim % 2 != 0) {
             fail_format(
                 format("key %s is %" PRId64 ", expected an even number", GgufKeys::full_name(key).c_str(), dim));
         }
         for (const char *other : {value_key, rope_key}) {
-            const int32_t got = keys_.integer_or(other, 1, 1 << 14, static_cast<int32_t>(dim));
+            const int32_t got = keys_.integer_or(other, 1, MAX_HEAD_DIM, static_cast<int32_t>(dim));
             if (got != dim) {
                 fail(DG_ERROR_UNSUPPORTED, format("key %s is %d; only the key length, %" PRId64 ", is served",
                                                   GgufKeys::full_name(other).c_str(), got, dim));
@@ -336,18 +350,8 @@ class ModelReader {
     }
 
     void bind_globals() {
-        dg_config &c = model_.config_;
+        const dg_config &c = model_.config_;
         Weights &w = model_.weights_;
-        const FileTensor *found = find(names::TOKEN_EMBD);
-        if (!found) {
-            fail_format(std::string("tensor ") + names::TOKEN_EMBD + " is missing");
-        }
-        const ggml_tensor *embedding = found->tensor;
-        if (embedding->ne[1] < 2 || embedding->ne[1] > MAX_VOCAB) {
-            fail_format(format("tensor %s has %" PRId64 " rows, expected 2 to %" PRId64, names::TOKEN_EMBD,
-                               embedding->ne[1], MAX_VOCAB));
-        }
-        c.n_vocab = static_cast<int32_t>(embedding->ne[1]);
         const Placement &placement = model_.placement_;
         device_ = placement.head;
         w.token_embd = matrix(names::TOKEN_EMBD, {c.n_embd, c.n_vocab});
@@ -363,13 +367,8 @@ class ModelReader {
         bind_rope();
         device_ = placement.layers.front();
 
-        const std::string pre_norm =
-            find(names::SELF_COND_PRE_NORM) ? names::SELF_COND_PRE_NORM : names::SELF_COND_NORM;
-        const bool any =
-            find(pre_norm) || find(names::SELF_COND_GATE) || find(names::SELF_COND_UP) || find(names::SELF_COND_DOWN);
-        c.has_self_conditioning = any;
-        if (any) {
-            w.self_cond_pre_norm = vector(pre_norm, c.n_embd);
+        if (c.has_self_conditioning) {
+            w.self_cond_pre_norm = vector(pre_norm(), c.n_embd);
             w.self_cond_gate = matrix(names::SELF_COND_GATE, {c.n_embd, c.n_ff});
             w.self_cond_up = matrix(names::SELF_COND_UP, {c.n_embd, c.n_ff});
             w.self_cond_down = matrix(names::SELF_COND_DOWN, {c.n_ff, c.n_embd});
@@ -380,23 +379,28 @@ class ModelReader {
         }
     }
 
+    // One tensor for the layers of a kind on a device.
     void bind_rope() {
-        const std::vector<int32_t> &device_of = model_.placement_.layers;
-        std::vector<float> factors;
-        std::vector<ggml_tensor *> on(model_.devices_->size() + 1);
-        for (size_t i = 0; i < device_of.size(); ++i) {
+        std::map<std::pair<int32_t, bool>, ggml_tensor *> bound;
+        for (size_t i = 0; i < model_.placement_.layers.size(); ++i) {
             LayerWeights &l = model_.weights_.layers[i];
-            if (l.sliding) {
-                continue;
-            }
-            if (factors.empty()) {
-                factors = rope_factors(l.head_dim / 2);
-            }
-            device_ = device_of[i];
-            ggml_tensor *&here = on[static_cast<size_t>(device_)];
-            here = here ? here : own(factors, l.head_dim / 2);
-            l.rope_freqs = here;
+            device_ = model_.placement_.layers[i];
+            ggml_tensor *&here = bound[{device_, l.sliding}];
+            here = here ? here : own(rope_divisors(l), l.head_dim / 2);
+            l.rope_divisors = here;
         }
+    }
+
+    std::vector<float> rope_divisors(const LayerWeights &l) {
+        const float base = l.sliding ? model_.config_.rope_base_sliding : model_.config_.rope_base_full;
+        std::vector<float> divisors(static_cast<size_t>(l.head_dim / 2), 1.0f);
+        if (!l.sliding) {
+            divisors = rope_factors(l.head_dim / 2);
+        }
+        for (size_t i = 0; i < divisors.size(); ++i) {
+            divisors[i] *= std::pow(base, static_cast<float>(2 * i) / static_cast<float>(l.head_dim));
+        }
+        return divisors;
     }
 
     std::vector<float> rope_factors(int64_t n) {
@@ -485,18 +489,7 @@ constexpr const char *INSTALL = "install a build that has one: CMAKE_ARGS=\"-DGG
 
 // The devices that the options ask for, the main one last.
 std::unique_ptr<const Devices> open_devices(const dg_model_options &options) {
-    const auto refuse = [](const char *name, const std::string &value, const char *what) {
-        throw Error(DG_ERROR_ARGUMENT, std::string(name) + " is " + value + ": it must be " + what);
-    };
-    if (options.n_gpu_layers < -1) {
-        refuse("n_gpu_layers", std::to_string(options.n_gpu_layers), "-1 (as many as fit) or more");
-    }
-    if (options.n_cpu_moe < 0) {
-        refuse("n_cpu_moe", std::to_string(options.n_cpu_moe), "0 or more");
-    }
-    if (options.main_gpu < -1) {
-        refuse("main_gpu", std::to_string(options.main_gpu), "-1 (the last) or more");
-    }
+    check_placing(options);
     if (options.n_gpu_layers == 0) {
         if (options.n_rpc > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0) {
             throw Error(DG_ERROR_ARGUMENT, "n_gpu_layers is 0: rpc, tensor_split and main_gpu have nothing to place");

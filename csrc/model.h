@@ -17,20 +17,30 @@
 
 namespace dg {
 
+// Figures beyond these are taken for damage: they bound every product of a few of them well inside 63 bits.
+constexpr int64_t MAX_LAYERS = 1024;
+constexpr int64_t MAX_WIDTH = 1 << 20;
+constexpr int64_t MAX_HEADS = 4096;
+constexpr int64_t MAX_HEAD_DIM = 1 << 14;
+constexpr int64_t MAX_EXPERTS = 65536;
+constexpr int64_t MAX_VOCAB = 1 << 24;
+constexpr int64_t MAX_CANVAS = 1 << 16;
+constexpr int64_t MAX_CONTEXT = 1 << 28;
+
 // D: head_dim, H: n_head, K: n_head_kv (both of the layer), F: n_ff, X: n_ff_exp, E: n_expert.
 struct LayerWeights {
     bool sliding = false;
     int64_t n_head_kv = 0;
     int64_t head_dim = 0;
 
-    ggml_tensor *attn_norm = nullptr;   // [n_embd]
-    ggml_tensor *attn_q = nullptr;      // [n_embd, D*H]
-    ggml_tensor *attn_k = nullptr;      // [n_embd, D*K]
-    ggml_tensor *attn_v = nullptr;      // [n_embd, D*K]; null on full layers, whose V is K's raw projection
-    ggml_tensor *attn_output = nullptr; // [D*H, n_embd]
-    ggml_tensor *rope_freqs = nullptr;  // [D/2] of full layers: divisors of the angle, 1e30 where a pair rests
-    ggml_tensor *attn_q_norm = nullptr; // [D]
-    ggml_tensor *attn_k_norm = nullptr; // [D]
+    ggml_tensor *attn_norm = nullptr;     // [n_embd]
+    ggml_tensor *attn_q = nullptr;        // [n_embd, D*H]
+    ggml_tensor *attn_k = nullptr;        // [n_embd, D*K]
+    ggml_tensor *attn_v = nullptr;        // [n_embd, D*K]; null on full layers, whose V is K's raw projection
+    ggml_tensor *attn_output = nullptr;   // [D*H, n_embd]
+    ggml_tensor *rope_divisors = nullptr; // [D/2], of angles: base^(2i/D); of full layers 1e30 where a pair rests
+    ggml_tensor *attn_q_norm = nullptr;   // [D]
+    ggml_tensor *attn_k_norm = nullptr;   // [D]
     ggml_tensor *post_attention_norm = nullptr;
 
     ggml_tensor *ffn_norm = nullptr;

@@ -18,13 +18,19 @@ namespace {
 constexpr int64_t BLOCK = 512;
 // Rows are sampled so many floats at a time, which bounds the intermediate tensors.
 constexpr int64_t SLICE_FLOATS = 8 << 20;
+constexpr int64_t SLICE_ALIGNMENT = 16; // rows
 constexpr size_t NODES_PER_SLICE = 112;
-constexpr size_t SLICES_ALIVE = 5; // intermediate tensors of a slice's size at a time
+constexpr int64_t SLICES_ALIVE = 5;  // intermediate tensors of a slice's size at a time
+constexpr int64_t VECTORS_ALIVE = 2; // and of a row's
 
 constexpr float SMALLEST = 1e-37f;
 constexpr float LOWEST = -1e4f; // exp of it is 0; -inf times 0 would be NaN
 
-int64_t slice_rows(int64_t n_vocab, int64_t n_rows) { return std::clamp<int64_t>(SLICE_FLOATS / n_vocab, 1, n_rows); }
+// Slices begin at multiples of 64 bytes, whatever a row's are: see ALIGNED_ROWS in graph.cpp.
+int64_t slice_rows(int64_t n_vocab, int64_t n_rows) {
+    const int64_t rows = SLICE_FLOATS / n_vocab / SLICE_ALIGNMENT * SLICE_ALIGNMENT;
+    return std::min(std::max(rows, SLICE_ALIGNMENT), n_rows);
+}
 
 class SliceBuilder {
   public:
@@ -158,12 +164,19 @@ void SampleIo::make(ggml_context *ctx, int64_t n_rows) {
     sums = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rows, 6);
 }
 
+size_t SampleIo::bytes(int64_t n_rows) {
+    return static_cast<size_t>(n_rows) * (5 * sizeof(float) + 3 * sizeof(int32_t) + 6 * sizeof(float));
+}
+
 size_t sample_nodes(int64_t n_vocab, int64_t n_rows) {
     const int64_t rows = slice_rows(n_vocab, n_rows);
     return static_cast<size_t>((n_rows + rows - 1) / rows) * NODES_PER_SLICE;
 }
 
-size_t sample_bytes() { return SLICES_ALIVE * SLICE_FLOATS * sizeof(float); }
+size_t sample_bytes(int64_t n_vocab, int64_t n_rows) {
+    const int64_t floats = SLICES_ALIVE * slice_rows(n_vocab, n_rows) * n_vocab + VECTORS_ALIVE * n_vocab;
+    return static_cast<size_t>(floats) * sizeof(float);
+}
 
 void sample_ops(ggml_context *ctx, ggml_cgraph *graph, const SampleIo &io, ggml_tensor *logits, bool draws,
                 bool watched) {

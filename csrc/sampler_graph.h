@@ -31,6 +31,7 @@ struct SampleIo {
 
     // Makes them, without memory.
     void make(ggml_context *ctx, int64_t n_rows);
+    static size_t bytes(int64_t n_rows);
 };
 
 // What comes back of one row. With x = z - max(z): how often x is 0, and the sum of exp(x) and of x exp(x) over the
@@ -58,8 +59,8 @@ struct RowResult {
 
 // Nodes that sample_ops adds, at most.
 size_t sample_nodes(int64_t n_vocab, int64_t n_rows);
-// Bytes of its intermediate tensors, about.
-size_t sample_bytes();
+// Bytes of its intermediate tensors, at most.
+size_t sample_bytes(int64_t n_vocab, int64_t n_rows);
 
 // Adds the sampler to a graph, over logits [V, n]. `watched`: gives RowResult::before. `draws`: gives the rest, and
 // makes the logits the processed ones in place, pins left out.

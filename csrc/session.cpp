@@ -1,6 +1,7 @@
 #include "session.h"
 
 #include "error.h"
+#include "kernel_device.h"
 #include "parallel.h"
 #include "process.h"
 #include "sampler.h"
@@ -19,11 +20,13 @@ namespace dg {
 namespace {
 
 constexpr int32_t DEFAULT_CONTEXT = 8192;
+constexpr int32_t MOST_BATCH = 1 << 20;
 constexpr int32_t MOST_ROWS = 1 << 16;
 // Canvases side by side go through the layers so many rows at a time. Eight canvases of 256 rows (724 M parameters,
 // Q8_0, ggml's operators) took 1.09 times what they took one by one in a pass of 2048 rows, and 1.03 in passes of 512:
 // the work is arithmetic, and larger intermediate tensors leave the processor's cache.
 constexpr int32_t PASS_ROWS = 256;
+constexpr int32_t MASK_PIECE = 1 << 18; // elements of a mask that are made and sent at a time
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
 
 int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
@@ -61,8 +64,7 @@ ggml_type Session::cache_type(int32_t type) {
     throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
 }
 
-int32_t Session::context_size(const Model &model, int32_t asked) {
-    const dg_config &c = model.config();
+int32_t Session::context_size(const dg_config &c, int32_t asked) {
     checked("n_ctx", asked, 0, INT32_MAX);
     const int32_t n_ctx = asked > 0 ? asked : std::min(DEFAULT_CONTEXT, c.n_ctx_train);
     if (n_ctx < c.canvas_length + 1) {
@@ -75,17 +77,28 @@ int32_t Session::context_size(const Model &model, int32_t asked) {
     return n_ctx;
 }
 
+int32_t Session::batch_size(int32_t n_ctx, int32_t asked) {
+    return std::min(checked("n_batch", asked, 1, MOST_BATCH), n_ctx);
+}
+
+int32_t Session::row_count(const dg_config &c, int32_t asked) {
+    return asked == 0 ? c.canvas_length : checked("n_rows", asked, c.canvas_length, MOST_ROWS);
+}
+
+int32_t Session::canvas_pass(const dg_config &c, int32_t n_rows) {
+    return std::min(n_rows, std::max(PASS_ROWS, c.canvas_length));
+}
+
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun)
-    : model_(std::move(model)), n_ctx_(context_size(*model_, options.n_ctx)),
-      n_batch_(std::min(checked("n_batch", options.n_batch, 1, 1 << 20), n_ctx_)),
+    : model_(std::move(model)), n_ctx_(context_size(model_->config(), options.n_ctx)),
+      n_batch_(batch_size(n_ctx_, options.n_batch)),
       n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
-      n_rows_(checked("n_rows", options.n_rows, 0, MOST_ROWS)), type_kv_(cache_type(options.type_kv)),
-      own_operators_(has_own_operators() && !options.ggml_operators) {
+      n_rows_(row_count(model_->config(), options.n_rows)), type_kv_(cache_type(options.type_kv)),
+      own_operators_(has_own_operators() && !options.ggml_operators),
+      sampler_(resolve_sampler(*model_, options.sampler)) {
     if (n_threads_ == 0) {
         n_threads_ = default_threads(*model_);
     }
-    const int32_t canvas = model_->config().canvas_length;
-    n_rows_ = n_rows_ == 0 ? canvas : checked("n_rows", n_rows_, canvas, MOST_ROWS);
     backends_ = model_->devices().start();
 }
 
@@ -110,7 +123,7 @@ dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_s
 
 int32_t Session::largest_segment() const { return std::max(n_batch_, model_->config().canvas_length); }
 
-int32_t Session::canvas_pass() const { return std::min(n_rows_, std::max(PASS_ROWS, model_->config().canvas_length)); }
+int32_t Session::canvas_pass() const { return canvas_pass(model_->config(), n_rows_); }
 
 int32_t Session::largest_pass() const { return std::max(n_batch_, canvas_pass()); }
 
@@ -173,24 +186,28 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
     for (int32_t slot = 0; slot < n_slots; ++slot) {
         held[static_cast<size_t>(slot)] = cache_->position(sliding, slot, end);
     }
-    std::vector<ggml_fp16_t> mask(static_cast<size_t>(rows) * static_cast<size_t>(n_slots));
+    const size_t offset = static_cast<size_t>(first) * static_cast<size_t>(cache_->slots(sliding));
+    std::vector<ggml_fp16_t> mask; // of some rows: an RPC server's is copied once more on its way
+    mask.reserve(std::max(held.size(), std::min(size_t{MASK_PIECE}, static_cast<size_t>(rows) * held.size())));
     for (int32_t i = 0; i < rows; ++i) {
         // The canvas has no window inside: all its rows look back from its first one.
         const int32_t last = pass.causal() ? pass.first_position() + i : end - 1;
         const int32_t anchor = pass.causal() ? last : pass.n_past;
         const int32_t oldest = sliding ? std::max(0, anchor - (window - 1)) : 0;
-        ggml_fp16_t *row = mask.data() + int64_t{i} * n_slots;
-        for (int32_t slot = 0; slot < n_slots; ++slot) {
-            const int32_t position = held[static_cast<size_t>(slot)];
-            row[slot] = position >= oldest && position <= last ? visible : hidden;
+        for (const int32_t position : held) {
+            mask.push_back(position >= oldest && position <= last ? visible : hidden);
         }
-    }
-    const size_t offset = static_cast<size_t>(first) * static_cast<size_t>(cache_->slots(sliding)) * sizeof mask[0];
-    for (const DeviceIo &io : io_.devices) {
-        if (io.mask_full) {
-            ggml_backend_tensor_set(sliding ? io.mask_sliding : io.mask_full, mask.data(), offset,
-                                    mask.size() * sizeof mask[0]);
+        if (i + 1 < rows && mask.size() + held.size() <= size_t{MASK_PIECE}) {
+            continue;
         }
+        const size_t done = static_cast<size_t>(i + 1) * held.size() - mask.size();
+        for (const DeviceIo &io : io_.devices) {
+            if (io.mask_full) {
+                ggml_backend_tensor_set(sliding ? io.mask_sliding : io.mask_full, mask.data(),
+                                        (offset + done) * sizeof mask[0], mask.size() * sizeof mask[0]);
+            }
+        }
+        mask.clear();
     }
 }
 
@@ -339,7 +356,7 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
     for (int32_t done = 0; done < n_texts;) {
         int32_t n = 0;
         int32_t rows = 0;
-        while (done + n < n_texts && rows + lengths[done + n] <= canvas_pass()) {
+        while (done + n < n_texts && n < MOST_SEGMENTS && rows + lengths[done + n] <= canvas_pass()) {
             rows += lengths[done + n++];
         }
         score_batch(ids, lengths + done, n, logprob);
@@ -351,7 +368,7 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
 
 void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
     Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}};
-    pass.watched = samples_on_device();
+    pass.watched = scores_by_graph();
     prepare(pass);
     // Row i predicts id i: it reads the one before.
     std::vector<int32_t> inputs(static_cast<size_t>(pass.rows()));
@@ -394,7 +411,8 @@ void Session::check_canvases(const std::vector<int32_t> &segments) const {
     }
 }
 
-// Calls `run` for one pass after the other, each with its graph ready and its ids in place.
+// Calls `run` for one pass after the other, each with its graph ready and its ids in place, where they are not already:
+// `ids` is null then.
 template <typename Run>
 void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run) {
     check_canvases(segments);
@@ -404,15 +422,19 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
     for (size_t i = 0; i < segments.size(); ++i) {
         pass.segments.push_back(segments[i]);
         const int32_t rows = pass.rows();
-        if (i + 1 < segments.size() && rows + segments[i + 1] <= canvas_pass()) {
+        const bool more = pass.segments.size() < size_t{MOST_SEGMENTS} && i + 1 < segments.size();
+        if (more && rows + segments[i + 1] <= canvas_pass()) {
             continue;
         }
-        pass.first_logit = samples_on_device() ? 0 : pass.first_row;
+        pass.first_logit = logits_are_whole() ? pass.first_row : 0;
         if (!(ready_ == pass)) {
             prepare(pass);
             ready_ = pass;
         }
-        upload(io_.ids, ids + pass.first_row, static_cast<size_t>(rows) * sizeof *ids);
+        if (ids) {
+            ggml_backend_tensor_set(io_.ids, ids + pass.first_row, static_cast<size_t>(pass.first_row) * sizeof *ids,
+                                    static_cast<size_t>(rows) * sizeof *ids);
+        }
         run(pass);
         pass.first_row += rows;
         pass.segments.clear();
@@ -420,16 +442,32 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
 }
 
 void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
-    if (samples_on_device()) {
+    if (!logits_lie_here()) {
         host_logits_.resize(static_cast<size_t>(n_rows_) * static_cast<size_t>(model_->config().n_vocab));
     }
     each_pass(ids, segments, Pass(), [&](const Pass &pass) {
         compute(*passes_, pass_graph_);
-        if (samples_on_device()) {
+        if (!logits_lie_here()) {
             float *out = host_logits_.data() + int64_t{pass.first_row} * model_->config().n_vocab;
-            ggml_backend_tensor_get(io_.logits, out, 0, logits_size(pass.rows()));
+            ggml_backend_tensor_get(io_.logits, out, logits_size(pass.first_logit), logits_size(pass.rows()));
         }
     });
+}
+
+void Session::denoise_placed(const std::vector<int32_t> &segments) {
+    const int32_t n_rows = std::accumulate(segments.begin(), segments.end(), 0);
+    std::vector<int32_t> ids;
+    if (io_.coming_ids) {
+        ids.resize(static_cast<size_t>(n_rows));
+        ggml_backend_tensor_get(io_.coming_ids, ids.data(), 0, ids.size() * sizeof ids[0]);
+        if (model_->config().has_self_conditioning) {
+            take_coming(n_rows);
+        }
+    }
+    Pass kind;
+    kind.uncapped = true;
+    each_pass(io_.coming_ids ? ids.data() : nullptr, segments, kind,
+              [&](const Pass &) { compute(*passes_, pass_graph_); });
 }
 
 std::vector<RowResult> Session::denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
@@ -472,10 +510,10 @@ void Session::take_coming(int32_t n_rows) {
 }
 
 void Session::set_logits(const float *logits, int32_t n_rows) {
-    if (samples_on_device()) {
-        host_logits_.assign(logits, logits + int64_t{n_rows} * model_->config().n_vocab);
-    } else {
+    if (logits_are_whole()) {
         upload(io_.logits, logits, logits_size(n_rows));
+    } else {
+        host_logits_.assign(logits, logits + int64_t{n_rows} * model_->config().n_vocab);
     }
 }
 
@@ -485,7 +523,7 @@ void Session::condition_on_logits(int32_t n_rows) {
     }
     renew_in_fork();
 #if DG_HAS_TILES
-    if (io_.scratch && io_.longest_embedding == 0.0f && !samples_on_device()) {
+    if (io_.scratch && io_.longest_embedding == 0.0f && is_head_here()) {
         io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
     }
 #endif
@@ -493,22 +531,28 @@ void Session::condition_on_logits(int32_t n_rows) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {
             soft_graph_rows_ = 0;
-            soft_graph_ = build_soft_embedding(*model_, io_, first, samples_on_device() ? 0 : first, n);
+            soft_graph_ = build_soft_embedding(*model_, io_, first, logits_are_whole() ? first : 0, n);
             soft_->place(soft_graph_);
             soft_graph_first_ = first;
             soft_graph_rows_ = n;
         }
-        if (samples_on_device()) {
+        if (!logits_are_whole()) {
             upload(io_.logits, host_logits_.data() + int64_t{first} * model_->config().n_vocab, logits_size(n));
         }
         compute(*soft_, soft_graph_);
     }
-    if (samples_on_device()) {
+    if (io_.coming) {
         take_coming(n_rows);
     }
 }
 
-void Session::condition_on_nothing() { ggml_backend_tensor_memset(io_.soft, 0, 0, ggml_nbytes(io_.soft)); }
+void Session::condition_on_nothing() {
+    for (ggml_tensor *signal : {io_.soft, io_.coming}) {
+        if (signal) {
+            ggml_backend_tensor_memset(signal, 0, 0, ggml_nbytes(signal));
+        }
+    }
+}
 
 void Session::move_condition(int32_t from, int32_t to, int32_t n) {
     const size_t row = io_.soft->nb[1];

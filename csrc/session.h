@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cache.h"
+#include "cuda/device_loop.h"
 #include "executor.h"
 #include "graph.h"
 #include "model.h"
@@ -36,7 +37,11 @@ class Session {
     Session &operator=(const Session &) = delete;
 
     // What n_ctx comes to when `asked` is 0; throws CONTEXT for one that is too small or too large.
-    static int32_t context_size(const Model &model, int32_t asked);
+    static int32_t context_size(const dg_config &config, int32_t asked);
+    // The same of n_batch and n_rows, which throw ARGUMENT; and the most rows of canvases that one graph takes then.
+    static int32_t batch_size(int32_t n_ctx, int32_t asked);
+    static int32_t row_count(const dg_config &config, int32_t asked);
+    static int32_t canvas_pass(const dg_config &config, int32_t n_rows);
     static ggml_type cache_type(int32_t type);
     // What a session would take, by the arithmetic that makes one.
     static dg_memory predict(const std::shared_ptr<const Model> &model, const dg_session_options &options);
@@ -49,6 +54,8 @@ class Session {
     int32_t n_past() const { return n_past_.load(std::memory_order_relaxed); }
     const std::vector<int32_t> &tokens() const { return tokens_; }
     dg_memory memory() const { return memory_; }
+    // One line for each kind of operator that a device lacks and the CPU does in its place, weights and all.
+    const std::vector<std::string> &fallbacks() const { return fallbacks_; }
 
     void encode(const int32_t *ids, int32_t n);
     void truncate(int32_t n);
@@ -68,15 +75,19 @@ class Session {
     // Moves the signal of `n` rows to rows `to` and after.
     void move_condition(int32_t from, int32_t to, int32_t n);
     // [R, V] float32, in place: raw after denoise; the sampler turns them into the processed ones.
-    float *logits() { return samples_on_device() ? host_logits_.data() : static_cast<float *>(io_.logits->data); }
+    float *logits() { return logits_lie_here() ? static_cast<float *>(io_.logits->data) : host_logits_.data(); }
     void set_logits(const float *logits, int32_t n_rows);
     size_t logits_size(int32_t n_rows) const { return static_cast<size_t>(n_rows) * io_.logits->nb[1]; }
 
-    // Logits are made on a device. They can stay there: denoise_and_sample is denoise, the sampler and
-    // condition_on_logits in one, with nothing but a few numbers for each row to come back. denoise brings them here.
-    bool samples_on_device() const { return model_->placement().head != model_->devices().cpu(); }
+    // Logits need not come here. With OPERATORS, denoise_and_sample is denoise, the sampler and condition_on_logits in
+    // one, with nothing but a few numbers for each row to come back.
+    dg_sampler sampler() const { return sampler_; }
     std::vector<RowResult> denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
                                               const RowInputs &inputs);
+    // With KERNELS, the loop on the device has ids and signal, and denoise_placed is a pass of the canvases that it
+    // placed last.
+    cuda::DeviceLoop &kernels() { return *kernels_; }
+    void denoise_placed(const std::vector<int32_t> &segments);
     void check_ids(const char *what, const int32_t *ids, int32_t n) const;
 
     // From here on passes add up what they multiply weights by, from zero; or do so no longer.
@@ -107,12 +118,15 @@ class Session {
     int32_t n_rows_; // R: the most rows that canvases denoised together have
     ggml_type type_kv_;
     bool own_operators_; // the CPU's (product.h); else ggml's alone
+    dg_sampler sampler_; // not AUTO
     std::unique_ptr<KvCache> cache_;
-    std::vector<ggml_backend_ptr> backends_;    // the CPU's is last
+    std::vector<BackendPtr> backends_;          // the CPU's is last
     std::vector<ggml_context_ptr> io_contexts_; // of each of them
-    std::vector<ggml_backend_buffer_ptr> io_buffers_;
+    std::vector<BufferPtr> io_buffers_;
     GraphIo io_;
-    std::vector<float> host_logits_; // [R, V], where they are made on a device and wanted here
+    std::vector<float> host_logits_; // [R, V], where io_ has not all of them, or not here, and they are wanted here
+    std::unique_ptr<cuda::Device> kernel_device_;
+    std::unique_ptr<cuda::DeviceLoop> kernels_;
     ggml_threadpool *threadpool_ = nullptr;
     int64_t process_ = 0; // whose threads they are: a fork has none of them
     std::unique_ptr<Executor> passes_;
@@ -126,6 +140,7 @@ class Session {
     std::vector<int32_t> tokens_;
     std::atomic<int32_t> n_past_{0};
     dg_memory memory_ = {};
+    std::vector<std::string> fallbacks_;
     bool profiled_ = false;
     dg_timings timings_ = {};
     std::atomic<bool> cancelled_{false};
@@ -133,11 +148,25 @@ class Session {
     void *poll_user_ = nullptr;
     std::chrono::steady_clock::time_point last_poll_{};
 
+    // The head is on the CPU.
+    bool is_head_here() const { return model_->placement().head == model_->devices().cpu(); }
+    // io_.logits has room for all rows, not only for those of a pass.
+    bool logits_are_whole() const {
+        return sampler_ == DG_SAMPLER_KERNELS || (sampler_ == DG_SAMPLER_HOST && is_head_here());
+    }
+    bool logits_lie_here() const { return logits_are_whole() && is_head_here(); }
+    bool scores_by_graph() const { return io_.sample.watched != nullptr; }
+
+    // Segments of a pass, at most: each takes nodes of its own in every layer, for which the scheduler's table has
+    // room.
+    static constexpr int32_t MOST_SEGMENTS = 16;
+
     int32_t largest_segment() const;
-    int32_t canvas_pass() const; // the most rows of canvases that one graph takes
+    int32_t canvas_pass() const;
     int32_t largest_pass() const;
     void plan(bool allocate);
     void make_io(bool allocate);
+    void make_kernels();
     void allocate_io(int32_t device);
     size_t io_bytes() const;
     size_t io_bytes_on(size_t device) const;

@@ -2,6 +2,7 @@
 #include "session.h"
 
 #include "error.h"
+#include "kernel_device.h"
 #include "process.h"
 
 #include "ggml-alloc.h"
@@ -12,7 +13,8 @@
 namespace dg {
 namespace {
 
-constexpr size_t MOST_IO = 32; // tensors that graphs read and write, on one device
+constexpr size_t MOST_IO = 32;                                  // tensors that graphs read and write, on one device
+constexpr const char *IO = "a canvas of logits and the inputs"; // they, in messages
 
 } // namespace
 
@@ -22,10 +24,14 @@ void Session::plan(bool allocate) {
     io_contexts_.clear();
     io_ = {};
     memory_ = {};
+    fallbacks_.clear();
     // A scored text writes one row behind itself.
     cache_ = std::make_unique<KvCache>(*model_, n_ctx_, largest_segment() + 1, type_kv_, allocate);
     make_io(allocate);
     make_executors(allocate);
+    if (allocate && sampler_ == DG_SAMPLER_KERNELS) {
+        make_kernels();
+    }
     memory_.compute += io_bytes() - ggml_nbytes(io_.logits);
     memory_.weights = model_->files().n_bytes();
     for (size_t i = 0; i < model_->devices().size(); ++i) {
@@ -43,15 +49,21 @@ void Session::make_executors(bool allocate) {
     if (canvas_pass() % canvas > 0) {
         canvases.push_back(canvas_pass() % canvas);
     }
-    const bool sampled = samples_on_device();
     Pass chunk = {Mode::ENCODE, n_ctx_ - canvas - longest_chunk, {longest_chunk}};
     Pass texts = {Mode::SCORE, n_ctx_ - canvas, canvases};
     Pass steps = {Mode::DENOISE, n_ctx_ - canvas, canvases};
-    texts.watched = steps.sampled = steps.watched = sampled;
+    texts.watched = scores_by_graph();
+    steps.sampled = steps.watched = sampler_ == DG_SAMPLER_OPERATORS;
     std::vector<Graph> largest;
     for (const Pass &pass : {chunk, texts, steps}) {
         largest.push_back(build_pass(*model_, *cache_, io_, pass));
     }
+    // Whole canvases have the largest nodes, as many segments as there can be the most.
+    const int32_t n_short = std::min(MOST_SEGMENTS, canvas_pass()) - 1;
+    std::vector<int32_t> many(static_cast<size_t>(n_short), 1);
+    many.push_back(std::min(canvas, canvas_pass() - n_short));
+    steps.segments = many;
+    largest.push_back(build_pass(*model_, *cache_, io_, steps));
     passes_ = make_executor(largest, allocate);
     if (model_->config().has_self_conditioning) {
         std::vector<Graph> soft;
@@ -71,6 +83,12 @@ std::unique_ptr<Executor> Session::make_executor(const std::vector<Graph> &large
     auto executor = std::make_unique<Executor>(backends_, static_cast<size_t>(n_nodes));
     size_t bytes = 0;
     for (const Graph &graph : largest) {
+        for (const auto &[device, what] : executor->missing(graph)) {
+            const std::string line = model_->devices()[static_cast<size_t>(device)].name + " lacks " + what;
+            if (std::find(fallbacks_.begin(), fallbacks_.end(), line) == fallbacks_.end()) {
+                fallbacks_.push_back(line);
+            }
+        }
         if (allocate) {
             executor->reserve(graph);
         } else {
@@ -117,19 +135,27 @@ void Session::make_io(bool allocate) {
             io.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
         }
     }
-    io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, pass);
+    io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, std::max<int64_t>(pass, n_rows_));
     io_.soft = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, n_rows_);
     if (own_operators_) {
         io_.scratch =
             ggml_new_tensor_2d(on(model_->devices().cpu()), GGML_TYPE_F32, scratch_floats(*model_), n_threads_);
     }
     ggml_context *head = on(placement.head);
-    if (samples_on_device()) {
-        io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, canvas_pass());
-        io_.coming = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, n_rows_);
+    io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, logits_are_whole() ? n_rows_ : canvas_pass());
+    if (sampler_ == DG_SAMPLER_OPERATORS || !is_head_here()) {
         io_.sample.make(head, canvas_pass());
-    } else {
-        io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, n_rows_);
+    }
+    const bool is_signal_at_head = placement.layers.front() == placement.head;
+    if (!logits_are_whole() || !is_signal_at_head) {
+        io_.coming = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, n_rows_);
+    }
+    if (sampler_ == DG_SAMPLER_KERNELS) {
+        if (!is_signal_at_head) {
+            io_.coming_ids = ggml_new_tensor_1d(head, GGML_TYPE_I32, n_rows_);
+        }
+        const size_t bytes = cuda::DeviceLoop::candidate_bytes(n_rows_, candidate_capacity(c));
+        io_.candidates = ggml_new_tensor_1d(head, GGML_TYPE_I8, static_cast<int64_t>(bytes));
     }
     if (allocate) {
         for (size_t i = 0; i < io_contexts_.size(); ++i) {
@@ -148,6 +174,7 @@ void Session::make_io(bool allocate) {
         const auto device = static_cast<int32_t>(i);
         io_buffers_.emplace_back(ggml_backend_buft_alloc_buffer(model_->devices().buffer_type(device), 1));
         ggml_context *ctx = on(device);
+        model_->devices().check_sizes(ctx, device, IO);
         for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
             pretend(t, device);
         }
@@ -158,17 +185,31 @@ void Session::make_io(bool allocate) {
     }
 }
 
+void Session::make_kernels() {
+    const dg_config &c = model_->config();
+    cuda::DeviceLoop::Target target = {};
+    target.n_rows = n_rows_;
+    target.n_vocab = c.n_vocab;
+    target.softcap = c.logit_softcap;
+    target.logits = static_cast<float *>(io_.logits->data);
+    target.ids = static_cast<int32_t *>((io_.coming_ids ? io_.coming_ids : io_.ids)->data);
+    if (c.has_self_conditioning) {
+        target.soft = static_cast<float *>((io_.coming ? io_.coming : io_.soft)->data);
+        target.embedding = gathered_embedding(*model_, target.embedding_type);
+    }
+    target.n_embd = c.n_embd;
+    target.candidates = io_.candidates->data;
+    target.capacity = candidate_capacity(c);
+    kernel_device_ = make_kernel_device(*model_);
+    kernels_ = std::make_unique<cuda::DeviceLoop>(*kernel_device_, target);
+}
+
 void Session::allocate_io(int32_t device) {
     ggml_context *ctx = io_contexts_[static_cast<size_t>(device)].get();
     if (!ggml_get_first_tensor(ctx)) {
         return;
     }
-    const ggml_backend_buffer_type_t type = model_->devices().buffer_type(device);
-    io_buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctx, type));
-    if (!io_buffers_.back()) {
-        throw Error(DG_ERROR_MEMORY, format("%zu bytes for a canvas of logits and the inputs were refused",
-                                            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type)));
-    }
+    io_buffers_.push_back(model_->devices().allocate(ctx, device, IO));
     if (device != model_->devices().cpu()) {
         ggml_backend_buffer_clear(io_buffers_.back().get(), 0); // of rows that no pass has written, none is a NaN
     }

@@ -1,6 +1,6 @@
 """What the C library's structs are in Python: plain records, their meanings and units.
 
-`_native.py` fills and reads them; nothing here touches C.
+`_structs.py` fills and reads them; nothing here touches C.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Device:
     memory_total: int
     weights: int
     n_layers: int
+    n_cpu_moe: int
     is_main: bool
 
 
@@ -105,6 +106,29 @@ class Memory:
     kv_cache: int
     compute: int
     logits: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a session takes on devices, at most, in bytes; see dg_needs in csrc/diffgguf.h. `cache`: the KV cache of
+    each layer."""
+
+    n_ctx: int
+    n_rows: int
+    logits: int
+    sampling: int
+    passes: int
+    cache: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which layers go where; see dg_plan in csrc/diffgguf.h. `devices`: each layer's device, None for the CPU."""
+
+    n_gpu_layers: int
+    n_cpu_moe: int
+    reserve: int
+    devices: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -159,7 +183,8 @@ class CanvasSpec:
     fixed, -1 where it is free. `canvas`: the ids to start from; None for uniform random ones. `watched`: ids whose
     log-probability every step reports, -1 for the argmax's; None: none are, which saves a pass over each row's logits.
     `allowed`: row -> the only ids that it may take, at least one; random ids are mapped into the set. `seed` (64 bits)
-    and `canvas_index` (32 bits) key the draws.
+    and `canvas_index` (32 bits) key the draws. `quiet`: nobody looks at the rows on the way; the arrays of its steps
+    are empty but for the last one's, and need not leave a device.
     """
 
     n_rows: int | None = None
@@ -169,6 +194,7 @@ class CanvasSpec:
     allowed: Mapping[int, npt.ArrayLike] | None = None
     seed: int = 0
     canvas_index: int = 0
+    quiet: bool = False
 
     def rows(self, canvas_length: int) -> int:
         """The number of rows. Raises ValueError unless it is from 1 to C."""

@@ -53,6 +53,7 @@ def open_model(args: argparse.Namespace) -> Any:
         "main_gpu": args.main_gpu,
         "offload_kv": False if args.no_offload_kv else None,
         "rpc": args.rpc,
+        "sampler": args.sampler,
         "type_kv": args.type_kv,
         "verbose": args.verbose or None,
     }
@@ -308,7 +309,7 @@ def doctor(args: argparse.Namespace) -> int:
 def rpc_server(args: argparse.Namespace) -> int:
     import signal
 
-    from pydiffgguf._native import serve_rpc
+    from pydiffgguf._functions import serve_rpc
     from pydiffgguf.rpc import numeric_address
 
     host = numeric_address(args.host)

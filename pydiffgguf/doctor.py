@@ -60,6 +60,7 @@ def examine() -> dict[str, Any]:
     demo = folder / "data" / "demo.gguf"
     if not demo.is_file():
         problem(f"the demo model is missing: {demo}", REINSTALL)
+    lacks = None if build is None or not demo.is_file() else _device_lacks(build, demo, problem)
     return {
         "pydiffgguf": own,
         "location": str(folder),
@@ -74,6 +75,7 @@ def examine() -> dict[str, Any]:
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": packages,
         "build": build,
+        "device_lacks": lacks,
         "demo_model": str(demo) if demo.is_file() else None,
         "problems": problems,
         "off": [] if build is None else _off(build),
@@ -113,9 +115,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _build(own: str | None, problem: Any) -> dict[str, Any] | None:
     """build_info() of the extension, or None with a problem noted."""
     try:
-        from pydiffgguf import _native
+        from pydiffgguf import _functions
 
-        build: dict[str, Any] = {**_native.build_info()}
+        build: dict[str, Any] = {**_functions.build_info()}
     except Exception as error:
         problem(f"the compiled extension cannot be loaded: {_one_line(error)}", REINSTALL)
         return None
@@ -130,6 +132,20 @@ def _build(own: str | None, problem: Any) -> dict[str, Any] | None:
     return build
 
 
+def _device_lacks(build: dict[str, Any], demo: Path, problem: Any) -> list[str] | None:
+    """What this machine's devices lack for the demo model; None where there is but the CPU."""
+    if [device["name"] for device in build["devices"]] == ["CPU"]:
+        return None
+    from pydiffgguf import DiffusionModel
+
+    try:
+        with DiffusionModel(demo) as model, model.session() as session:
+            return session.fallbacks
+    except Exception as error:
+        problem(f"the demo model does not open on the devices: {_one_line(error)}", "see docs/DEVICES.md")
+        return None
+
+
 def _off(build: dict[str, Any]) -> list[dict[str, str]]:
     """What this build leaves unused, or has on that costs speed."""
     off: list[dict[str, str]] = []
@@ -141,6 +157,10 @@ def _off(build: dict[str, Any]) -> list[dict[str, str]]:
     if not any(backend in GPU_BACKENDS for backend in build["backends"]):
         switches = ", ".join(f"-D{switch}=ON ({name})" for name, switch in GPU_BACKENDS.items())
         off.append({"what": "no GPU backend is built in", "cure": f"with a GPU, build with one of {switches}"})
+    elif [device["name"] for device in build["devices"]] == ["CPU"]:
+        found = ", ".join(backend for backend in build["backends"] if backend in GPU_BACKENDS)
+        cure = "install the GPU's driver, and see that its own tool (nvidia-smi, rocminfo, vulkaninfo) lists the card"
+        off.append({"what": f"{found} is built in, but it finds no device", "cure": cure})
     kind, *flags = build["flags"] or [""]
     if kind not in ("Release", "RelWithDebInfo", "MinSizeRel"):
         off.append({"what": f"the build type is {kind or 'not set'}: slow", "cure": REINSTALL})
@@ -203,7 +223,7 @@ def _device(device: dict[str, Any]) -> str:
 
 def render(report: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
-    build = report["build"]
+    build, lacks = report["build"], report["device_lacks"]
     rows = [
         ("pydiffgguf", f"{report['pydiffgguf']} in {report['location']}"),
         ("python", f"{report['python']} ({report['executable']})"),
@@ -218,11 +238,9 @@ def render(report: dict[str, Any]) -> str:
             ("build", " ".join(build["flags"])),
             ("backends", ", ".join(build["backends"])),
             ("devices", "; ".join(_device(device) for device in build["devices"])),
+            *([] if lacks is None else [("they lack", "; ".join(lacks) or "nothing that the demo model needs")]),
             ("CPU features", ", ".join(build["cpu_features"]) or "none beyond the baseline"),
         ]
-    if build is not None and [device["name"] for device in build["devices"]] == ["CPU"]:
-        cure = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --no-binary pydiffgguf pydiffgguf'
-        rows.append(("GPU", f"none in this build; one comes with {cure}, or with GGML_METAL, GGML_VULKAN, GGML_HIP"))
     rows.append(("demo model", report["demo_model"] or "missing"))
     lines = [f"{name:<13}{value}" for name, value in rows]
     for each in report["off"]:

@@ -41,8 +41,8 @@ class UnsupportedError(DiffGGUFError):
 
 
 class DeviceError(DiffGGUFError):
-    """The connection to an RPC server was lost. The model and its sessions are of no more use: close the model, and
-    open it again."""
+    """The connection to an RPC server was lost, or a GPU failed. The model and its sessions are of no more use: close
+    the model, and open it again. A GPU that has failed is of no more use to this process; models on the CPU are."""
 
 
 class OutOfMemoryError(DiffGGUFError):

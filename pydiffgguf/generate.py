@@ -124,6 +124,7 @@ class Request:
     seed: int
     noise: Noise | None
     end_ids: frozenset[int]
+    watched: bool = True  # somebody looks at the steps; else no DenoiseStep is made
 
 
 class TextView:
@@ -257,7 +258,7 @@ def _denoise(
     stats: Stats,
     view: TextView,
 ) -> Generator[DenoiseStep, None, RawStep]:
-    spec = CanvasSpec(seed=request.seed, canvas_index=canvas_index)
+    spec = CanvasSpec(seed=request.seed, canvas_index=canvas_index, quiet=not request.watched)
     batch = CanvasBatch(session, [spec], request.sampling, noise=request.noise)
     stats.steps.append(0)
     while True:
@@ -266,16 +267,17 @@ def _denoise(
         now = time.monotonic()
         stats.denoise_s += now - step_began
         stats.steps[-1] += 1
-        draft, _ = until_end(step.argmax.tolist(), request.end_ids)
-        yield DenoiseStep(
-            canvas_index,
-            step.step,
-            step.steps,
-            step.argmax,
-            step.accepted,
-            step.entropy,
-            view.answer(draft),
-            now - began,
-        )
+        if request.watched:
+            draft, _ = until_end(step.argmax.tolist(), request.end_ids)
+            yield DenoiseStep(
+                canvas_index,
+                step.step,
+                step.steps,
+                step.argmax,
+                step.accepted,
+                step.entropy,
+                view.answer(draft),
+                now - began,
+            )
         if step.finished or (deadline is not None and now >= deadline):
-            return step
+            return batch.rows(0)

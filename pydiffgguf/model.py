@@ -6,7 +6,6 @@ import secrets
 import sys
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +15,19 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from pydiffgguf._arguments import MAX_SEED, integer
+from pydiffgguf._library import StrPath
 from pydiffgguf._log import logger
-from pydiffgguf._native import Metadata, NativeModel, StrPath
+from pydiffgguf._native import Metadata, NativeModel
 from pydiffgguf._records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf.chat import StopStrings, render
+from pydiffgguf.describe import describe
 from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
 from pydiffgguf.generate import DenoiseStep, Event, Generation, Request, TextView, common_head, run
 from pydiffgguf.infill import Fill, Infill, stream_fill, stream_infill
 from pydiffgguf.search import Gap
 from pydiffgguf.session import Noise, Session, resolve_sampling
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.tokenizer import Tokenizer, read_tokenizer
 
 __all__ = ["DiffusionModel", "ModelWarning", "Prompt", "demo_model_path"]
 
@@ -61,12 +62,16 @@ class DiffusionModel:
         n_batch: a prompt is encoded in chunks of so many tokens.
         n_threads: None: as many as this process may use, but no more than a step of this model is worth.
         n_gpu_layers: so many layers, counted from the last, lie on devices: this machine's GPUs, where one was built
-            in, and what RPC servers offer. "auto": as many as fit into the memory that they report free.
-        n_cpu_moe: the experts of the first so many layers stay on the CPU.
+            in, and what RPC servers offer. "auto": what fits into the memory that they report free, all layers without
+            their experts before any expert (docs/DEVICES.md); `devices()` and `verbose` say what came of it.
+        n_cpu_moe: the experts of the first so many layers stay on the CPU; with "auto", at least these.
         tensor_split: each device's share of the layers; None: as their free memory.
         main_gpu: index in `devices()`-order of the device with the head and the sampler; None: the last.
         offload_kv: a layer's cache lies where the layer does; False: on the CPU.
         rpc: "host:port" of servers that `pydiffgguf rpc-server` runs; docs/DEVICES.md.
+        sampler: what makes the work on a step's logits. "host": C++ on the CPU; "operators": ggml's, where the logits
+            are; "kernels": own ones, on CUDA (and, far slower than "host", on the CPU: for tests); "auto": the last
+            of these that the main device has.
         type_kv: "f16", "f32", "bf16" or "q8_0".
         use_mmap: map the file instead of reading it into memory.
         verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
@@ -75,7 +80,8 @@ class DiffusionModel:
     Raises:
         OSError: no such file, a directory, not readable; no RPC server at an address.
         ModelFormatError: not a GGUF of this architecture, or a broken one; says which key or tensor.
-        UnsupportedError: GPU layers where there is no device, or a file that needs what is not built.
+        UnsupportedError: GPU layers where there is no device, kernels that the main one does not have, or a file that
+            needs what is not built.
         DeviceError: an RPC server was lost; any later call may raise it too.
         ContextOverflowError: n_ctx below canvas + 1, or beyond the file's context_length.
         ValueError, TypeError: an option out of range or of the wrong type.
@@ -94,6 +100,7 @@ class DiffusionModel:
         main_gpu: int | None = None,
         offload_kv: bool = True,
         rpc: Sequence[str] = (),
+        sampler: str = "auto",
         type_kv: str = "f16",
         use_mmap: bool = True,
         verbose: bool = False,
@@ -105,6 +112,7 @@ class DiffusionModel:
             "n_batch": n_batch,
             "n_threads": 0 if n_threads is None else integer("n_threads", n_threads, 1, 512),
             "type_kv": type_kv,
+            "sampler": sampler,
         }
         self.path = Path(path)
         self._native = NativeModel(
@@ -121,11 +129,13 @@ class DiffusionModel:
         self._lock = threading.Lock()
         self._idle: list[Session] = []
         self._active: set[Session] = set()
+        self._verbose = verbose
+        self._announced: set[str] = set()
         self._predicted = self._native.memory(**self._session_options)
-        self._tokenizer = _read_tokenizer(self._native.metadata, self.config.n_vocab)
+        self._tokenizer = read_tokenizer(self._native.metadata, self.config.n_vocab)
         self._view = TextView(self._tokenizer)
         logger.info("opened %s", self.path)
-        for line in self._description():
+        for line in describe(self.path.name, self._native, self._predicted, automatic=n_gpu_layers == "auto"):
             logger.info("%s", line)
             if verbose:
                 print(f"pydiffgguf: {line}", file=sys.stderr)
@@ -183,38 +193,6 @@ class DiffusionModel:
         with self._lock:
             sessions = [*self._active, *self._idle]
         return sessions[-1].memory if sessions else self._predicted
-
-    def _description(self) -> list[str]:
-        """What was opened and what it takes, for people."""
-        c, memory = self.config, self._predicted
-        full = sum(not layer.sliding for layer in c.layers)
-        lines = [
-            f"{self.path.name}: {c.n_layer} layers ({full} full), hidden {c.n_embd}, {c.n_expert} experts "
-            f"top-{c.n_expert_used}, vocabulary {c.n_vocab}, canvas {c.canvas_length}, context {c.n_ctx_train}",
-            f"weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
-            f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB"
-            + ("" if self.devices() else "; all on the CPU"),
-            f"products: {self._kernels()}",
-        ]
-        for device in self.devices():
-            where = f" ({device.endpoint})" if device.endpoint else ""
-            parts = f"{device.n_layers} layers{', head' if device.is_main else ''}"
-            lines.append(
-                f"{device.name}{where}: {parts}, weights {device.weights / 1e6:.1f} MB; "
-                f"{device.memory_free / 1e6:.0f} MB were free"
-            )
-        return lines
-
-    def _kernels(self) -> str:
-        """Which tensors are multiplied by what: "8-bit integers for 120 tensors of Q4_K, 25 of Q6_K; ..."."""
-        counts: dict[str, Counter[str]] = {}
-        for tensor in self._native.tensors():
-            if len(tensor.shape) > 1:
-                counts.setdefault(tensor.kernel, Counter())[tensor.type.upper()] += 1
-        return "; ".join(
-            f"{kernel} for " + ", ".join(f"{n} of {name}" for name, n in kinds.items())
-            for kernel, kinds in counts.items()
-        )
 
     # ---------------------------------------------------------------------------------------------------------- text
 
@@ -326,9 +304,8 @@ class DiffusionModel:
             ContextOverflowError: the prompt does not fit.
             ValueError, TypeError: an empty prompt, an option out of range, an unknown option.
         """
-        return _drain(
-            self.stream(prompt, max_tokens=max_tokens, seed=seed, stop=stop, raw=raw, noise=noise, **sampling)
-        )
+        ids = self._prompt_ids(prompt, raw)
+        return _drain(self._stream(ids, max_tokens, seed, stop, noise, sampling, watched=False))
 
     def stream(
         self,
@@ -362,11 +339,8 @@ class DiffusionModel:
         `thinking` asks for the thought channel, which comes apart from the text as `reasoning`, and is never fed back:
         thoughts in earlier answers are left out. The other arguments are `generate`'s.
         """
-        return _drain(
-            self.stream_chat(
-                messages, thinking=thinking, max_tokens=max_tokens, seed=seed, stop=stop, noise=noise, **sampling
-            )
-        )
+        ids = self._chat_ids(messages, thinking)
+        return _drain(self._stream(ids, max_tokens, seed, stop, noise, sampling, watched=False))
 
     def stream_chat(
         self,
@@ -390,6 +364,7 @@ class DiffusionModel:
         stop: str | Sequence[str],
         noise: Noise | None,
         options: Mapping[str, Any],
+        watched: bool = True,
     ) -> Generator[Event, None, Generation]:
         self._check_open()
         sampling, time_limit = resolve_sampling(self._native.sampling, options)
@@ -402,6 +377,7 @@ class DiffusionModel:
             seed=secrets.randbits(64) if seed is None else integer("seed", seed, 0, MAX_SEED),
             noise=noise,
             end_ids=self._end_ids(),
+            watched=watched,
         )
         return self._run(request)
 
@@ -604,7 +580,9 @@ class DiffusionModel:
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
-    def session(self, *, n_rows: int | None = None, ggml_operators: bool = False) -> Session:
+    def session(
+        self, *, n_rows: int | None = None, ggml_operators: bool = False, sampler: str | None = None
+    ) -> Session:
         """A session of its own, for tests, research and embedders; with the options that the model was opened with.
 
         Args:
@@ -612,13 +590,21 @@ class DiffusionModel:
                 the least. The buffers grow with it: a row takes V logits and its part of the largest layer.
             ggml_operators: compute with ggml's operators alone, as devices other than the CPU do: slower, and with
                 other last bits.
+            sampler: as in the constructor; None: the model's.
 
         Raises OutOfMemoryError when its cache or buffers are refused.
         """
         self._check_open()
         rows = 0 if n_rows is None else integer("n_rows", n_rows, self.config.canvas_length, 2**16)
-        session = Session(self._native, **self._session_options, n_rows=rows, ggml_operators=ggml_operators)
+        options = self._session_options | ({} if sampler is None else {"sampler": sampler})
+        session = Session(self._native, **options, n_rows=rows, ggml_operators=ggml_operators)
         logger.debug("session: n_ctx %d, %d threads, %s", session.n_ctx, session.n_threads, session.memory)
+        for line in session.fallbacks:
+            if line not in self._announced:
+                self._announced.add(line)
+                logger.warning("%s: %s: the CPU does it, slower", self.path.name, line)
+                if self._verbose:
+                    print(f"pydiffgguf: {line}: the CPU does it, slower", file=sys.stderr)
         return session
 
     @contextmanager
@@ -698,35 +684,3 @@ def _drain(stream: Generator[Event, None, _Result]) -> _Result:
         except StopIteration as end:
             result: _Result = end.value
             return result
-
-
-def _read_tokenizer(metadata: Metadata, n_vocab: int) -> Tokenizer | None:
-    """The tokenizer that the file holds; None where it holds none."""
-    prefix = "tokenizer.ggml."
-    if f"{prefix}tokens" not in metadata:
-        return None
-
-    def typed(key: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        value = metadata.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            raise ModelFormatError(f"key {key} has the wrong type: {type(value).__name__}")
-        return value
-
-    tokens = typed(f"{prefix}tokens", list, [])
-    if len(tokens) != n_vocab:
-        raise ModelFormatError(
-            f"key {prefix}tokens has {len(tokens)} entries, expected one a row of token_embd, {n_vocab}"
-        )
-    return Tokenizer.from_gguf(
-        tokens,
-        typed(f"{prefix}token_type", list, None),
-        typed(f"{prefix}merges", list, []),
-        bos_id=typed(f"{prefix}bos_token_id", int, None),
-        eos_id=typed(f"{prefix}eos_token_id", int, None),
-        unk_id=typed(f"{prefix}unknown_token_id", int, None),
-        pad_id=typed(f"{prefix}padding_token_id", int, None),
-        add_bos=typed(f"{prefix}add_bos_token", bool, True),
-        extra_end_ids=typed("diffusion.eos_token_ids", list, []),
-    )

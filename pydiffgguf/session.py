@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pydiffgguf import _native
-from pydiffgguf._native import NativeModel, NativeSession, StrPath
+from pydiffgguf import _functions
+from pydiffgguf._library import StrPath
+from pydiffgguf._native import NativeModel, NativeSession
 from pydiffgguf._records import (
     BoolArray,
     CanvasSpec,
@@ -108,7 +109,7 @@ def resolve_sampling(defaults: Sampling, options: Mapping[str, Any]) -> tuple[Sa
         if not 0.0 < time_limit < float("inf"):
             raise ValueError(f"time_limit_s is {time_limit}: it must be a finite number of seconds > 0")
     sampling = replace(defaults, **given)
-    _native.check_sampling(sampling)
+    _functions.check_sampling(sampling)
     return sampling, time_limit
 
 
@@ -155,6 +156,16 @@ class Session:
     def n_rows(self) -> int:
         """The most rows that canvases side by side may have together."""
         return self._native.n_rows
+
+    @property
+    def sampler(self) -> str:
+        """What makes the work on a step's logits: "host", "operators" or "kernels"."""
+        return self._native.sampler
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """What a device lacks, one line for each kind of operator: the CPU does it in its place, slower."""
+        return self._native.fallbacks
 
     def tokens(self) -> Int32Array:
         """The prefix: int32 [n_past]."""
@@ -262,7 +273,7 @@ class Session:
             pinned: int32 [C], the id where a row is fixed, -1 where it is free.
         """
         options, _ = resolve_sampling(self._defaults, {"steps": steps, **sampling})
-        raw = _native.sample(
+        raw = _functions.sample(
             z,
             options,
             step=step,
@@ -385,6 +396,10 @@ class CanvasBatch:
         self._step += 1
         self._live = [live and not step.finished for live, step in zip(self._live, steps, strict=True)]
         return steps
+
+    def rows(self, index: int) -> RawStep:
+        """The last step of canvas `index` again, with its arrays even where it is quiet."""
+        return self._session.canvas_rows(index)
 
     def drop(self, index: int) -> None:
         """Canvas `index` makes no further step: it lost, say."""

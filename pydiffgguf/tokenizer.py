@@ -11,8 +11,8 @@ from __future__ import annotations
 import bisect
 import codecs
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
     from tokenizers.models import Model
 
-__all__ = ["END_TEXTS", "Tokenizer"]
+__all__ = ["END_TEXTS", "Tokenizer", "read_tokenizer"]
 
 SPACE = "\u2581"
 
@@ -293,3 +293,38 @@ def _wrap(model: Model, user_defined: list[str], special: list[str]) -> tokenize
     wrapper.add_tokens([AddedToken(text, normalized=False) for text in user_defined])
     wrapper.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     return wrapper
+
+
+def read_tokenizer(metadata: Mapping[str, Any], n_vocab: int) -> Tokenizer | None:
+    """The tokenizer that a file with these keys holds; None where it holds none.
+
+    Raises ModelFormatError for keys of the wrong type, and for a vocabulary of another size than `n_vocab`.
+    """
+    prefix = "tokenizer.ggml."
+    if f"{prefix}tokens" not in metadata:
+        return None
+
+    def typed(key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        value = metadata.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise ModelFormatError(f"key {key} has the wrong type: {type(value).__name__}")
+        return value
+
+    tokens = typed(f"{prefix}tokens", list, [])
+    if len(tokens) != n_vocab:
+        raise ModelFormatError(
+            f"key {prefix}tokens has {len(tokens)} entries, expected one a row of token_embd, {n_vocab}"
+        )
+    return Tokenizer.from_gguf(
+        tokens,
+        typed(f"{prefix}token_type", list, None),
+        typed(f"{prefix}merges", list, []),
+        bos_id=typed(f"{prefix}bos_token_id", int, None),
+        eos_id=typed(f"{prefix}eos_token_id", int, None),
+        unk_id=typed(f"{prefix}unknown_token_id", int, None),
+        pad_id=typed(f"{prefix}padding_token_id", int, None),
+        add_bos=typed(f"{prefix}add_bos_token", bool, True),
+        extra_end_ids=typed("diffusion.eos_token_ids", list, []),
+    )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import PLACES, Place, place_of
+from rpc_servers import rpc_server
 from tiny_checkpoint import make_checkpoint
 
 from pydiffgguf.convert import convert
+
+# A shell's background job ignores Ctrl-C, and what it starts inherits that: tests that interrupt a child would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,3 +35,16 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_checkpoint(folder / "checkpoint", canvas_length=32, sc_scale=0.3, tokenizer=True)
     convert(folder / "checkpoint", folder / "tiny.gguf", type="f32")
     return folder / "tiny.gguf"
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[tuple[str, str]]:
+    """The addresses of two RPC servers, which all tests share."""
+    with rpc_server() as (first, _), rpc_server() as (second, _):
+        yield first, second
+
+
+@pytest.fixture(scope="session", params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    """Every place in turn: pytest runs all tests at one before it goes to the next, whatever files they stand in."""
+    return place_of(request, PLACES)

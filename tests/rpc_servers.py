@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from pydiffgguf._functions import build_info
 
 
 @contextmanager
@@ -45,9 +48,13 @@ def _wait_until_it_listens(port: int, process: subprocess.Popen[str]) -> None:
 
 
 class Relay:
-    """Passes bytes on between a client and a server, and counts them."""
+    """Passes bytes on between a client and a server, and counts them. `memory_free`: what the client hears that the
+    server's device has free, a CPU's, which reports all memory that there is."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, memory_free: int | None = None) -> None:
+        (cpu,) = [d for d in build_info()["devices"] if d["name"] == "CPU"]
+        self._told = struct.pack("<QQ", cpu["memory_free"], cpu["memory_total"])
+        self._tells = self._told if memory_free is None else struct.pack("<QQ", memory_free, cpu["memory_total"])
         host, port = server.split(":")
         self._server = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -74,7 +81,7 @@ class Relay:
                 if not data:
                     break
                 setattr(self, count, getattr(self, count) + len(data))
-                target.sendall(data)
+                target.sendall(data if count == "sent" else data.replace(self._told, self._tells))
             except OSError:
                 break
         for end in (source, target):  # wakes the other direction's thread as well, which close() alone does not

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from canvas_batches import own_steps
+from places import LOCAL, PLACES, Place, Servers, on_servers, place_of
 from rpc_servers import Relay, rpc_server
 
 from pydiffgguf import (
@@ -23,15 +24,13 @@ from pydiffgguf import (
     DeviceError,
     DiffusionModel,
     UnsupportedError,
-    _native,
+    _functions,
     cli,
     demo_model_path,
 )
-from pydiffgguf._native import build_info
 
 PROMPT = [2, 40, 41, 42, 43, 60, 61]
 LONG_PROMPT = [2, *(3 + i * 7 % 500 for i in range(150))]  # several times the window
-LOCAL = sorted({"CUDA", "MTL", "Metal", "Vulkan", "ROCm"} & set(build_info()["backends"]))
 
 # Both sides compute in float32, with other kernels: the CPU's own against ggml's.
 TOLERANCE = 1e-5
@@ -39,27 +38,16 @@ TOLERANCE = 1e-5
 ENTROPY_TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[str, str]]:
-    with rpc_server() as (first, _), rpc_server() as (second, _):
-        yield first, second
-
-
-Place = Callable[[tuple[str, str]], dict[str, Any]]
-PLACES: dict[str, Place] = {
-    "cpu": lambda servers: {"n_gpu_layers": 0},
-    "rpc": lambda servers: {"rpc": servers[:1]},
-    "two servers and the CPU": lambda servers: {"rpc": servers, "n_gpu_layers": 4},
-    "experts on the CPU": lambda servers: {"rpc": servers[:1], "n_cpu_moe": 3},
-    "cache on the CPU": lambda servers: {"rpc": servers[:1], "offload_kv": False},
-    **{name: lambda servers: {"n_gpu_layers": "auto"} for name in LOCAL},
+# Beside the places at which all tests run, two that cut every layer between device and CPU.
+CUT: dict[str, Callable[[Servers], dict[str, Any]]] = {
+    "experts on the CPU": lambda servers: {**on_servers(servers()[0]), "n_cpu_moe": 3},
+    "cache on the CPU": lambda servers: {**on_servers(servers()[0]), "offload_kv": False},
 }
 
 
-@pytest.fixture(scope="module", params=PLACES)
-def device(request: pytest.FixtureRequest, servers: tuple[str, str]) -> dict[str, Any]:
-    """Options of DiffusionModel that place a model somewhere."""
-    return PLACES[request.param](servers)
+@pytest.fixture(scope="module", params=PLACES | CUT)
+def device(request: pytest.FixtureRequest) -> Place:
+    return place_of(request, PLACES | CUT)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +57,8 @@ def here(tiny_gguf: Path) -> Iterator[DiffusionModel]:
 
 
 @pytest.fixture(scope="module")
-def there(tiny_gguf: Path, device: dict[str, Any]) -> Iterator[DiffusionModel]:
-    with DiffusionModel(tiny_gguf, n_ctx=256, type_kv="f32", **device) as model:
+def there(tiny_gguf: Path, device: Place) -> Iterator[DiffusionModel]:
+    with device.open(tiny_gguf, n_ctx=256, type_kv="f32") as model:
         yield model
 
 
@@ -83,10 +71,25 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
+def test_a_place_is_what_its_name_says(there: DiffusionModel, device: Place) -> None:
+    """Which sampler works there, and how many layers each device has: what other tests say of a place is of that."""
+    n_layers = [d.n_layers for d in there.devices() if d.n_layers > 0]
+    with there.session() as session:
+        if device.name in LOCAL:
+            assert sum(n_layers) > 0 and session.sampler == ("kernels" if device.name == "CUDA" else "operators")
+        elif device.name == "two servers and the CPU":
+            assert len(n_layers) >= 2 and sum(n_layers) == 4 < there.config.n_layer
+            assert session.sampler == "operators"
+        elif device.name in ("cpu", "operators", "kernels"):
+            assert not n_layers and session.sampler == {"cpu": "host"}.get(device.name, device.name)
+        else:
+            assert sum(n_layers) == there.config.n_layer and session.sampler == "operators"
+    endpoints = {d.endpoint for d in there.devices() if d.n_layers > 0}
+    assert endpoints <= set(device.options.get("rpc", ())) | ({""} if device.name in LOCAL else set())
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT], ids=["short", "long"])
-def test_logits_are_the_cpus(
-    here: DiffusionModel, there: DiffusionModel, device: dict[str, Any], prompt: list[int]
-) -> None:
+def test_logits_are_the_cpus(here: DiffusionModel, there: DiffusionModel, device: Place, prompt: list[int]) -> None:
     """With and without self-conditioning; and, whole on a server, bit-equal to the same operators on the CPU."""
     with here.session() as a, there.session() as b, here.session(ggml_operators=True) as same:
         for session in (a, b, same):
@@ -97,7 +100,7 @@ def test_logits_are_the_cpus(
         handed_in = first / np.float32(0.6)
         second = b.denoise(canvas, handed_in)
         assert relative_error(second, a.denoise(canvas, handed_in)) <= TOLERANCE
-        if set(device) == {"rpc"}:
+        if device.name == "rpc" and not LOCAL:
             np.testing.assert_array_equal(second, same.denoise(canvas, handed_in))
 
 
@@ -163,20 +166,18 @@ def test_infill_is_the_cpus(here: DiffusionModel, there: DiffusionModel) -> None
     assert theirs.gap_tokens == ours.gap_tokens
 
 
-def test_memory_is_predicted_and_weights_lie_where_they_should(there: DiffusionModel, device: dict[str, Any]) -> None:
+def test_memory_is_predicted_and_weights_lie_where_they_should(there: DiffusionModel, device: Place) -> None:
     predicted = there.memory(n_ctx=256)
     with there.session() as session:
-        if {"n_cpu_moe", "offload_kv"} & set(device):
+        if device.name in CUT:
             # Layers that are cut between device and CPU: ggml's measuring puts what crosses on the side of its weights.
             assert 0.5 <= predicted.compute / session.memory.compute <= 2
             predicted = replace(predicted, compute=session.memory.compute)
         assert session.memory == predicted
     devices = there.devices()
     assert sum(d.weights for d in devices) == predicted.weights_on_devices
-    if "n_gpu_layers" in device:
-        assert sum(d.n_layers for d in devices) == device["n_gpu_layers"]
-    else:
-        assert sum(d.n_layers for d in devices) == there.config.n_layer
+    asked = device.options.get("n_gpu_layers", "auto")
+    assert sum(d.n_layers for d in devices) == (there.config.n_layer if asked == "auto" else asked)
     assert [d.is_main for d in devices] == [False] * (len(devices) - 1) + [True] * (len(devices) > 0)
 
 
@@ -194,7 +195,7 @@ def test_a_step_sends_and_receives_less_than_64_kb() -> None:
     """Whole on one server: the logits, 229 KB of them, stay there, and so does the graph."""
     with (
         rpc_server() as (server, _),
-        DiffusionModel(demo_model_path(), rpc=[(relay := Relay(server)).endpoint]) as model,
+        DiffusionModel(demo_model_path(), **on_servers((relay := Relay(server)).endpoint)) as model,
         model.session() as session,
     ):
         session.encode(model.tokenize("What is 2+3?"))
@@ -304,6 +305,7 @@ def test_what_is_not_there_is_refused(
         DiffusionModel(tiny_gguf, **options)
 
 
+@pytest.mark.skipif(bool(LOCAL), reason="there are more devices than the servers' two")
 def test_a_split_must_have_a_part_for_each_device(tiny_gguf: Path, servers: tuple[str, str]) -> None:
     for split, text in (([1.0], "2 devices"), ([0.0, 0.0], "tensor_split must"), ([1.0, -1.0], "tensor_split must")):
         with pytest.raises(ValueError, match=text):
@@ -319,7 +321,7 @@ def test_a_server_warns_where_strangers_may_reach_it(
     host: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served: list[str] = []
-    monkeypatch.setattr(_native, "serve_rpc", lambda endpoint, n_threads: served.append(endpoint))
+    monkeypatch.setattr(_functions, "serve_rpc", lambda endpoint, n_threads: served.append(endpoint))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert cli.main(["rpc-server", "--host", host, "--port", "1234"]) == 0
     assert served == ["127.0.0.1:1234" if host == "localhost" else f"{host}:1234"]

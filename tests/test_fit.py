@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shapes import write_head
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf.cli import main
-from pydiffgguf.convert.fit import RESERVE, FitPlan, estimate_buffers, parse_size, plan
-from pydiffgguf.convert.inspect import FileReport, Keys, inspect_file, read_layers
+from pydiffgguf.convert.fit import FitPlan, parse_size, plan
+from pydiffgguf.convert.inspect import FileReport, inspect_file
 
 GB = 10**9
 TYPES = ("q4_k_m", "q8_0")
@@ -89,18 +90,34 @@ def test_a_larger_device_takes_more(q4: FileReport) -> None:
     assert plan(q4, 18 * GB).n_cpu_moe == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"n_ctx": 1024}, {"n_ctx": 32_768}, {"n_ctx": 131_072}, {"n_rows": 512}])
-def test_buffers_are_not_less_than_a_session_takes(heads: dict[str, Path], options: dict[str, int]) -> None:
-    """The engine's own arithmetic, on the released shape."""
-    with DiffusionModel(heads["q4_k_m"]) as model:
-        memory = model.memory(**options)
-    report = inspect_file(heads["q4_k_m"], n_ctx=options.get("n_ctx"))
-    layers = read_layers(Keys(report.keys))
-    assert layers is not None and report.memory.n_ctx is not None
-    buffers = estimate_buffers(report, layers, report.memory.n_ctx, options.get("n_rows", 256))
-    assert buffers.logits == memory.logits
-    assert buffers.working >= memory.compute
-    assert report.memory.kv_bytes == memory.kv_cache
+@pytest.mark.parametrize("shape", ["26b-a4b", "724m"])
+def test_buffers_are_not_less_than_a_session_takes(shape: str, tmp_path: Path) -> None:
+    """The engine's own planning: with its operators, which take less, and with ggml's, which devices have. A device's
+    session may have any sampler, and the estimate is for the one that takes most."""
+    write_head(tmp_path / "head.gguf", shape, type="q4_k_m")
+    contexts: list[dict[str, Any]] = [{"n_ctx": n} for n in (257, 1024, 8192, 32_768)]
+    others: list[dict[str, Any]] = [{"n_rows": 512}, {"n_rows": 1280}, {"n_batch": 2048}, {"type_kv": "f32"}]
+    with DiffusionModel(tmp_path / "head.gguf", n_gpu_layers=0) as model:
+        figures = inspect_file(tmp_path / "head.gguf").figures
+        assert figures is not None
+        for options in (*contexts, *others):
+            needs = figures.needs(**options)
+            for sampler in ("host", "operators", "kernels"):
+                for ggml_operators in (False, True):
+                    memory = model.memory(**options, sampler=sampler, ggml_operators=ggml_operators)
+                    assert sum(needs.cache) == memory.kv_cache
+                    assert needs.logits >= memory.logits
+                    assert needs.passes + needs.sampling >= memory.compute
+            assert needs.logits == model.memory(**options).logits
+
+
+def test_buffers_are_not_much_more_either(heads: dict[str, Path], q4: FileReport) -> None:
+    """Of the released shape at a context of 8,192: measured, 1.042 times what a session with the kernels takes."""
+    with DiffusionModel(heads["q4_k_m"], n_gpu_layers=0) as model:
+        memory = model.memory(sampler="kernels", ggml_operators=True)
+    needs = q4.memory.needs
+    assert needs is not None
+    assert needs.passes + needs.sampling <= 1.05 * memory.compute
 
 
 def test_a_long_context_takes_the_place_of_experts(heads: dict[str, Path], q4: FileReport) -> None:
@@ -125,7 +142,7 @@ def test_sizes(q4: FileReport) -> None:
 def test_the_command_shows_the_arithmetic(heads: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(heads["q4_k_m"]), "--fit", "12GB", "--json"]) == 0
     fit = json.loads(capsys.readouterr().out)["fit"]
-    assert fit["shares"][0] == {"what": "driver, context, workspace", "device": RESERVE, "host": 0}
+    assert fit["shares"][0] == {"what": "driver, context, workspace", "device": 500_000_000, "host": 0}
     assert sum(share["device"] for share in fit["shares"]) + fit["free"] == fit["device_bytes"] == 12 * GB
     assert main(["inspect", str(heads["q4_k_m"]), "--fit", "12GB"]) == 0
     shown = capsys.readouterr().out

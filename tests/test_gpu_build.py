@@ -50,6 +50,15 @@ def test_hip_without_rocm(tmp_path: Path) -> None:
     assert "there is no ROCm" in configure(tmp_path, "-DGGML_HIP=on")
 
 
+def test_vulkan_with_old_headers(tmp_path: Path) -> None:
+    (tmp_path / "vulkan").mkdir()
+    (tmp_path / "vulkan" / "vulkan_core.h").write_text("#define VK_HEADER_VERSION 239\n")
+    tools = (f"-DVulkan_INCLUDE_DIR={tmp_path}", "-DVulkan_LIBRARY=x", "-DVulkan_GLSLC_EXECUTABLE=x")
+    message = configure(tmp_path / "build", "-DGGML_VULKAN=on", *tools)
+    assert f"The Vulkan headers in {tmp_path} are too old for ggml" in message
+    assert "-DVulkan_INCLUDE_DIR=/path/to/include" in message
+
+
 @pytest.mark.skipif(shutil.which("glslc") is not None, reason="Vulkan's shader compiler is there")
 def test_vulkan_without_its_tools(tmp_path: Path) -> None:
     message = configure(tmp_path, "-DGGML_VULKAN=on")

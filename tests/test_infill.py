@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import Place
 from tiny_checkpoint import make_checkpoint
 
 from pydiffgguf import (
@@ -34,15 +35,28 @@ FAST: dict[str, Any] = {"gap": 2, "steps": 2}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_gguf: Path) -> Iterator[DiffusionModel]:
+def model(tiny_gguf: Path, place: Place) -> Iterator[DiffusionModel]:
     """A random net with a chat template: canvas 32."""
-    with DiffusionModel(tiny_gguf, n_ctx=1024, type_kv="f32", n_threads=1) as model:
+    with place.open(tiny_gguf, n_ctx=1024, type_kv="f32", n_threads=1) as model:
         yield model
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[DiffusionModel]:
-    with DiffusionModel(demo_model_path(), n_threads=1) as model:
+def here(tiny_gguf: Path) -> Iterator[DiffusionModel]:
+    """The same net for tests that compute nothing: its tokenizer and its figures."""
+    with DiffusionModel(tiny_gguf, n_ctx=1024, type_kv="f32", n_threads=1, n_gpu_layers=0) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def demo(place: Place) -> Iterator[DiffusionModel]:
+    with place.open(demo_model_path(), n_threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def demo_here() -> Iterator[DiffusionModel]:
+    with DiffusionModel(demo_model_path(), n_threads=1, n_gpu_layers=0) as model:
         yield model
 
 
@@ -106,64 +120,64 @@ def test_the_seed_decides(model: DiffusionModel) -> None:
 # ----------------------------------------------------------------------------------------------------- what goes where
 
 
-def test_a_suffix_that_fits_is_not_quoted(model: DiffusionModel) -> None:
-    placed = layout(model, "a b", " c d")
-    assert placed.prompt == [2, *model.tokenize("a", special=False)] and placed.dropped == 0
-    assert placed.hole.suffix == [*model.tokenize(" c d", special=False), model.tokenizer.eos_id]
+def test_a_suffix_that_fits_is_not_quoted(here: DiffusionModel) -> None:
+    placed = layout(here, "a b", " c d")
+    assert placed.prompt == [2, *here.tokenize("a", special=False)] and placed.dropped == 0
+    assert placed.hole.suffix == [*here.tokenize(" c d", special=False), here.tokenizer.eos_id]
 
 
-def test_a_far_suffix_is_quoted_before_the_prefix(model: DiffusionModel) -> None:
+def test_a_far_suffix_is_quoted_before_the_prefix(here: DiffusionModel) -> None:
     """From where the longest gap leaves no row for it, and the same whatever the prefix."""
     suffix = " ".join(f"n{i}" for i in range(60))
-    ids = model.tokenize(suffix, special=False)
-    canvas = model.config.canvas_length
+    ids = here.tokenize(suffix, special=False)
+    canvas = here.config.canvas_length
     for max_gap in (8, 300):
         near = max(SUFFIX_ROWS, canvas - MOST_HEAD - max_gap)
-        separator = model.tokenize("\n\n", special=False)
+        separator = here.tokenize("\n\n", special=False)
         for prefix in ("x = ", "x = y + "):
-            placed = layout(model, prefix, suffix, gap="auto", max_gap=max_gap)
+            placed = layout(here, prefix, suffix, gap="auto", max_gap=max_gap)
             head = [2, *ids[near:], *separator]
             assert placed.prompt[: len(head)] == head
-            assert [*placed.prompt[len(head) :], *placed.hole.head] == model.tokenize(prefix, special=False)
+            assert [*placed.prompt[len(head) :], *placed.hole.head] == here.tokenize(prefix, special=False)
             assert placed.hole.suffix[:-1] == ids
             assert placed.dropped == 0
 
 
-def test_other_files_come_first(model: DiffusionModel) -> None:
-    placed = layout(model, "x:", " y", extra=[("a.txt", "one"), ("b.txt", "two")])
-    text = model.detokenize(placed.prompt[1:])
+def test_other_files_come_first(here: DiffusionModel) -> None:
+    placed = layout(here, "x:", " y", extra=[("a.txt", "one"), ("b.txt", "two")])
+    text = here.detokenize(placed.prompt[1:])
     assert text == "a.txt:\none\n\nb.txt:\ntwo\n\nx:"
 
 
-def test_what_n_ctx_has_no_room_for_is_dropped_from_afar_and_counted(model: DiffusionModel) -> None:
+def test_what_n_ctx_has_no_room_for_is_dropped_from_afar_and_counted(here: DiffusionModel) -> None:
     """Other files first, then the suffix's end, then the prefix's beginning, in whole canvases."""
     prefix, suffix = "p q r " * 100, "s t u " * 100
-    whole = layout(model, prefix, suffix, extra=[("f", "g" * 50)], n_ctx=100_000)
+    whole = layout(here, prefix, suffix, extra=[("f", "g" * 50)], n_ctx=100_000)
     assert whole.dropped == 0
     seen = []
     for n_ctx in (1000, 700, 300, 100, 40):
-        placed = layout(model, prefix, suffix, extra=[("f", "g" * 50)], n_ctx=n_ctx)
-        assert len(placed.prompt) <= n_ctx - model.config.canvas_length
+        placed = layout(here, prefix, suffix, extra=[("f", "g" * 50)], n_ctx=n_ctx)
+        assert len(placed.prompt) <= n_ctx - here.config.canvas_length
         assert placed.dropped == len(whole.prompt) - len(placed.prompt)
         assert placed.hole == whole.hole
         seen.append(placed.dropped)
-        assert prefix.endswith(model.detokenize([*placed.prompt[1:][-4:], *placed.hole.head]))
+        assert prefix.endswith(here.detokenize([*placed.prompt[1:][-4:], *placed.hole.head]))
     assert seen == sorted(seen) and seen[0] < seen[-1]
     with pytest.raises(ContextOverflowError, match="no room for a prefix beside a canvas of 32"):
-        layout(model, prefix, suffix, n_ctx=33)
+        layout(here, prefix, suffix, n_ctx=33)
 
 
-def test_the_chat_form_opens_the_answer_with_the_prefix_tail(model: DiffusionModel) -> None:
+def test_the_chat_form_opens_the_answer_with_the_prefix_tail(here: DiffusionModel) -> None:
     prefix, suffix = "one two three. " * 20, "four five. [MISSING] " * 3
-    placed = layout(model, prefix, suffix, chat=model.chat_ids_of)
-    text = model.detokenize(placed.prompt)
+    placed = layout(here, prefix, suffix, chat=here.chat_ids_of)
+    text = here.detokenize(placed.prompt)
     assert f"{prefix}[[MISSING]]{suffix}" in text, "the mark differs from what the text holds"
-    ids = model.tokenize(prefix, special=False)
+    ids = here.tokenize(prefix, special=False)
     kept = [*placed.prompt[-CHAT_TAIL:], *placed.hole.head]
     assert kept == ids[-len(kept) :]
     with pytest.raises(ContextOverflowError, match="larger n_ctx, or use mode='raw'"):
-        layout(model, prefix, suffix, chat=model.chat_ids_of, n_ctx=90)
-    small = layout(model, prefix * 3, suffix, chat=model.chat_ids_of, n_ctx=512)
+        layout(here, prefix, suffix, chat=here.chat_ids_of, n_ctx=90)
+    small = layout(here, prefix * 3, suffix, chat=here.chat_ids_of, n_ctx=512)
     assert small.dropped > 0 and len(small.prompt) <= 512 - 32
 
 
@@ -204,8 +218,8 @@ def test_a_keystroke_costs_what_was_typed(model: DiffusionModel) -> None:
 # ------------------------------------------------------------------------------------------------------------- healing
 
 
-def test_longer_tokens_are_found_by_their_beginning(demo: DiffusionModel) -> None:
-    tokenizer = demo.tokenizer
+def test_longer_tokens_are_found_by_their_beginning(demo_here: DiffusionModel) -> None:
+    tokenizer = demo_here.tokenizer
     pieces = {i: tokenizer.piece(i) for i in range(tokenizer.n_vocab) if i not in tokenizer.special_ids}
     for text in (" M", "re", " ", "Z", "nothing like it", "\U0010ffff"):
         by_hand = [i for i, piece in pieces.items() if piece.startswith(text) and len(piece) > len(text)]
@@ -238,11 +252,11 @@ def test_a_whole_word_is_left_alone(demo: DiffusionModel) -> None:
     assert result.text == " white cup" and not result.candidates[0].healed
 
 
-def test_a_long_run_of_letters_is_no_word_to_heal(demo: DiffusionModel) -> None:
+def test_a_long_run_of_letters_is_no_word_to_heal(demo_here: DiffusionModel) -> None:
     """Encoded data, say. A search of the whole prefix took the square of its length: a quarter of an hour here."""
     for text in ("a" * 200_000, "a" * 200_000 + "."):
         began = time.monotonic()
-        assert split_head(demo.tokenizer, text, demo.tokenize(text[-50:], special=False), MOST_HEAD)[1] == []
+        assert split_head(demo_here.tokenizer, text, demo_here.tokenize(text[-50:], special=False), MOST_HEAD)[1] == []
         assert time.monotonic() - began < 5
 
 
@@ -250,11 +264,11 @@ def test_a_long_run_of_letters_is_no_word_to_heal(demo: DiffusionModel) -> None:
 
 
 @pytest.mark.parametrize("canvas", [4, 16])
-def test_a_canvas_may_be_small(tmp_path: Path, canvas: int) -> None:
+def test_a_canvas_may_be_small(tmp_path: Path, place: Place, canvas: int) -> None:
     """Half of it is left to the gap, whatever stands around it."""
     make_checkpoint(tmp_path / "checkpoint", canvas_length=canvas, sc_scale=0.3, tokenizer=True)
     convert(tmp_path / "checkpoint", tmp_path / "small.gguf", type="f32")
-    with DiffusionModel(tmp_path / "small.gguf", n_ctx=256, n_threads=1) as small:
+    with place.open(tmp_path / "small.gguf", n_ctx=256, n_threads=1) as small:
         for gap in (1, canvas, 3 * canvas):
             result = small.infill("one two", " three" * canvas, gap=gap, steps=2, mode="raw")
             assert result.gap_tokens == gap
@@ -270,22 +284,22 @@ def test_lengths_are_tried_densely_then_sparsely() -> None:
 
 
 @pytest.mark.parametrize("gap", [40, 70])
-def test_a_gap_longer_than_one_canvas(model: DiffusionModel, gap: int) -> None:
+def test_a_gap_longer_than_one_canvas(model: DiffusionModel, place: Place, gap: int) -> None:
     """Whole canvases are encoded on the way; afterwards the cache holds the prompt alone again."""
     result = model.infill("one two", " three four", gap=gap, steps=2, mode="raw")
     assert result.gap_tokens == gap and result.finish_reason == "stop"
     with model.session_for([2]) as session:
         assert session.n_past == result.stats.prompt_tokens
-    small = DiffusionModel(model.path, n_ctx=64, n_threads=1)
+    small = place.open(model.path, n_ctx=64, n_threads=1)
     with small, pytest.raises(ContextOverflowError, match=f"no room for a prefix beside a gap of {gap} tokens"):
         small.infill("one two", " three four", gap=gap, mode="raw")
 
 
 @pytest.mark.parametrize("options", [{"gap": 40}, {"min_gap": 40, "max_gap": 50}, {"gap": 150}])
 @pytest.mark.parametrize("mode", ["raw", "chat"])
-def test_context_makes_room_for_a_long_gap(model: DiffusionModel, options: dict[str, Any], mode: str) -> None:
+def test_context_makes_room_for_a_long_gap(tiny_gguf: Path, place: Place, options: dict[str, Any], mode: str) -> None:
     """What is encoded of the gap takes positions too: as much of the prefix as they need is left out."""
-    with DiffusionModel(model.path, n_ctx=450 if mode == "chat" else 300, n_threads=1) as small:
+    with place.open(tiny_gguf, n_ctx=450 if mode == "chat" else 300, n_threads=1) as small:
         result = small.infill("one two three " * 200, " four", steps=1, mode=mode, **options)
     least = options.get("gap", 40)
     assert least <= result.gap_tokens <= options.get("gap", 50)
@@ -304,7 +318,7 @@ def test_context_makes_room_for_a_long_gap(model: DiffusionModel, options: dict[
     n_ctx=st.integers(33, 600),
 )
 def test_any_layout_fits_n_ctx_and_ends_with_the_prefix(
-    model: DiffusionModel,
+    here: DiffusionModel,
     prefix: str,
     suffix: str,
     extra: list[tuple[str, str]],
@@ -316,7 +330,7 @@ def test_any_layout_fits_n_ctx_and_ends_with_the_prefix(
 ) -> None:
     """Whatever the texts and however small n_ctx: a refusal that says so, or a prompt that leaves room for the canvas
     and for what of the gap is encoded, and that ends with the prefix; the canvas goes on from there to the suffix."""
-    canvas, tokenizer = model.config.canvas_length, model.tokenizer
+    canvas, tokenizer = here.config.canvas_length, here.tokenizer
     least = lengths[0] if known else lengths[1]
     options = {
         "gap": lengths[0] if known else "auto",
@@ -326,7 +340,7 @@ def test_any_layout_fits_n_ctx_and_ends_with_the_prefix(
         "heal": heal,
     }
     try:
-        placed = layout(model, prefix, suffix, **options, n_ctx=n_ctx, chat=model.chat_ids_of if chat else None)
+        placed = layout(here, prefix, suffix, **options, n_ctx=n_ctx, chat=here.chat_ids_of if chat else None)
     except ContextOverflowError as error:
         assert "larger n_ctx" in str(error) and (chat or n_ctx < canvas + least + 2 + MOST_HEAD)
         return
@@ -343,26 +357,26 @@ def test_any_layout_fits_n_ctx_and_ends_with_the_prefix(
     special = tokenizer.special_ids
     assert chat or not special.intersection(placed.prompt[1:])
     if not chat:
-        whole = layout(model, prefix, suffix, **options, n_ctx=10**6)
+        whole = layout(here, prefix, suffix, **options, n_ctx=10**6)
         assert placed.dropped == len(whole.prompt) - len(placed.prompt) and whole.dropped == 0
 
 
-def test_a_quoted_suffix_does_not_push_a_prefix_out_that_fits(model: DiffusionModel) -> None:
+def test_a_quoted_suffix_does_not_push_a_prefix_out_that_fits(here: DiffusionModel) -> None:
     """The suffix's share of n_ctx includes the empty line behind it; a file that fits to the token stays."""
     n_ctx = 300
     room = n_ctx - 32 - 1
     suffix = "s t u " * 200
     for n in range(room // 2 - 3, room // 2 + 1):
-        placed = layout(model, "(" * n, suffix, n_ctx=n_ctx)
-        assert placed.prompt[-n:] == model.tokenize("(" * n, special=False)
-    whole = layout(model, "((", " x", extra=[("f", "text")])
-    assert layout(model, "((", " x", extra=[("f", "text")], n_ctx=len(whole.prompt) + 32).dropped == 0
-    assert layout(model, "((", " x", extra=[("f", "text")], n_ctx=len(whole.prompt) + 31).dropped > 0
+        placed = layout(here, "(" * n, suffix, n_ctx=n_ctx)
+        assert placed.prompt[-n:] == here.tokenize("(" * n, special=False)
+    whole = layout(here, "((", " x", extra=[("f", "text")])
+    assert layout(here, "((", " x", extra=[("f", "text")], n_ctx=len(whole.prompt) + 32).dropped == 0
+    assert layout(here, "((", " x", extra=[("f", "text")], n_ctx=len(whole.prompt) + 31).dropped > 0
 
 
-def test_the_mark_of_the_chat_form_is_in_no_text(model: DiffusionModel) -> None:
+def test_the_mark_of_the_chat_form_is_in_no_text(here: DiffusionModel) -> None:
     extra = [("f", "a [MISSING] b [[MISSING]] c")]
-    text = model.detokenize(layout(model, "x[", "]y", extra=extra, chat=model.chat_ids_of).prompt)
+    text = here.detokenize(layout(here, "x[", "]y", extra=extra, chat=here.chat_ids_of).prompt)
     assert text.count("[[[MISSING]]]") == 2 and "x[[[[MISSING]]]]y" in text
 
 
@@ -385,8 +399,8 @@ def test_an_unknown_gap_may_take_more_than_one_canvas(model: DiffusionModel) -> 
     assert 40 <= long.gap_tokens <= 50
 
 
-def test_no_room_beyond_one_canvas_leaves_the_ranking_as_it_is(tiny_gguf: Path) -> None:
-    with DiffusionModel(tiny_gguf, n_ctx=56, n_threads=1) as small:
+def test_no_room_beyond_one_canvas_leaves_the_ranking_as_it_is(tiny_gguf: Path, place: Place) -> None:
+    with place.open(tiny_gguf, n_ctx=56, n_threads=1) as small:
         options: dict[str, Any] = {"n": 8, "steps": 2, "mode": "raw"}
         within = small.infill("one (", " three four", max_gap=20, **options).candidates
         beyond = small.infill("one (", " three four", max_gap=60, **options).candidates
@@ -577,10 +591,10 @@ def test_closing_the_iterator_cancels(model: DiffusionModel) -> None:
     ],
 )
 def test_options_out_of_range_say_what_to_do(
-    model: DiffusionModel, changes: dict[str, Any], error: type[Exception], message: str
+    here: DiffusionModel, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        model.stream_infill("a", "b", **changes)  # before the first event
+        here.stream_infill("a", "b", **changes)  # before the first event
 
 
 def test_texts_that_tell_nothing_are_refused(model: DiffusionModel) -> None:

@@ -8,6 +8,7 @@ import random
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from rich.console import Console
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf.convert import FileReport, convert, inspect_file
+from pydiffgguf.convert.fit import plan
 from pydiffgguf.convert.gguf_file import GGUFHead, read_head
 from pydiffgguf.convert.report import render, to_dict
-from pydiffgguf.errors import ModelFormatError
+from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,24 @@ def test_options_out_of_range_name_themselves(model: Path, options: dict[str, An
     (name,) = options
     with pytest.raises(ValueError, match=name):
         inspect_file(model, **options)
+
+
+def test_a_session_that_the_model_cannot_have_is_refused(model: Path) -> None:
+    """As the engine does, with its words."""
+    for n_ctx, part in ((8, "a prefix of one token and the canvas need"), (10**6, "the file's context_length is 4096")):
+        with pytest.raises(ContextOverflowError, match=part):
+            inspect_file(model, n_ctx=n_ctx)
+
+
+def test_figures_that_no_engine_takes_are_as_good_as_none(model: Path, tmp_path: Path) -> None:
+    """The rest of the report is there; what asks for the memory says why there is none."""
+    for key, value in ((".expert_used_count", DROP), (".embedding_length", 2**31 - 1), (".context_length", 8)):
+        rewrite(model, tmp_path / "x.gguf", keys={f"diffusion-gemma{key}": value})
+        report = inspect_file(tmp_path / "x.gguf")
+        assert (report.memory.needs, report.memory.kv_bytes, report.memory.n_ctx) == (None, None, None)
+        assert len(report.tensors) == 144 and as_text(report)
+        with pytest.raises(ModelFormatError, match="the keys do not tell its layers"):
+            plan(report, 16 * 10**9)
 
 
 def test_the_report_is_json(model: Path) -> None:
@@ -359,6 +379,8 @@ def test_random_damage_gives_a_report_or_one_kind_of_error(model: Path, tmp_path
             outcomes["error"] += 1
         else:
             json.dumps(to_dict(report, tensors=True), allow_nan=False)
+            with suppress(ModelFormatError):
+                plan(report, 16 * 10**9)
             if outcomes["report"] % 10 == 0:
                 assert as_text(report)
             outcomes["report"] += 1

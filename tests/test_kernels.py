@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel, _native
-from pydiffgguf._native import sample
+from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel, _functions
+from pydiffgguf._functions import sample
 from pydiffgguf._records import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +37,8 @@ Floats = npt.NDArray[np.float32]
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The bodies as a library."""
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    sources = [ROOT / "tests/kernels/host.cpp", ROOT / "csrc/cuda/device_loop.cpp"]
+    names = ("tests/kernels/host.cpp", "csrc/cuda/device_loop.cpp", "csrc/cuda/host_device.cpp")
+    sources = [ROOT / name for name in names]
     warnings = [f"-W{name}" for name in ("all", "extra", "shadow", "conversion", "no-sign-conversion", "error")]
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", *warnings]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
@@ -325,6 +326,7 @@ class CanvasStruct(ctypes.Structure):
         ("canvas_index", ctypes.c_uint32),
         ("n_rows", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("pinned", "canvas", "watched", "allowed_ends", "allowed_ids")),
+        ("quiet", ctypes.c_bool),
     )
 
 
@@ -537,7 +539,7 @@ def test_handed_in_draws_replace_the_generators(kernels: ctypes.CDLL) -> None:
     for step, draws in enumerate(
         [
             (uniform, renoise),
-            (_native.noise_uniform(9, 0, 1, 16), _native.noise_renoise(9, 0, 1, 16, 300)),
+            (_functions.noise_uniform(9, 0, 1, 16), _functions.noise_renoise(9, 0, 1, 16, 300)),
         ]
     ):
         z = (rng.standard_normal((16, 300)) * 4).astype(np.float32)

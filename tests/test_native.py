@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pydiffgguf import _native, errors
+from pydiffgguf import _functions, _library, errors
 from pydiffgguf._native import NativeModel, NativeSession
 from pydiffgguf._records import CanvasSpec, Sampling
 
@@ -50,18 +50,18 @@ def endless(model: NativeModel) -> Sampling:
 
 def test_every_status_has_an_exception() -> None:
     """No status of the header is left without an exception, and each message arrives as it was written."""
-    statuses = {name: getattr(_native.lib, name) for name in dir(_native.lib) if name.startswith("DG_ERROR_")}
-    assert set(statuses.values()) == set(_native._EXCEPTIONS)
+    statuses = {name: getattr(_library.lib, name) for name in dir(_library.lib) if name.startswith("DG_ERROR_")}
+    assert set(statuses.values()) == set(_library.EXCEPTIONS)
     for name, status in statuses.items():
 
         def fail(message: Any, size: int, status: int = status, text: bytes = name.encode()) -> int:
-            _native.ffi.memmove(message, text, len(text))
+            _library.ffi.memmove(message, text, len(text))
             assert size > len(text)
             return status
 
-        with pytest.raises(_native._EXCEPTIONS[status], match=f"^{name}$") as caught:
-            _native._call(fail)
-        assert type(caught.value) is _native._EXCEPTIONS[status]
+        with pytest.raises(_library.EXCEPTIONS[status], match=f"^{name}$") as caught:
+            _library.call(fail)
+        assert type(caught.value) is _library.EXCEPTIONS[status]
 
 
 def test_files_that_cannot_be_opened_raise_the_exact_os_error(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_bad_session_option_names_itself_its_value_and_the_range(
 
 def test_asking_for_gpu_layers_on_a_cpu_build_is_unsupported(tiny_gguf: Path) -> None:
     """-1, as many as fit, is fine: that is none."""
-    assert set(_native.build_info()["backends"]) == {"CPU", "RPC"}
+    assert set(_functions.build_info()["backends"]) == {"CPU", "RPC"}
     with pytest.raises(errors.UnsupportedError, match="GGML_CUDA"):
         NativeModel(tiny_gguf, n_gpu_layers=3)
     NativeModel(tiny_gguf, n_gpu_layers=-1).close()
@@ -221,10 +221,10 @@ def test_the_loop_uses_the_draws_it_says_it_uses(session: NativeSession, model: 
     seed, index, c, v = 2**63 + 5, 3, model.config.canvas_length, model.config.n_vocab
     session.canvas_begin([CanvasSpec(seed=seed, canvas_index=index)], model.sampling)
     alone = [session.canvas_step()[0] for _ in range(4)]
-    session.canvas_begin([CanvasSpec(canvas=_native.noise_canvas(seed, index, c, v))], model.sampling)
+    session.canvas_begin([CanvasSpec(canvas=_functions.noise_canvas(seed, index, c, v))], model.sampling)
     for step, expected in enumerate(alone):
-        uniform = _native.noise_uniform(seed, index, step, c)
-        [handed] = session.canvas_step([(uniform, _native.noise_renoise(seed, index, step, c, v))])
+        uniform = _functions.noise_uniform(seed, index, step, c)
+        [handed] = session.canvas_step([(uniform, _functions.noise_renoise(seed, index, step, c, v))])
         assert np.array_equal(handed.canvas, expected.canvas)
         assert np.array_equal(handed.accepted, expected.accepted)
         assert handed.mean_entropy == expected.mean_entropy
@@ -234,9 +234,9 @@ def test_the_sampler_alone_is_the_sampler_of_the_loop(session: NativeSession, mo
     """sample() on the logits of the first step gives that step."""
     session.encode(PROMPT)
     c, v = model.config.canvas_length, model.config.n_vocab
-    uniform, renoise = _native.noise_uniform(9, 0, 0, c), _native.noise_renoise(9, 0, 0, c, v)
-    logits = session.denoise(_native.noise_canvas(9, 0, c, v))
-    sampled = _native.sample(logits, model.sampling, step=0, uniform=uniform, renoise=renoise)
+    uniform, renoise = _functions.noise_uniform(9, 0, 0, c), _functions.noise_renoise(9, 0, 0, c, v)
+    logits = session.denoise(_functions.noise_canvas(9, 0, c, v))
+    sampled = _functions.sample(logits, model.sampling, step=0, uniform=uniform, renoise=renoise)
     session.canvas_begin([CanvasSpec(seed=9)], model.sampling)
     [step] = session.canvas_step()
     assert np.array_equal(sampled.argmax, step.argmax)
@@ -269,9 +269,9 @@ def test_sample_names_a_bad_argument(
         "uniform": np.zeros(3),
         "renoise": np.zeros(3, dtype=np.int32),
     }
-    _native.sample(sampling=model.sampling, **good)
+    _functions.sample(sampling=model.sampling, **good)
     with pytest.raises(error, match=message):
-        _native.sample(sampling=model.sampling, **{**good, **change})
+        _functions.sample(sampling=model.sampling, **{**good, **change})
 
 
 # --------------------------------------------------------------------------------------------------------- metadata

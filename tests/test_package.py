@@ -11,7 +11,7 @@ import types
 from pathlib import Path
 
 import pydiffgguf
-from pydiffgguf import _native
+from pydiffgguf import _functions, _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def test_one_version() -> None:
     (declared,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert pydiffgguf.__version__ == declared
     assert importlib.metadata.version("pydiffgguf") == declared
-    assert _native.build_info()["version"] == declared
+    assert _functions.build_info()["version"] == declared
 
 
 def test_the_changelog_knows_this_version() -> None:
@@ -91,23 +91,20 @@ def test_every_function_of_the_header_is_bound() -> None:
     header = (ROOT / "csrc" / "diffgguf.h").read_text(encoding="utf-8")
     declared = set(re.findall(r"^DG_API .*?\b(dg_\w+)\(", header, re.MULTILINE))
     assert len(declared) > 30
-    assert declared <= set(dir(_native.lib))
+    assert declared <= set(dir(_library.lib))
 
 
-def test_only_one_file_touches_the_c_library() -> None:
-    """ffi and lib are imported in _native.py and nowhere else."""
+def test_four_files_touch_the_c_library() -> None:
+    """_library.py imports ffi and lib; _structs.py, _functions.py and _native.py build on it, and nothing else does."""
     files = [*(ROOT / "pydiffgguf").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
     assert len(files) > 10
-    touching = [
-        path.name
-        for path in files
-        if re.search(r"_diffgguf\b.*import|import.*\b(?:ffi|lib)\b|_native\.(?:ffi|lib)\b", path.read_text("utf-8"))
-    ]
-    assert touching == ["_native.py"]
+    uses = re.compile(r"_diffgguf\b.*import|_library import (?:\([^)]*|[^\n(]*)\b(?:ffi|lib)\b|_library\.(?:ffi|lib)\b")
+    touching = [path.name for path in files if uses.search(path.read_text("utf-8"))]
+    assert sorted(touching) == ["_functions.py", "_library.py", "_native.py", "_structs.py"]
 
 
 def test_the_vendored_ggml_is_the_pinned_one() -> None:
     """The ggml inside is the version that vendor/requirements.txt names."""
     requirements = (ROOT / "vendor" / "requirements.txt").read_text(encoding="utf-8")
     (pinned,) = re.findall(r"^libggml-python==(\d+\.\d+\.\d+)", requirements, re.MULTILINE)
-    assert _native.build_info()["ggml_version"] == pinned
+    assert _functions.build_info()["ggml_version"] == pinned

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gguf_rewrite import DROP, rewrite
 
-from pydiffgguf import Choice, DiffusionModel, ModelFormatError, ModelWarning, Stats, _native, demo_model_path
+from pydiffgguf import Choice, DiffusionModel, ModelFormatError, ModelWarning, Stats, _library, demo_model_path
 from pydiffgguf._log import from_ggml
 
 PREFIX = "On Sunday Emma found a"
@@ -96,9 +96,9 @@ def test_a_broken_file_is_an_exception_and_no_line(tmp_path: Path, caplog: pytes
 
 def test_a_line_that_c_hands_over_reaches_the_logger(caplog: pytest.LogCaptureFixture) -> None:
     """The function that the C library is given, called as C calls it; bytes that are no UTF-8 are shown escaped."""
-    log = _native.ffi.addressof(_native.lib, "dg_python_log")
+    log = _library.ffi.addressof(_library.lib, "dg_python_log")
     with caplog.at_level(logging.DEBUG, "pydiffgguf"):
-        log(3, _native.ffi.new("char[]", b"no \xff room\n"), _native.ffi.NULL)
+        log(3, _library.ffi.new("char[]", b"no \xff room\n"), _library.ffi.NULL)
     assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
         ("pydiffgguf.ggml", "WARNING", "no \\xff room")
     ]

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydiffgguf import DiffGGUFError, DiffusionModel
-from pydiffgguf._native import sample
+from pydiffgguf._functions import sample
 from pydiffgguf._records import RawSample, Sampling
 from pydiffgguf.session import Canvas, Session
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
+from shapes import write_head
 
-from pydiffgguf import DiffGGUFError
-from pydiffgguf._native import sample
+from pydiffgguf import DiffGGUFError, DiffusionModel
+from pydiffgguf._functions import sample
 from pydiffgguf._records import RawSample, Sampling
 
 # All rows are accepted, so that the canvas holds every row's draw.
@@ -99,3 +103,14 @@ def test_rows_in_several_slices_are_sampled_alike() -> None:
     np.testing.assert_array_equal(graphs.argmax, ours.argmax)
     np.testing.assert_array_equal(graphs.canvas, ours.canvas)  # none of these draws is near a tie
     np.testing.assert_allclose(graphs.entropy, ours.entropy, rtol=2e-6)
+
+
+def test_graphs_of_the_released_shape_have_room(tmp_path: Path) -> None:
+    """Predicting a session's memory builds its largest graphs: 262,144 tokens are 176 slices of the dense signal and
+    eight of the sampler."""
+    write_head(tmp_path / "head.gguf", "26b-a4b", type="q4_k_m")
+    kinds: list[dict[str, Any]] = [{}, {"ggml_operators": True}, {"sampler": "operators"}, {"sampler": "kernels"}]
+    with DiffusionModel(tmp_path / "head.gguf", n_gpu_layers=0) as model:
+        for options in kinds:
+            memory = model.memory(n_ctx=8192, n_rows=512, **options)
+            assert 500e6 < memory.compute + memory.logits < 4e9

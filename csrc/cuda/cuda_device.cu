@@ -2,7 +2,7 @@
 #include "device.h"
 #include "launch.h"
 
-#include "error.h"
+#include "gpu_failure.h"
 
 #include <cuda_runtime.h>
 
@@ -30,8 +30,8 @@ template <RowType TYPE> __global__ void __launch_bounds__(GATHER_THREADS) dg_gat
 void check(cudaError_t status, const char *what) {
     if (status != cudaSuccess) {
         cudaGetLastError(); // it would be reported again by the next call
-        throw Error(status == cudaErrorMemoryAllocation ? DG_ERROR_MEMORY : DG_ERROR_INTERNAL,
-                    format("CUDA: %s: %s", what, cudaGetErrorString(status)));
+        const std::string reason = format("CUDA: %s: %s", what, cudaGetErrorString(status));
+        throw status == cudaErrorMemoryAllocation ? Error(DG_ERROR_MEMORY, reason) : gpu_failure(reason);
     }
 }
 

@@ -9,7 +9,7 @@
 
 namespace dg::cuda {
 
-// Calls throw Error: MEMORY when an allocation is refused, INTERNAL for what else the device reports.
+// Calls throw Error: MEMORY when an allocation is refused, DEVICE for what else the device reports.
 class Device {
   public:
     virtual ~Device() = default;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace dg::cuda {
 namespace {
@@ -20,6 +21,19 @@ class Layout {
 
   private:
     size_t size_ = 0;
+};
+
+// Where in their memory the rows' candidates are.
+struct CandidateRoom {
+    Layout layout;
+    size_t tokens;
+    size_t probabilities;
+    size_t counts;
+
+    CandidateRoom(int32_t n_rows, int32_t capacity)
+        : tokens(layout.add<int32_t>(static_cast<size_t>(n_rows) * static_cast<size_t>(capacity))),
+          probabilities(layout.add<float>(static_cast<size_t>(n_rows) * static_cast<size_t>(capacity))),
+          counts(layout.add<int32_t>(static_cast<size_t>(n_rows))) {}
 };
 
 // Each row's ids ascending and once: draws go by id.
@@ -49,24 +63,25 @@ DeviceLoop::DeviceLoop(Device &device, const Target &target) : device_(device), 
     if (!target.soft) {
         return;
     }
-    const auto rows = static_cast<size_t>(target.n_rows);
-    const size_t n = rows * static_cast<size_t>(target.capacity);
-    Layout layout;
-    const size_t tokens = layout.add<int32_t>(n);
-    const size_t probabilities = layout.add<float>(n);
-    const size_t counts = layout.add<int32_t>(rows);
-    candidates_ = std::make_unique<Memory>(device, layout.size());
-    char *data = candidates_->data();
     step_.keeps_logits = true; // for the steps whose signal is dense
-    step_.tokens = reinterpret_cast<int32_t *>(data + tokens);
-    step_.probabilities = reinterpret_cast<float *>(data + probabilities);
-    step_.counts = reinterpret_cast<int32_t *>(data + counts);
+    step_.n_embd = target.n_embd;
+    step_.soft = target.soft;
+    if (!target.embedding) {
+        return;
+    }
+    const CandidateRoom room(target.n_rows, target.capacity);
+    auto *data = static_cast<char *>(target.candidates);
+    step_.tokens = reinterpret_cast<int32_t *>(data + room.tokens);
+    step_.probabilities = reinterpret_cast<float *>(data + room.probabilities);
+    step_.counts = reinterpret_cast<int32_t *>(data + room.counts);
     step_.capacity = target.capacity;
     step_.embedding = static_cast<const uint8_t *>(target.embedding);
     step_.embedding_type = target.embedding_type;
-    step_.n_embd = target.n_embd;
     step_.embedding_scale = std::sqrt(static_cast<float>(target.n_embd));
-    step_.soft = target.soft;
+}
+
+size_t DeviceLoop::candidate_bytes(int32_t n_rows, int32_t capacity) {
+    return CandidateRoom(n_rows, capacity).layout.size();
 }
 
 DeviceLoop::~DeviceLoop() = default;
@@ -83,12 +98,12 @@ Canvas DeviceLoop::make_canvas(const Start &start, int32_t first_row) {
     std::vector<int32_t> sorted_ids;
     sort_allowed(rules, start.n_rows, sorted_ends, sorted_ids);
     Layout layout;
-    const size_t argmax = layout.add<int32_t>(n);
-    const size_t last_argmax = layout.add<int32_t>(n);
-    const size_t draws = layout.add<int32_t>(n);
+    const size_t argmax = layout.add<int32_t>(n); // the first four are read together
     const size_t accepted = layout.add<uint8_t>(n);
     const size_t entropy = layout.add<double>(n);
     const size_t logprob = layout.add<double>(n);
+    const size_t last_argmax = layout.add<int32_t>(n);
+    const size_t draws = layout.add<int32_t>(n);
     const size_t uniform = layout.add<double>(n);
     const size_t renoise = layout.add<int32_t>(n);
     const size_t pinned = layout.add<int32_t>(n);
@@ -170,10 +185,6 @@ void DeviceLoop::begin(const std::vector<Start> &starts) {
         placed_.push_back(static_cast<int32_t>(i));
     }
     upload_canvases();
-    if (step_.soft) { // the first pass has no signal
-        const std::vector<float> zero(static_cast<size_t>(n_rows) * static_cast<size_t>(target_.n_embd));
-        device_.upload(step_.soft, zero.data(), zero.size() * sizeof(float));
-    }
 }
 
 void DeviceLoop::upload_canvases() {
@@ -250,22 +261,31 @@ void DeviceLoop::step(const dg_noise *noise) {
 const Canvas::Decision &DeviceLoop::decision(int32_t index) const { return canvases_[place_of(index)].decision; }
 
 bool DeviceLoop::wants_dense_signal() const {
-    return std::any_of(canvases_.begin(), canvases_.end(), [](const Canvas &c) { return c.decision.dense != 0; });
+    return (step_.soft && !step_.embedding) ||
+           std::any_of(canvases_.begin(), canvases_.end(), [](const Canvas &c) { return c.decision.dense != 0; });
 }
 
 void DeviceLoop::read(int32_t index, const Rows &out) {
     const Canvas &c = canvases_[place_of(index)];
     const auto n = static_cast<size_t>(c.n_rows);
-    const auto copy = [this, n](auto *to, const auto *from) {
+    // What a step leaves stands in one piece, the ids apart.
+    const auto *first = reinterpret_cast<const char *>(c.argmax);
+    const auto *last =
+        c.logprob ? reinterpret_cast<const char *>(c.logprob + n) : reinterpret_cast<const char *>(c.entropy + n);
+    std::vector<char> piece(static_cast<size_t>(last - first));
+    device_.download(piece.data(), first, piece.size());
+    const auto copy = [&](auto *to, const auto *from) {
         if (to && from) {
-            device_.download(to, from, n * sizeof *to);
+            std::memcpy(to, piece.data() + (reinterpret_cast<const char *>(from) - first), n * sizeof *to);
         }
     };
     copy(out.argmax, c.argmax);
-    copy(out.canvas, c.ids);
     copy(out.accepted, c.accepted);
     copy(out.entropy, c.entropy);
     copy(out.logprob, c.logprob);
+    if (out.canvas) {
+        device_.download(out.canvas, c.ids, n * sizeof *out.canvas);
+    }
 }
 
 } // namespace dg::cuda

@@ -2,23 +2,18 @@
 // the forward passes nothing crosses to the host but each canvas's struct, 224 bytes with its Decision, and what
 // somebody watches.
 //
-// The hook. CanvasLoop stays the one that checks options and knows which canvases go on; where the session's logits lie
-// on a device that has these kernels, it holds a DeviceLoop and, in the places where it would touch rows on the host,
-// calls it instead:
-//     begin()  after start() of every canvas:            device->begin(starts)
-//     place()  instead of Session::move_condition:       device->place(going)
-//     step()   instead of Session::condition_on_logits:  nothing, unless device->wants_dense_signal()
-//              the pass's ids:                           are in Target::ids already
-//              instead of sample_step and the history:   device->step(noise), then decision(i) decides
-//              a watcher's arrays:                       device->read(i, out)
-// Target's pointers are `data` of tensors in the device's buffer: io.logits, io.ids, io.soft, token_embd. The backend
-// that computes the pass is synchronized before step(); step() returns when its own launches are through.
+//
+// CanvasLoop stays the one that checks options and knows which canvases go on; in a session that samples with kernels
+// it has a DeviceLoop begin, place and step them. The pass reads Target::ids and Target::soft where a step leaves them,
+// or, with layers on several devices, what the session has brought to the first one. Whoever computes the pass has
+// waited for its end before step(); step() returns when its own launches are through.
 #pragma once
 
 #include "device.h"
 #include "sampler.h"
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace dg::cuda {
@@ -27,18 +22,19 @@ class DeviceLoop {
   public:
     // Where the session's tensors lie, and their shapes.
     struct Target {
-        int32_t n_rows;  // R: what logits, ids and soft have room for
-        int32_t n_vocab; // at most MAX_VOCAB
-        float softcap;   // 0: the graph softcaps
-        float *logits;   // [R, n_vocab]
-        int32_t *ids;    // [R]
-        float *soft;     // [R, n_embd]; null: the file has no self-conditioning
-        const void *embedding;
+        int32_t n_rows;        // R: what logits, ids and soft have room for
+        int32_t n_vocab;       // at most MAX_VOCAB
+        float softcap;         // 0: the graph softcaps
+        float *logits;         // [R, n_vocab]
+        int32_t *ids;          // [R]
+        float *soft;           // [R, n_embd]; null: the file has no self-conditioning
+        const void *embedding; // null: of a type that is not gathered here, so that the signal is always dense
         RowType embedding_type;
         int32_t n_embd;
-        int32_t capacity = CAPACITY; // candidates that a row has room for: beyond, the signal is dense
+        void *candidates; // [candidate_bytes(R, capacity)], where soft and embedding are given
+        int32_t capacity; // candidates that a row has room for: beyond, the signal is dense
     };
-
+    static size_t candidate_bytes(int32_t n_rows, int32_t capacity);
     // A canvas as CanvasLoop has checked it; `canvas`: [n_rows], the ids that it starts from.
     struct Start {
         dg_sampling sampling;
@@ -66,7 +62,7 @@ class DeviceLoop {
     DeviceLoop &operator=(const DeviceLoop &) = delete;
 
     // The canvases' rows stand one after the other, in this order. UNSUPPORTED: a canvas of more than MAX_ROWS rows.
-    // After an error no canvas is under way.
+    // After an error no canvas is under way. The signal of the first pass, zero, is the session's to write.
     void begin(const std::vector<Start> &starts);
     // Closes up the rows of those that go on: `which`, a subset of the placed ones in their order.
     void place(const std::vector<int32_t> &which);
@@ -96,7 +92,6 @@ class DeviceLoop {
 
     Device &device_;
     const Target target_;
-    std::unique_ptr<Memory> candidates_;
     std::vector<std::unique_ptr<Memory>> memories_; // of each canvas, by its number
     std::unique_ptr<Memory> canvases_memory_;       // Canvas [n_canvases]: the placed ones
     std::vector<Canvas> canvases_;                  // the placed ones, as they were after the last step

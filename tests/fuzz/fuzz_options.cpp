@@ -448,6 +448,68 @@ class Calls {
         dg_backend_name(index);
         char text[16];
         dg_model_kv_strings(model(), index, text, input_.byte() % sizeof text);
+        place();
+    }
+
+    // Figures, sizes and devices of any value.
+    void place() {
+        dg_config c = config();
+        std::vector<dg_layer_config> layers;
+        for (int32_t i = 0; i < c.n_layer; ++i) {
+            layers.push_back(dg_model_layer(model(), i));
+        }
+        int32_t *const figures[] = {&c.n_embd,        &c.n_vocab,           &c.n_head,
+                                    &c.n_ff,          &c.n_ff_exp,          &c.n_expert,
+                                    &c.n_expert_used, &c.sliding_window,    &c.canvas_length,
+                                    &c.n_ctx_train,   &layers[0].n_head_kv, &layers[0].head_dim};
+        for (int i = input_.byte() % 4; i > 0; --i) {
+            *figures[input_.byte() % std::size(figures)] = input_.number();
+        }
+        dg_session_options session = dg_session_options_default();
+        const uint8_t which = input_.byte();
+        session.n_ctx = which & 1 ? input_.number() : session.n_ctx;
+        session.n_batch = which & 2 ? input_.number() : session.n_batch;
+        session.n_rows = which & 4 ? input_.number() : session.n_rows;
+        session.type_kv = which & 8 ? input_.number() : session.type_kv;
+        session.sampler = which & 16 ? input_.number() : session.sampler;
+        dg_needs needs = {};
+        std::vector<size_t> cache(layers.size());
+        if (check(dg_session_needs(&c, layers.data(), &session, &needs, cache.data(), err_, sizeof err_),
+                  {DG_ERROR_ARGUMENT, DG_ERROR_CONTEXT, DG_ERROR_UNSUPPORTED})) {
+            expect(needs.n_ctx > c.canvas_length && needs.n_rows >= c.canvas_length, "a session has room for a canvas");
+            expect(needs.passes < size_t{1} << 63 && needs.sampling < size_t{1} << 63, "sizes are sums of sizes");
+        }
+        std::vector<dg_layer_bytes> bytes;
+        for (const size_t n : cache) {
+            bytes.push_back({static_cast<size_t>(input_.number()), static_cast<size_t>(input_.number()), n});
+        }
+        std::vector<dg_device> devices(input_.byte() % 4);
+        for (dg_device &device : devices) {
+            device.memory_free = static_cast<size_t>(input_.number()) << input_.byte() % 24;
+            device.endpoint = input_.byte() % 4 == 0 ? "127.0.0.1:1" : "";
+        }
+        std::vector<float> split(input_.byte() % 4);
+        std::generate(split.begin(), split.end(), [&] { return static_cast<float>(input_.real()); });
+        dg_model_options options = dg_model_options_default();
+        options.n_gpu_layers = which & 32 ? input_.number() : options.n_gpu_layers;
+        options.n_cpu_moe = which & 64 ? input_.number() : options.n_cpu_moe;
+        options.main_gpu = which & 128 ? input_.number() : options.main_gpu;
+        options.tensor_split = split.data();
+        options.n_tensor_split = static_cast<int32_t>(split.size());
+        dg_plan plan = {};
+        std::vector<int32_t> device_of(bytes.size());
+        if (check(dg_plan_layers(bytes.data(), c.n_layer, static_cast<size_t>(input_.number()), &needs, devices.data(),
+                                 static_cast<int32_t>(devices.size()), &options, &plan, device_of.data(), err_,
+                                 sizeof err_),
+                  {DG_ERROR_ARGUMENT})) {
+            expect(plan.n_gpu_layers >= 0 && plan.n_gpu_layers <= c.n_layer, "layers that there are");
+            expect(plan.n_cpu_moe >= 0 && plan.n_cpu_moe <= c.n_layer, "and experts of layers that there are");
+            for (int32_t i = 0; i < c.n_layer; ++i) {
+                const int32_t device = device_of[static_cast<size_t>(i)];
+                expect(device >= -1 && device < static_cast<int32_t>(devices.size()), "devices that there are");
+                expect((device >= 0) == (i >= c.n_layer - plan.n_gpu_layers), "the last layers are on devices");
+            }
+        }
     }
 };
 

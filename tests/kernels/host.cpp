@@ -1,6 +1,7 @@
-// The CUDA kernels' bodies on the host, for tests/test_kernels.py: a Device whose threads are loops, and C functions
-// that ctypes can call. Compiled by the test itself, with csrc/cuda/device_loop.cpp.
+// The CUDA kernels' bodies on the host, for tests/test_kernels.py: C functions that ctypes can call. Compiled by the
+// test itself, with csrc/cuda/device_loop.cpp and host_device.cpp.
 #include "device_loop.h"
+#include "host_device.h"
 
 #include <cmath>
 #include <cstdlib>
@@ -13,57 +14,40 @@ namespace {
 
 using namespace dg::cuda;
 
-class HostDevice final : public Device {
+// Counts what a captured graph of launches must not have.
+class CountingDevice final : public HostDevice {
   public:
-    bool backwards = false;
     int32_t n_uploads = 0;
     int32_t n_arguments = 0; // how often a launch's arguments were not those of the launch before
 
-    // Filled with what is no sensible number, so that nothing relies on zeros.
-    void *allocate(size_t n_bytes) override { return std::memset(std::malloc(n_bytes + 1), 0xA5, n_bytes + 1); }
-    void release(void *memory) noexcept override { std::free(memory); }
     void upload(void *to, const void *from, size_t n_bytes) override {
         ++n_uploads;
-        std::memcpy(to, from, n_bytes);
+        HostDevice::upload(to, from, n_bytes);
     }
-    void download(void *to, const void *from, size_t n_bytes) override { std::memcpy(to, from, n_bytes); }
-    void move(void *to, const void *from, size_t n_bytes) override { std::memmove(to, from, n_bytes); }
     void launch(const Step &step) override {
         if (std::memcmp(&step, &last_, sizeof step) != 0) {
             ++n_arguments;
             std::memcpy(&last_, &step, sizeof step);
         }
-        run<RowBlock, RowShared>(
-            row_blocks(step), [&](RowBlock &block, RowShared &shared, int32_t i) { step_row(block, shared, step, i); });
-        run<CanvasBlock, CanvasShared>(canvas_blocks(step), [&](CanvasBlock &block, CanvasShared &shared, int32_t i) {
-            step_canvas(block, shared, step, i);
-        });
-        with_type(step.embedding_type, [&](auto tag) {
-            run<GatherBlock, int>(gather_blocks(step), [&](GatherBlock &block, int &, int32_t i) {
-                step_gather<decltype(tag)::value>(block, step, i);
-            });
-        });
+        HostDevice::launch(step);
     }
 
   private:
     Step last_ = {};
-
-    // As on the device, a block finds in its shared memory what the last one left.
-    template <typename B, typename Shared, typename Body> void run(int32_t n_blocks, const Body &body) const {
-        B block;
-        block.backwards = backwards;
-        const auto shared = std::make_unique<Shared>();
-        for (int32_t i = 0; i < n_blocks; ++i) {
-            body(block, *shared, i);
-        }
-    }
 };
 
 struct Loop {
-    HostDevice device;
+    CountingDevice device;
+    std::vector<char> candidates;
     DeviceLoop loop;
     std::string error;
-    explicit Loop(const DeviceLoop::Target &target) : loop(device, target) {}
+    explicit Loop(DeviceLoop::Target target)
+        : candidates(DeviceLoop::candidate_bytes(target.n_rows, target.capacity), '\xA5'),
+          loop(device, with_candidates(target)) {}
+    DeviceLoop::Target with_candidates(DeviceLoop::Target target) {
+        target.candidates = candidates.data();
+        return target;
+    }
 };
 
 template <typename F> int guarded(Loop *l, const F &f) {
@@ -121,8 +105,8 @@ void dgk_dequantize(int32_t type, const uint8_t *row, int32_t n, float *out) {
 
 Loop *dgk_loop_new(int32_t n_rows, int32_t n_vocab, float softcap, float *logits, int32_t *ids, float *soft,
                    const uint8_t *embedding, int32_t type, int32_t n_embd, int32_t capacity, int backwards) {
-    auto *l = new Loop(
-        {n_rows, n_vocab, softcap, logits, ids, soft, embedding, static_cast<RowType>(type), n_embd, capacity});
+    auto *l = new Loop({n_rows, n_vocab, softcap, logits, ids, soft, embedding, static_cast<RowType>(type), n_embd,
+                        nullptr, capacity});
     l->device.backwards = backwards != 0;
     return l;
 }

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from demo_tasks import Demo
 from gguf_rewrite import rewrite
 from nets import SHAPES, Net, Report, make_net
+from places import Place
 from rebuild import model_from_gguf, read_tensors
+from reference import Model
 
-from pydiffgguf import DiffusionModel, demo_model_path
+from pydiffgguf import demo_model_path
 
 _lines = pytest.StashKey[list[str]]()
 
@@ -28,9 +31,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture
-def report(pytestconfig: pytest.Config) -> Report:
-    """report(line): a measured figure, printed at the end of the run whether the test passes or not."""
-    return pytestconfig.stash[_lines].append
+def report(request: pytest.FixtureRequest) -> Report:
+    """report(line): a measured figure, printed at the end of the run whether the test passes or not. Where it was
+    measured at a place that is not the CPU, the line begins with its name."""
+    lines = request.config.stash[_lines]
+    callspec = getattr(request.node, "callspec", None)
+    place = callspec.params.get("place", "cpu") if callspec else "cpu"
+    return lines.append if place == "cpu" else lambda line: lines.append(f"{place}: {line}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,11 +81,18 @@ def walker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """The bundled demo model on both sides, its tensors dequantized to float32, so that its quantization plays no
-    part in what is compared."""
+def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
+    """The bundled demo model, its tensors dequantized to float32, so that its quantization plays no part in what is
+    compared: as a file, and as transformers' model."""
     path = tmp_path_factory.mktemp("demo") / "demo.f32.gguf"
     tensors = read_tensors(demo_model_path())
     rewrite(demo_model_path(), path, tensors={name: tensor.values for name, tensor in tensors.items()})
-    with DiffusionModel(path, type_kv="f32", n_threads=1) as opened:
-        yield Demo(opened, model_from_gguf(path))
+    return path, model_from_gguf(path)
+
+
+@pytest.fixture(scope="session")
+def demo(demo_f32: tuple[Path, Model], place: Place) -> Iterator[Demo]:
+    """The demo model on both sides, at every place in turn on this one."""
+    path, reference = demo_f32
+    with place.open(path, type_kv="f32", n_threads=1) as opened:
+        yield Demo(opened, reference)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,11 @@ import torch
 from canvas_batches import own_steps
 from demo_tasks import Demo, tasks
 from nets import Net, Report, relative_error
+from places import Place
 from reference import (
     HandedNoise,
     Ids,
+    Model,
     ReferenceCanvas,
     ReferencePrefix,
     Sampling,
@@ -30,7 +32,6 @@ from reference import (
 )
 from test_trajectory import PATH_ENTROPY
 
-from pydiffgguf import DiffusionModel
 from pydiffgguf._records import RawStep
 from pydiffgguf.session import Canvas, CanvasSpec, Session, Step, resolve_sampling
 
@@ -45,7 +46,11 @@ class Pair:
 
     net: Net
     session: Session
-    prefix: ReferencePrefix
+    prompt: tuple[int, ...]
+
+    @property
+    def prefix(self) -> ReferencePrefix:
+        return prefix_behind(self.net.model, self.prompt)
 
     def noise(self, seed: int, n_rows: int | None = None) -> HandedNoise:
         return HandedNoise(seed, self.net.canvas_length if n_rows is None else n_rows, self.net.vocab_size)
@@ -71,24 +76,68 @@ PATTERNS = ["none", "first", "last", "suffix", "both ends", "every other", "all 
 
 
 @pytest.fixture(scope="module", params=["one_kv_head", "alternating"])
-def pair(request: pytest.FixtureRequest, walker: Callable[[str], Net]) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, walker: Callable[[str], Net], place: Place) -> Iterator[Pair]:
     net = walker(request.param)
-    prompt = net.ids(3, 33)
-    with DiffusionModel(net.gguf(), type_kv="f32", n_ctx=512, n_threads=1) as model:
-        session, prefix = model.session(), ReferencePrefix(net.model)
+    prompt = tuple(net.ids(3, 33).tolist())
+    with place.open(net.gguf(), type_kv="f32", n_ctx=512, n_threads=1) as model:
+        session = model.session()
         session.encode(prompt)
-        prefix.encode(prompt)
-        yield Pair(net, session, prefix)
+        yield Pair(net, session, prompt)
+
+
+@cache
+def prefix_behind(model: Model, prompt: tuple[int, ...]) -> ReferencePrefix:
+    """Nothing is appended to it: it serves every canvas behind this prompt."""
+    prefix = ReferencePrefix(model)
+    prefix.encode(prompt)
+    return prefix
+
+
+Allowed = tuple[tuple[int, tuple[int, ...]], ...]
+"""Rows that may take some ids only, and which."""
+
+
+@cache
+def _decided(
+    model: Model,
+    prompt: tuple[int, ...],
+    seed: int,
+    pins: tuple[int, ...],
+    sampling: Sampling,
+    canvas_index: int,
+    allowed: Allowed,
+) -> ReferenceCanvas | None:
+    noise = HandedNoise(seed, len(pins), model.config.text_config.vocab_size)
+    paths = []
+    for attn in ("eager", "sdpa"):
+        with attention(model, attn):
+            paths.append(
+                pinned_loop(
+                    prefix_behind(model, prompt),
+                    noise,
+                    np.array(pins, np.int32),
+                    sampling,
+                    canvas_index=canvas_index,
+                    allowed=dict(allowed),
+                )
+            )
+    eager, sdpa = paths
+    return sdpa if same_path([eager], [sdpa]) else None
 
 
 def decided(
-    prefix: ReferencePrefix, noise: HandedNoise, pins: Ids | None, sampling: Sampling, **options: Any
+    model: Model,
+    prompt: Sequence[int],
+    seed: int,
+    pins: Ids,
+    sampling: Sampling,
+    canvas_index: int,
+    allowed: Mapping[int, Sequence[int]] | None = None,
 ) -> ReferenceCanvas | None:
-    """The plain loop's path; None where its own eager and sdpa runs part, so that rounding decides."""
-    expected = pinned_loop(prefix, noise, pins, sampling, **options)
-    with attention(prefix.model, "eager"):
-        eager = pinned_loop(prefix, noise, pins, sampling, **options)
-    return expected if same_path([eager], [expected]) else None
+    """The plain loop's path, once for all places; None where its own eager and sdpa runs part, so that rounding
+    decides."""
+    rows: Allowed = tuple((row, tuple(ids)) for row, ids in (allowed or {}).items())
+    return _decided(model, tuple(prompt), seed, tuple(pins.tolist()), sampling, canvas_index, rows)
 
 
 def check_path(got: Sequence[Step | RawStep], expected: ReferenceCanvas, where: str, entropy: float = 5e-4) -> None:
@@ -117,7 +166,7 @@ def test_pinned_canvas_takes_the_plain_loops_path(pair: Pair, pattern: str) -> N
     pins = pair.pins(pattern)
     counted = 0
     for seed in range(3):
-        expected = decided(pair.prefix, pair.noise(seed), pins, SAMPLING, canvas_index=seed)
+        expected = decided(pair.net.model, pair.prompt, seed, pins, SAMPLING, canvas_index=seed)
         if expected is None:
             continue
         counted += 1
@@ -288,29 +337,27 @@ def run_batch(
 
 @pytest.mark.parametrize("name", ["one_kv_head", "alternating", "full_first", "many_experts"])
 def test_infill_layouts_take_the_plain_loops_path_alone_and_side_by_side(
-    walker: Callable[[str], Net], name: str, report: Report
+    walker: Callable[[str], Net], place: Place, name: str, report: Report
 ) -> None:
-    """25 canvases of all layouts and lengths: every row of every step of each, first alone, then all in one batch, is
-    that of its own single run over transformers' model."""
+    """25 canvases of all layouts and lengths (8 of them beside the CPU): every row of every step of each, first alone,
+    then all in one batch, is that of its own single run over transformers' model."""
     net = walker(name)
-    prompt, seed = net.ids(5, 40), 11
-    laid_out = layouts(net)
-    rows = {c: len(layout.pins) for c, layout in enumerate(laid_out)}
+    prompt, seed = net.ids(5, 40).tolist(), 11
+    laid_out = place.some(list(enumerate(layouts(net))), 8)
+    rows = {c: len(layout.pins) for c, layout in laid_out}
     noise = NoiseOfEach(seed, rows, net.vocab_size)
-    prefix = ReferencePrefix(net.model)
-    prefix.encode(prompt)
     expected = [
-        decided(prefix, noise.of[c], layout.pins, SAMPLING, canvas_index=c, allowed=layout.allowed)
-        for c, layout in enumerate(laid_out)
+        decided(net.model, prompt, seed, layout.pins, SAMPLING, canvas_index=c, allowed=layout.allowed)
+        for c, layout in laid_out
     ]
     with (
-        DiffusionModel(net.gguf(), type_kv="f32", n_ctx=512, n_threads=1) as model,
+        place.open(net.gguf(), type_kv="f32", n_ctx=512, n_threads=1) as model,
         model.session(n_rows=max(net.canvas_length, sum(rows.values()))) as session,
     ):
         session.encode(prompt)
-        specs = [layout.spec(c) for c, layout in enumerate(laid_out)]
+        specs = [layout.spec(c) for c, layout in laid_out]
         together = run_batch(session, specs, SAMPLING, noise)
-        for layout, spec, theirs, among in zip(laid_out, specs, expected, together, strict=True):
+        for (_, layout), spec, theirs, among in zip(laid_out, specs, expected, together, strict=True):
             if theirs is not None:
                 [alone] = run_batch(session, [spec], SAMPLING, noise)
                 check_path(alone, theirs, f"{layout.name}, alone")
@@ -325,26 +372,25 @@ def test_infill_layouts_take_the_plain_loops_path_alone_and_side_by_side(
     assert min(lengths) < max(lengths), "all stopped at once: nothing was left standing between others"
 
 
-def test_infill_of_the_demo_model_takes_the_plain_loops_path(demo: Demo, report: Report) -> None:
-    """Gaps of its own held-out tasks behind their prefix, the near suffix pinned: canvases of the right length and of
-    one token less and more, three tasks' worth of them in a batch at a time; the file's own sampler values."""
+def test_infill_of_the_demo_model_takes_the_plain_loops_path(demo: Demo, place: Place, report: Report) -> None:
+    """Gaps of its own held-out tasks (20 of them; 10 beside the CPU) behind their prefix, the near suffix pinned:
+    canvases of the right length and of one token less and more in a batch; the file's own sampler values."""
+    chosen = place.some(tasks("infill")[::10], 10)
     most = demo.opened.config.canvas_length
     undecided, compared, right = 0, 0, 0
-    for task in tasks("infill")[::10]:
+    for task in chosen:
         prefix_ids = demo.opened.tokenize(task["prefix"], add_bos=True)
         gap = demo.opened.tokenize(task["gap"])
         suffix = demo.opened.tokenize(task["suffix"])
         lengths = [n for n in (len(gap) - 1, len(gap), len(gap) + 1) if 0 < n < most]
         pins = [np.array([*[-1] * n, *suffix[: most - n]], np.int32) for n in lengths]
         noise = NoiseOfEach(task["id"], dict(enumerate(map(len, pins))), demo.opened.config.n_vocab)
-        prefix = ReferencePrefix(demo.reference)
-        prefix.encode(prefix_ids)
         with demo.opened.session(n_rows=3 * most) as session:
             session.encode(prefix_ids)
             specs = [CanvasSpec(n_rows=len(p), pinned=p, canvas_index=c) for c, p in enumerate(pins)]
             together = run_batch(session, specs, demo.sampling, noise)
         for c, (n, got) in enumerate(zip(lengths, together, strict=True)):
-            expected = decided(prefix, noise.of[c], pins[c], demo.sampling, canvas_index=c)
+            expected = decided(demo.reference, prefix_ids, task["id"], pins[c], demo.sampling, canvas_index=c)
             if expected is None:
                 undecided += 1
                 continue
@@ -353,6 +399,6 @@ def test_infill_of_the_demo_model_takes_the_plain_loops_path(demo: Demo, report:
             right += n == len(gap) and got[-1].argmax[:n].tolist() == gap
     report(
         f"infill layouts, demo model: {compared} canvases equal, {undecided} undecided by the reference itself; "
-        f"{right} of {len(tasks('infill')[::10])} gaps of the right length filled as they were"
+        f"{right} of {len(chosen)} gaps of the right length filled as they were"
     )
     assert undecided <= compared // 8

@@ -3,19 +3,21 @@
 Every step of every canvas must accept the same rows, have the same argmax canvas and stop at the same time. Two
 float32 programs can only be held to that where rounding does not decide: a seed counts where transformers' own eager
 and sdpa runs take the same path, which on these nets is nearly always. The rest are counted, printed, and at most one
-in ten.
+in ten. The CPU takes all of 20 seeds, every other place five of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 from demo_tasks import Demo, tasks
 from nets import Net, Report, relative_error
+from places import Place
 from reference import (
     HandedNoise,
     Model,
@@ -34,8 +36,7 @@ from pydiffgguf.session import Step
 
 pytestmark = pytest.mark.parity
 
-SEEDS, CANVASES = 20, 3
-MOST_UNDECIDED = SEEDS // 10
+SEEDS, SEEDS_ELSEWHERE, CANVASES = 20, 5, 3
 
 # Along a whole path rounding is fed back by self-conditioning, so entropies drift apart while every decision is the
 # same. Measured on the demo model, worst of 20 seeds: 1.1e-3 nats on a canvas past the end of its answer, where
@@ -93,10 +94,14 @@ def check_stream(
         assert whole[len(result.tokens)] in model.tokenizer.end_ids
 
 
-def decided(
-    model: Model, prompt: Sequence[int], noise: HandedNoise, sampling: Sampling
-) -> list[ReferenceCanvas] | None:
-    """The reference's path; None where eager and sdpa part, so that rounding decides."""
+def noise_for(model: Model, seed: int) -> HandedNoise:
+    return HandedNoise(seed, model.config.canvas_length, model.config.text_config.vocab_size)
+
+
+@cache
+def decided(model: Model, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> list[ReferenceCanvas] | None:
+    """The reference's path, once for all places; None where eager and sdpa part, so that rounding decides."""
+    noise = noise_for(model, seed)
     eager, sdpa = (
         reference_generate(model, prompt, noise, CANVASES, sampling, attn=attn) for attn in ("eager", "sdpa")
     )
@@ -112,31 +117,30 @@ WALKS = {
 
 @pytest.mark.parametrize("name", WALKS)
 def test_generate_takes_the_references_path_on_random_nets(
-    walker: Callable[[str], Net], name: str, report: Report
+    walker: Callable[[str], Net], place: Place, name: str, report: Report
 ) -> None:
-    """20 seeds, 3 canvases each, prompts of 5 to 100 tokens."""
+    """20 seeds (5 of them beside the CPU), 3 canvases each, prompts of 5 to 100 tokens."""
     net, sampling = walker(name), WALKS[name]
-    undecided, stops = [], []
-    with DiffusionModel(net.gguf(), type_kv="f32", n_ctx=1024, n_threads=1) as model:
-        for seed in range(SEEDS):
-            prompt = net.ids(seed, 5 + 5 * seed).tolist()
-            noise = HandedNoise(seed, net.canvas_length, net.vocab_size)
-            expected = decided(net.model, prompt, noise, sampling)
+    seeds, undecided, stops = place.some(range(SEEDS), SEEDS_ELSEWHERE), [], []
+    with place.open(net.gguf(), type_kv="f32", n_ctx=1024, n_threads=1) as model:
+        for seed in seeds:
+            prompt = tuple(net.ids(seed, 5 + 5 * seed).tolist())
+            expected = decided(net.model, prompt, seed, sampling)
             if expected is None:
                 undecided.append(seed)
                 continue
-            check_stream(model, prompt, noise, sampling, expected)
+            check_stream(model, prompt, noise_for(net.model, seed), sampling, expected)
             stops += [len(canvas.steps) for canvas in expected]
     report(
-        f"trajectories, {name}: {SEEDS - len(undecided)} of {SEEDS} seeds equal over {CANVASES} canvases, "
+        f"trajectories, {name}: {len(seeds) - len(undecided)} of {len(seeds)} seeds equal over {CANVASES} canvases, "
         f"{len(undecided)} undecided by the reference itself; {min(stops)} to {max(stops)} of {sampling.steps} steps"
     )
-    assert len(undecided) <= MOST_UNDECIDED
+    assert len(undecided) <= len(seeds) // 10
     assert min(stops) < sampling.steps, "no canvas stopped early: the stop rule was not compared"
 
 
-def test_generate_takes_the_references_path_on_the_demo_model(demo: Demo, report: Report) -> None:
-    """20 seeds on prompts of its own tasks, the file's own sampler values.
+def test_generate_takes_the_references_path_on_the_demo_model(demo: Demo, place: Place, report: Report) -> None:
+    """20 seeds (5 of them beside the CPU) on prompts of its own tasks, the file's own sampler values.
 
     `stream` ends at the first end token, as `generate()` with end tokens does; canvas after canvas of a session goes
     on past it over all three, as `generate()` without them does.
@@ -144,10 +148,10 @@ def test_generate_takes_the_references_path_on_the_demo_model(demo: Demo, report
     sampling = demo.sampling
     prompts = [demo.chat_prompt(task["prompt"]) for kind in ("sudoku_chat", "question") for task in tasks(kind)]
     end_ids = demo.opened.tokenizer.end_ids
-    undecided, stops, ended = [], [], 0
-    for seed in range(SEEDS):
+    seeds, undecided, stops, ended = place.some(range(SEEDS), SEEDS_ELSEWHERE), [], [], 0
+    for seed in seeds:
         prompt, noise = prompts[seed * len(prompts) // SEEDS], demo.noise(seed)
-        expected = decided(demo.reference, prompt, noise, sampling)
+        expected = decided(demo.reference, tuple(prompt), seed, sampling)
         if expected is None:
             undecided.append(seed)
             continue
@@ -165,23 +169,28 @@ def test_generate_takes_the_references_path_on_the_demo_model(demo: Demo, report
                 session.encode(run.tokens)
         stops += [len(canvas.steps) for canvas in expected]
     report(
-        f"trajectories, demo model: {SEEDS - len(undecided)} of {SEEDS} seeds equal over {CANVASES} canvases, "
-        f"{len(undecided)} undecided by the reference itself; {min(stops)} to {max(stops)} steps"
+        f"trajectories, demo model: {len(seeds) - len(undecided)} of {len(seeds)} seeds equal over {CANVASES} "
+        f"canvases, {len(undecided)} undecided by the reference itself; {min(stops)} to {max(stops)} steps"
     )
-    assert len(undecided) <= MOST_UNDECIDED
-    assert ended > SEEDS // 2, "the demo model hardly ever ends its answer: these are not its prompts"
+    assert len(undecided) <= len(seeds) // 10
+    assert ended > len(seeds) // 2, "the demo model hardly ever ends its answer: these are not its prompts"
+
+
+@cache
+def states(model: Model, prompt: tuple[int, ...], seed: int, sampling: Sampling, n: int) -> list[ReferenceCanvas]:
+    """n canvases of the reference, each step with its processed logits, once for all places."""
+    return reference_generate(model, prompt, noise_for(model, seed), n, sampling, keep_processed=True)
 
 
 def follow(
-    opened: DiffusionModel, reference: Model, prompt: Sequence[int], noise: HandedNoise, sampling: Sampling, n: int
+    opened: DiffusionModel, reference: Model, prompt: Sequence[int], seed: int, sampling: Sampling, n: int
 ) -> float:
     """Every step of n canvases from the reference's canvas and logits: `session.sample` must give its rows exactly.
     Returns the worst relative error of `session.denoise`."""
-    worst = 0.0
+    worst, noise = 0.0, noise_for(reference, seed)
     with opened.session() as session:
         session.encode(prompt)
-        canvases = reference_generate(reference, prompt, noise, n, sampling, keep_processed=True)
-        for c, canvas in enumerate(canvases):
+        for c, canvas in enumerate(states(reference, tuple(prompt), seed, sampling, n)):
             before = None
             for i, step in enumerate(canvas.steps):
                 assert step.processed is not None
@@ -196,15 +205,14 @@ def follow(
 
 @pytest.mark.parametrize("name", ["full_first", "long_canvas", "many_experts"])
 def test_each_step_of_a_chaotic_net_follows_from_the_references_state(
-    net: Callable[[str], Net], name: str, report: Report
+    net: Callable[[str], Net], place: Place, name: str, report: Report
 ) -> None:
     """Undamped random nets double rounding errors from step to step, so each step starts from the reference's canvas
     and logits: the logits to 2e-5, the rows exactly."""
     n = net(name)
     sampling = Sampling(steps=6, entropy_bound=8.0, confidence_threshold=0.01)
-    noise = HandedNoise(1, n.canvas_length, n.vocab_size)
-    with DiffusionModel(n.gguf(), type_kv="f32", n_ctx=1024, n_threads=1) as model:
-        worst = follow(model, n.model, n.ids(1, 50).tolist(), noise, sampling, 2)
+    with place.open(n.gguf(), type_kv="f32", n_ctx=1024, n_threads=1) as model:
+        worst = follow(model, n.model, n.ids(1, 50).tolist(), 1, sampling, 2)
     report(f"step by step, {name}: relative error of the logits {worst:.1e} at most")
     assert worst <= 2e-5
 
@@ -213,12 +221,8 @@ def test_each_step_of_the_demo_model_follows_from_the_references_state(demo: Dem
     """The trained net, within its answer and past it: what a whole path only bounds, a single step pins down."""
     worst = 0.0
     for seed, task in enumerate([*tasks("question")[:2], *tasks("sudoku_chat")[:1]]):
-        worst = max(
-            worst,
-            follow(
-                demo.opened, demo.reference, demo.chat_prompt(task["prompt"]), demo.noise(seed), demo.sampling, CANVASES
-            ),
-        )
+        prompt = demo.chat_prompt(task["prompt"])
+        worst = max(worst, follow(demo.opened, demo.reference, prompt, seed, demo.sampling, CANVASES))
     report(f"step by step, demo model: relative error of the logits {worst:.1e} at most")
     assert worst <= 2e-6
 
