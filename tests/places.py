@@ -36,6 +36,11 @@ class Place:
         return DiffusionModel(path, **{**self.options, **options})
 
     @property
+    def may_be_a_gpu(self) -> bool:
+        """Whether some of the model may lie on a GPU. Servers of a build for GPUs offer theirs."""
+        return bool(LOCAL) and self.name not in ON_THE_CPU
+
+    @property
     def tolerance(self) -> float:
         """How far logits of float32 models may be from the reference's, relative to the greatest.
 
@@ -70,8 +75,9 @@ PLACES: dict[str, Callable[[Servers], dict[str, Any]]] = {
     **{name: lambda servers: {"n_gpu_layers": "auto"} for name in LOCAL},
 }
 
-#: Those that differ in where a model lies, for tests in which nothing is sampled.
-DEVICES = [name for name in PLACES if name not in ("operators", "kernels")]
+#: Those that differ in what samples; those that differ in where a model lies, for tests in which nothing is sampled.
+ON_THE_CPU = ("cpu", "operators", "kernels")
+DEVICES = [name for name in PLACES if name == "cpu" or name not in ON_THE_CPU]
 
 
 def place_of(request: pytest.FixtureRequest, places: Mapping[str, Callable[[Servers], dict[str, Any]]]) -> Place:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from canvas_batches import own_steps
+from places import Place
 
 from pydiffgguf import ContextOverflowError, DiffusionModel, Session
 from pydiffgguf._records import RawStep, Sampling
@@ -19,8 +20,8 @@ ROWS = 128  # four canvases of the tiny net
 
 
 @pytest.fixture(scope="module")
-def model(tiny_gguf: Path) -> Iterator[DiffusionModel]:
-    with DiffusionModel(tiny_gguf, n_ctx=512, type_kv="f32", n_threads=2) as model:
+def model(tiny_gguf: Path, place: Place) -> Iterator[DiffusionModel]:
+    with place.open(tiny_gguf, n_ctx=512, type_kv="f32", n_threads=2) as model:
         yield model
 
 
@@ -31,45 +32,67 @@ def session(model: DiffusionModel, request: pytest.FixtureRequest) -> Iterator[S
         yield session
 
 
-def some_specs() -> list[CanvasSpec]:
-    """Canvases of several lengths with pins, watched ids, restricted rows and seeds of their own."""
+@pytest.fixture
+def rounding(place: Place) -> float:
+    """How far apart, relatively, a canvas's numbers may be alone and in company. A GPU takes other kernels for other
+    numbers of rows, which sum in another order: measured 2e-6 on Vulkan. A CPU does not."""
+    return 1e-5 if place.may_be_a_gpu else 0.0
+
+
+def some_specs(restricted: bool = True) -> list[CanvasSpec]:
+    """Canvases of several lengths with pins, watched ids, restricted rows (on one of them) and seeds of their own."""
+    allowed = {0: [5, 6, 7], 19: [400]} if restricted else None
     return [
         CanvasSpec(seed=1),
         CanvasSpec(n_rows=9, pinned=[-1, -1, 7, -1, 8, 8, 8, -1, -1], seed=2, watched=[-1] * 9),
-        CanvasSpec(n_rows=20, allowed={0: [5, 6, 7], 19: [400]}, seed=3, canvas_index=4),
+        CanvasSpec(n_rows=20, allowed=allowed, seed=3, canvas_index=4),
         CanvasSpec(n_rows=2, seed=4, watched=[77, 78]),
         CanvasSpec(n_rows=31, canvas=[9] * 31, seed=5),
     ]
 
 
-def assert_equal(a: RawStep, b: RawStep) -> None:
+def other_sampler(session: Session, specs: Sequence[CanvasSpec]) -> float:
+    """How far apart, relatively, a canvas's sums may be alone and among these. The operators know no restricted rows: a
+    canvas that has some takes the logits of its whole batch to the CPU, where the C++ sampler sums in double precision
+    what the operators sum in single. Measured 4e-7."""
+    return 1e-6 if session.sampler == "operators" and any(spec.allowed for spec in specs) else 0.0
+
+
+def assert_equal(a: RawStep, b: RawStep, rtol: float = 0.0) -> None:
+    """To the bit; but entropies and log-probabilities within rtol."""
     for name in RawStep.__dataclass_fields__:
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+        x, y = getattr(a, name), getattr(b, name)
+        if x is not None and name in ("entropy", "mean_entropy", "logprob"):
+            np.testing.assert_allclose(x, y, rtol=rtol, err_msg=name)
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=name)
 
 
 def easily_confident(session: Session) -> Sampling:
     """Random nets stay unsure. With this, half of the canvases stop early and leave gaps between those that go on."""
     endless = replace(session._defaults, steps=12, confidence_threshold=0.0, stability_threshold=0)
-    third = [steps[2].mean_entropy for steps in own_steps(session, some_specs(), endless)]
-    return replace(endless, confidence_threshold=float(np.median(third)))
+    third = sorted(steps[2].mean_entropy for steps in own_steps(session, some_specs(), endless))
+    return replace(endless, confidence_threshold=(third[2] + third[3]) / 2)  # so that rounding decides nothing
 
 
-def test_each_canvas_has_the_numbers_it_has_alone(session: Session) -> None:
-    """Ids, entropies and log-probabilities to the bit, also after neighbours have stopped."""
-    sampling = easily_confident(session)
-    together = own_steps(session, some_specs(), sampling)
+@pytest.mark.parametrize("restricted", [False, True], ids=["free", "one restricted"])
+def test_each_canvas_has_the_numbers_it_has_alone(session: Session, restricted: bool, rounding: float) -> None:
+    """Ids, entropies and log-probabilities to the bit, on CPUs, also after neighbours have stopped."""
+    sampling, specs = easily_confident(session), some_specs(restricted)
+    together = own_steps(session, specs, sampling)
     assert len({len(steps) for steps in together}) > 1, "all stopped at once: the test shows nothing"
-    for spec, steps in zip(some_specs(), together, strict=True):
+    for spec, steps in zip(specs, together, strict=True):
         [alone] = own_steps(session, [spec], sampling)
         assert len(alone) == len(steps)
         for a, b in zip(alone, steps, strict=True):
-            assert_equal(a, b)
+            assert_equal(a, b, max(rounding, other_sampler(session, specs)))
 
 
-def test_a_dropped_canvas_takes_no_more_steps_and_disturbs_none(session: Session) -> None:
+def test_a_dropped_canvas_takes_no_more_steps_and_disturbs_none(session: Session, rounding: float) -> None:
     sampling = replace(session._defaults, steps=6)
-    [expected] = own_steps(session, [some_specs()[4]], sampling)
-    batch = CanvasBatch(session, some_specs(), sampling)
+    specs = some_specs()
+    [expected] = own_steps(session, [specs[4]], sampling)
+    batch = CanvasBatch(session, specs, sampling)
     batch.drop(3)  # before its first step
     seen = [batch.step() for _ in range(2)]
     batch.drop(0)
@@ -79,7 +102,7 @@ def test_a_dropped_canvas_takes_no_more_steps_and_disturbs_none(session: Session
     assert [steps[0].step for steps in seen] == [0, 1, 1, 1, 1, 1]
     assert seen[0][3].argmax.shape == (2,)
     for step, steps in zip(expected, seen, strict=True):
-        assert_equal(step, steps[4])
+        assert_equal(step, steps[4], max(rounding, other_sampler(session, specs)))
 
 
 def test_the_order_and_the_company_do_not_matter(session: Session) -> None:
@@ -132,7 +155,9 @@ def test_watched_ids_report_their_log_probability(session: Session) -> None:
     assert restricted.logprob[0] < 0
 
 
-def test_scores_are_those_of_one_token_after_the_other(model: DiffusionModel, session: Session) -> None:
+def test_scores_are_those_of_one_token_after_the_other(
+    model: DiffusionModel, session: Session, rounding: float
+) -> None:
     """Each head of a text scores the same, and nothing is left behind. A shorter text reads fewer cache rows:
     masked ones count for nothing, but the sums over the others are cut elsewhere (measured 2e-7 of the result)."""
     text = [11, 300, 12, 45, 200, 201, 202, 7]
@@ -140,9 +165,9 @@ def test_scores_are_those_of_one_token_after_the_other(model: DiffusionModel, se
     held = session.tokens()
     whole, *parts = session.score([text, *(text[:n] for n in range(2, 8)), text[::-1]])
     for n, part in enumerate(parts[:-1], start=2):
-        np.testing.assert_allclose(part, whole[:n], rtol=2e-6)
+        np.testing.assert_allclose(part, whole[:n], rtol=max(rounding, 2e-6))
     [alone] = session.score([text])
-    np.testing.assert_array_equal(alone, whole)
+    np.testing.assert_allclose(alone, whole, rtol=rounding)
     np.testing.assert_array_equal(session.tokens(), held)
     np.testing.assert_array_equal(session.denoise([5] * 32), before)
     # The chain rule against a longer prefix: what was scored behind it scores the same when half of it is encoded.
@@ -151,23 +176,33 @@ def test_scores_are_those_of_one_token_after_the_other(model: DiffusionModel, se
     np.testing.assert_allclose(rest, whole[4:], atol=1e-5)  # other chunks, other rounding; measured 8e-7
 
 
-def test_more_texts_than_rows_are_scored_in_turns(session: Session) -> None:
+def test_more_texts_than_rows_are_scored_in_turns(session: Session, rounding: float) -> None:
     """One row takes ggml's matrix-vector kernels, whose sums differ in the last bits: measured 4e-7 of the result."""
     texts = [[(i * 37 + k) % 512 for k in range(1 + i % 32)] for i in range(60)]
     together = session.score(texts)
     for text, scores in zip(texts, together, strict=True):
-        np.testing.assert_allclose(session.score([text])[0], scores, rtol=1e-6 if len(text) == 1 else 0)
+        np.testing.assert_allclose(
+            session.score([text])[0], scores, rtol=max(rounding, 1e-6 if len(text) == 1 else 0.0)
+        )
 
 
-def test_a_canvas_of_one_row_alone_and_in_company(session: Session) -> None:
+def test_as_many_canvases_and_texts_as_there_are_rows(session: Session) -> None:
+    """Of one row each, the most that a pass can have."""
+    steps = CanvasBatch(session, [CanvasSpec(n_rows=1, seed=s) for s in range(ROWS)], session._defaults).step()
+    assert len({int(step.canvas[0]) for step in steps}) > 1
+    scores = session.score([[id_] for id_ in range(512)])
+    assert abs(np.exp(scores).sum() - 1) <= 1e-5
+
+
+def test_a_canvas_of_one_row_alone_and_in_company(session: Session, rounding: float) -> None:
     """See above: alone, it takes the matrix-vector kernels."""
     spec = CanvasSpec(n_rows=1, seed=4, watched=[77])
     [alone] = CanvasBatch(session, [spec], session._defaults).step()
     [among, _] = CanvasBatch(session, [spec, CanvasSpec()], session._defaults).step()
     assert alone.argmax == among.argmax
-    np.testing.assert_allclose(alone.entropy, among.entropy, rtol=1e-6)
+    np.testing.assert_allclose(alone.entropy, among.entropy, rtol=max(rounding, 1e-6))
     assert alone.logprob is not None and among.logprob is not None
-    np.testing.assert_allclose(alone.logprob, among.logprob, rtol=1e-6)
+    np.testing.assert_allclose(alone.logprob, among.logprob, rtol=max(rounding, 1e-6))
 
 
 def test_what_does_not_fit_is_refused(model: DiffusionModel, session: Session) -> None:
