@@ -64,6 +64,9 @@ void on_abort(const char *message) {
 void initialize_ggml() {
     static std::once_flag once;
     std::call_once(once, [] {
+        // glibc makes a thread's copy of this library's thread-local data when the thread first touches some, and ends
+        // the process where it has no memory. The thread that loads the library does so now, while there still is some.
+        guarded = false;
         ggml_log_set(on_log, nullptr);
         ggml_set_abort_callback(on_abort);
     });

@@ -167,13 +167,18 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path, use_mmap: bool)
 # ------------------------------------------------------------------------------------------------------------ memory
 
 LIMITED = """
-    import resource, sys
+    import ctypes, resource, sys
     import numpy, tokenizers
     from pydiffgguf import DiffusionModel, OutOfMemoryError
     path, spare, n_ctx, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    malloc = ctypes.CDLL(None).malloc
+    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     used = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in open("/proc/self/status") if " kB" in line}
     limit, key = (resource.RLIMIT_AS, "VmSize") if kind == "AS" else (resource.RLIMIT_DATA, "VmData")
     resource.setrlimit(limit, (used[key] + spare, resource.RLIM_INFINITY))
+    for chunk in map(int, sys.argv[5:]):  # leave no block of so many bytes
+        while malloc(chunk):
+            pass
     try:
         with DiffusionModel(path, n_ctx=n_ctx, n_batch=n_ctx) as model:
             model.generate([2, 20, 21], max_tokens=8, seed=1)
@@ -216,3 +221,13 @@ def test_running_out_anywhere_is_an_error_with_the_process_alive(tiny_gguf: Path
         outcomes.add(done.stdout.split()[0])
     assert "worked" in outcomes
     assert len(outcomes) > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are read from Linux's /proc")
+@pytest.mark.parametrize("chunk", [60_000, 30_000, 10_000, 6_000])
+def test_the_heap_may_be_full_when_the_engine_is_first_entered(tiny_gguf: Path, chunk: int) -> None:
+    """glibc ends a process that has no memory for a thread's copy of a library's thread-local data. With ggml's tiles
+    for AMX that was 67,265 bytes, at the first call."""
+    done = run(LIMITED, tiny_gguf, 0, 512, "AS", chunk)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[0] in ("OutOfMemoryError", "MemoryError")
