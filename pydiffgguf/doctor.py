@@ -29,8 +29,8 @@ PACKAGES = {
     "tokenizers": "tokenizers",
 }
 
-#: Features of a CPU that make ggml's code faster where it was built with them.
-WORTH_HAVING = ("avx2", "fma", "f16c", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8")
+#: Features of a CPU that make the engine faster where it was built with them. AMX is none: CMakeLists.txt drops it.
+WORTH_HAVING = ("avx2", "fma", "f16c", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni")
 
 #: What /proc/cpuinfo calls the features whose name in the build differs.
 CPU_FLAGS = {"sse3": "pni", "avx512": "avx512f", "avx512_vbmi": "avx512vbmi"}

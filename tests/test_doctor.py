@@ -36,6 +36,8 @@ def test_the_report_has_what_a_bug_report_needs(capsys: pytest.CaptureFixture[st
     if Path("/proc/cpuinfo").exists():
         assert report["cpu"] and report["memory"] > 2**28
     assert all(set(each) == {"what", "cure"} and all(each.values()) for each in report["off"])
+    if "GGML_NATIVE=ON" in report["build"]["flags"]:
+        assert not any("which the build does not use" in each["what"] for each in report["off"])
 
 
 def test_doctor_says_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
