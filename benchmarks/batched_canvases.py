@@ -29,7 +29,7 @@ import numpy as np
 import shapes
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf._records import RawStep, Sampling
+from pydiffgguf._binding.records import RawStep, Sampling
 from pydiffgguf.search import FREE_ROWS, PROBE_STEPS, SUFFIX_ROWS
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 

@@ -31,10 +31,10 @@ import numpy as np
 import shapes
 from rich.progress import track
 
-from pydiffgguf.convert.checkpoint import Checkpoint, wanted_tensors
-from pydiffgguf.convert.config import FULL, SLIDING, parse_config
 from pydiffgguf.convert.output import human
 from pydiffgguf.convert.recipes import FLOAT_TYPES, TypeRules, recipe
+from pydiffgguf.convert.source.checkpoint import Checkpoint, wanted_tensors
+from pydiffgguf.convert.source.config import FULL, SLIDING, parse_config
 from pydiffgguf.convert.writing import plan_tensors
 
 LAYERS = [SLIDING, SLIDING, FULL]

@@ -62,7 +62,7 @@ class Peak(threading.Thread):
 def measure(path: Path, n_ctx: int, threads: int | None) -> dict[str, Any]:
     """Everything about one context size; in a process of its own, so that peaks are its own."""
     from pydiffgguf import DiffusionModel
-    from pydiffgguf.bench import ceiling, product_flop
+    from pydiffgguf.cli.bench import ceiling, product_flop
 
     rate = ceiling()
     before = resident()

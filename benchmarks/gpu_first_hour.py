@@ -33,10 +33,11 @@ import numpy as np
 import numpy.typing as npt
 import performance_model as paper
 
-from pydiffgguf import DiffGGUFError, DiffusionModel, UnsupportedError, _functions
-from pydiffgguf._functions import sample
-from pydiffgguf._records import Sampling
-from pydiffgguf.bench import PROMPT, measure
+from pydiffgguf import DiffGGUFError, DiffusionModel, UnsupportedError
+from pydiffgguf._binding import functions
+from pydiffgguf._binding.functions import sample
+from pydiffgguf._binding.records import Sampling
+from pydiffgguf.cli.bench import PROMPT, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPACITY = 8192  # csrc/cuda/step.h
@@ -82,7 +83,11 @@ def find_device(gpu: Gpu, bandwidth: float | None) -> paper.Device:
 def compile_kernels(gpu: Gpu, folder: Path) -> ctypes.CDLL:
     """csrc/cuda and gpu_kernels.cu as a library."""
     library = folder / "gpu_kernels.so"
-    sources = [ROOT / "benchmarks/gpu_kernels.cu", ROOT / "csrc/cuda/cuda_device.cu", ROOT / "csrc/gpu_failure.cpp"]
+    sources = [
+        ROOT / "benchmarks/gpu_kernels.cu",
+        ROOT / "csrc/cuda/cuda_device.cu",
+        ROOT / "csrc/base/gpu_failure.cpp",
+    ]
     options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
     target = f"-gencode=arch=compute_{gpu.capability},code=sm_{gpu.capability}"
@@ -167,7 +172,7 @@ def count_candidates(model: DiffusionModel, prompt: str, n_canvases: int) -> lis
     with model.session() as session:
         session.encode(ids)
         for seed in range(n_canvases):
-            rows = _functions.noise_canvas(seed, 0, canvas, n_vocab)
+            rows = functions.noise_canvas(seed, 0, canvas, n_vocab)
             signal: Floats | None = None
             last: npt.NDArray[np.int32] | None = None
             for step in range(sampling.steps):
@@ -176,8 +181,8 @@ def count_candidates(model: DiffusionModel, prompt: str, n_canvases: int) -> lis
                 signal = z / np.float32(t)
                 counts = (signal - signal.max(axis=1, keepdims=True) > lowest).sum(axis=1)
                 by_step.setdefault(step, []).append(counts)
-                uniform = _functions.noise_uniform(seed, 0, step, canvas)
-                renoise = _functions.noise_renoise(seed, 0, step, canvas, n_vocab)
+                uniform = functions.noise_uniform(seed, 0, step, canvas)
+                renoise = functions.noise_renoise(seed, 0, step, canvas, n_vocab)
                 out = sample(z, sampling, step=step, uniform=uniform, renoise=renoise)
                 rows = out.canvas
                 settled = out.entropy.mean() < sampling.confidence_threshold

@@ -1,7 +1,7 @@
 // What gpu_first_hour.py asks of csrc/cuda on a GPU: one step's results, and the time of each launch. Compiled by the
 // script into a library, together with csrc/cuda/cuda_device.cu.
-#include "device.h"
-#include "launch.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
 
 #include <algorithm>
 #include <cstdio>

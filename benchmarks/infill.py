@@ -41,8 +41,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pydiffgguf import DiffGGUFError, DiffusionModel
-from pydiffgguf.cli import MODEL_HELP, _add_model_options, _flag
-from pydiffgguf.commands import SAMPLING, open_model
+from pydiffgguf.cli.arguments import MODEL_HELP, _add_model_options, _flag
+from pydiffgguf.cli.commands import SAMPLING, open_model
 from pydiffgguf.search import Gap
 
 __all__ = ["BUCKETS", "Answer", "Result", "judge", "parses", "run", "summarise"]

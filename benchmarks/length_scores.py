@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from pydiffgguf import DiffusionModel, demo_model_path
-from pydiffgguf._records import RawStep
+from pydiffgguf._binding.records import RawStep
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
 FREE = 6

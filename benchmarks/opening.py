@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf._native import NativeModel
+from pydiffgguf._binding.native import NativeModel
 from pydiffgguf.hub import resolve_model
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "2024", "return")

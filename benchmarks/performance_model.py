@@ -5,7 +5,7 @@
 
 Nothing is measured here. A floor is what a device cannot beat with this division of work: for each part of the step the
 larger of bytes over bandwidth and operations over peak, added up, since the parts follow one another. Shapes and types
-are those of the published files (shapes.py), the division of work is csrc/graph.cpp's and csrc/cuda's.
+are those of the published files (shapes.py), the division of work is csrc/pass/graph.cpp's and csrc/cuda's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import shapes
 
-from pydiffgguf.convert.checkpoint import CheckpointTensor
-from pydiffgguf.convert.fit import FitPlan, plan
-from pydiffgguf.convert.inspect import inspect_file
+from pydiffgguf.convert.inspection.fit import FitPlan, plan
+from pydiffgguf.convert.inspection.inspect import inspect_file
+from pydiffgguf.convert.source.checkpoint import CheckpointTensor
 
 SHAPE = "26b-a4b"
 CONFIG = shapes.shape(SHAPE)
@@ -33,8 +33,8 @@ N_LAYERS = len(CONFIG.layers)
 STEPS = (12, 16, 24)
 GB = 10**9
 
-#: Launches of one layer: 66 nodes of csrc/graph.cpp and 2 for each expert that a row uses, without views (10) and norms
-#: that ggml-cuda fuses with their weights (10), and with one quantization of activations for each of 12 products.
+#: Launches of one layer: 66 nodes of csrc/pass/graph.cpp and 2 for each expert that a row uses, without views (10) and
+#: norms that ggml-cuda fuses with their weights (10), and with one quantization of activations for each of 12 products.
 LAUNCHES_PER_LAYER = 66 + 2 * CONFIG.experts_used - 10 - 10 + 12
 #: Head, softcap, embedding and self-conditioning; then our three.
 LAUNCHES_BESIDES = 24 + 3

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from pydiffgguf import CancelledError, DiffusionModel, ModelFormatError, OutOfMemoryError, UnsupportedError
-from pydiffgguf._native import NativeModel, NativeSession
-from pydiffgguf._records import CanvasSpec
-from pydiffgguf.convert.gguf_file import read_head
+from pydiffgguf._binding.native import NativeModel, NativeSession
+from pydiffgguf._binding.records import CanvasSpec
+from pydiffgguf.convert.inspection.gguf_file import read_head
 from pydiffgguf.errors import SessionBusyError
 
 ROOT = Path(__file__).resolve().parent.parent

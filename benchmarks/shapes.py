@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from pydiffgguf.convert.checkpoint import CheckpointTensor, rope_freqs, wanted_tensors
-from pydiffgguf.convert.config import FULL, SLIDING, ModelConfig, parse_config
-from pydiffgguf.convert.hf_to_gguf import metadata
 from pydiffgguf.convert.output import human, whole_or_nothing
-from pydiffgguf.convert.pieces import Piece
 from pydiffgguf.convert.quantize import encode
 from pydiffgguf.convert.recipes import RECIPES, ModelFacts, Override, Recipe, TypeRules, model_facts, recipe
+from pydiffgguf.convert.source.checkpoint import CheckpointTensor, rope_freqs, wanted_tensors
+from pydiffgguf.convert.source.config import FULL, SLIDING, ModelConfig, parse_config
+from pydiffgguf.convert.source.hf_to_gguf import metadata
+from pydiffgguf.convert.source.pieces import Piece
 from pydiffgguf.convert.writing import Keys, PlannedTensor, header_writer, pad, padded, plan_tensors, write_header
 
 __all__ = ["SHAPES", "plan", "shape", "write", "write_head"]

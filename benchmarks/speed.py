@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf._records import Sampling
+from pydiffgguf._binding.records import Sampling
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-# The functions that C calls in Python: see pydiffgguf/_library.py.
+# The functions that C calls in Python: see pydiffgguf/_binding/library.py.
 CALLBACKS = """extern "Python" int dg_python_poll(void *user);
 extern "Python" void dg_python_log(int32_t level, const char *text, void *user);
 """

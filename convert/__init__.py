@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .collect import CollectProgress, CollectReport, collect
 from .conversion import convert
-from .diff import FileDiff, compare_files
-from .inspect import FileReport, Finding, inspect_file
+from .inspection.diff import FileDiff, compare_files
+from .inspection.inspect import FileReport, Finding, inspect_file
 from .writing import ConversionReport, ConvertProgress, Fallback
 
 __all__ = [

@@ -11,14 +11,14 @@ from typing import Any
 
 from pydiffgguf._arguments import int32
 
-from .checkpoint import Checkpoint
-from .hf_to_gguf import QUANTIZATION_VERSION, metadata
 from .imatrix import Importance
 from .output import whole_or_nothing
-from .pieces import Source
 from .recipes import FLOAT_TYPES, Override, Recipe, TypeRules, recipe
-from .requantize import GgufSource
-from .vocabulary import read_vocabulary
+from .source.checkpoint import Checkpoint
+from .source.hf_to_gguf import QUANTIZATION_VERSION, metadata
+from .source.pieces import Source
+from .source.requantize import GgufSource
+from .source.vocabulary import read_vocabulary
 from .writing import (
     ConversionReport,
     ConvertProgress,

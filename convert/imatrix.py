@@ -20,9 +20,9 @@ from gguf import GGMLQuantizationType
 
 from pydiffgguf.errors import ModelFormatError
 
-from .gguf_file import GGUFHead, TensorInfo, read_head
+from .inspection.gguf_file import GGUFHead, TensorInfo, read_head
 from .output import whole_or_nothing
-from .shards import read_bytes
+from .source.shards import read_bytes
 
 Float32Array = npt.NDArray[np.float32]
 

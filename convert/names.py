@@ -1,6 +1,6 @@
 """The names of the GGUF dialect: every key with its type, every tensor with its checkpoint name and shape, once.
 
-The dialect is that of the published DiffusionGemma files. The engine holds the same names in csrc/names.h; a test
+The dialect is that of the published DiffusionGemma files. The engine holds the same names in csrc/file/names.h; a test
 compares the two. Keys that begin with a dot stand behind the architecture's name; layer tensors behind `blk.N.`.
 """
 

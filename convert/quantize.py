@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from pydiffgguf import _functions
+from pydiffgguf._binding import functions
 from pydiffgguf.errors import DiffGGUFError
 
 
@@ -28,7 +28,7 @@ def encode(
     value beyond the type's range and for a type that ggml cannot write; both begin with `what`.
     """
     try:
-        return _functions.quantize_rows(rows, int(source), int(target), row, importance=importance, n_threads=threads)
+        return functions.quantize_rows(rows, int(source), int(target), row, importance=importance, n_threads=threads)
     except DiffGGUFError as error:
         raise type(error)(f"{what}: {error}") from None
 

@@ -18,9 +18,9 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from .imatrix import Importance
 from .names import ARCHITECTURE, KEYS, full_key
 from .output import PartialFile
-from .pieces import Piece, Source, SourceTensor, read_ahead
 from .quantize import check_target, encode
 from .recipes import TypeRules, row_bytes
+from .source.pieces import Piece, Source, SourceTensor, read_ahead
 
 ALIGNMENT = 32  # bytes; GGUF's default, so that no key has to say it
 

@@ -1,17 +1,17 @@
 // The C boundary. Every exception stops here and becomes a status and a message.
 #include "diffgguf.h"
 
-#include "devices.h"
-#include "error.h"
-#include "log_capture.h"
-#include "loop.h"
-#include "model.h"
-#include "placement.h"
-#include "quantize.h"
-#include "random.h"
-#include "sampler.h"
-#include "sampler_graph.h"
-#include "session.h"
+#include "base/error.h"
+#include "base/log_capture.h"
+#include "base/random.h"
+#include "file/quantize.h"
+#include "model/devices.h"
+#include "model/model.h"
+#include "model/placement.h"
+#include "sample/sampler.h"
+#include "sample/sampler_graph.h"
+#include "session/loop.h"
+#include "session/session.h"
 
 #include "gguf.h"
 

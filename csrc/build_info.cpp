@@ -1,7 +1,7 @@
 // What the library tells of itself: versions, the build, the backends and devices inside; and where ggml's lines go.
 #include "diffgguf.h"
 
-#include "log_capture.h"
+#include "base/log_capture.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pydiffgguf._native import NativeModel
-from pydiffgguf._records import Device, Memory
+from pydiffgguf._binding.native import NativeModel
+from pydiffgguf._binding.records import Device, Memory
 
 __all__ = ["describe"]
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pydiffgguf import _functions
 from pydiffgguf._arguments import MAX_SEED, integer, real
+from pydiffgguf._binding import functions
+from pydiffgguf._binding.records import Int32Array
 from pydiffgguf._log import logger
-from pydiffgguf._records import Int32Array
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.generate import Stats, encode_prompt
 from pydiffgguf.session import CanvasBatch, CanvasSpec, resolve_sampling
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pydiffgguf.model import DiffusionModel
@@ -182,8 +182,8 @@ def _renoised(
 ) -> Int32Array:
     """The canvas to start from: of the free rows a share, rounded up, holds random ids, the others their own. Which
     rows is a pure function of seed, canvas and row, as the ids are."""
-    order = _functions.noise_uniform(seed, canvas_index, 2**32 - 1, len(ids))
-    noise = _functions.noise_canvas(seed, canvas_index, len(ids), n_vocab)
+    order = functions.noise_uniform(seed, canvas_index, 2**32 - 1, len(ids))
+    noise = functions.noise_canvas(seed, canvas_index, len(ids), n_vocab)
     rows = np.flatnonzero(free)
     chosen = rows[np.argsort(order[rows], kind="stable")][: int(np.ceil(share * len(rows)))]
     start: Int32Array = ids.copy()

@@ -14,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 
+from pydiffgguf._binding.records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
 from pydiffgguf._log import logger
-from pydiffgguf._records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
-from pydiffgguf.chat import CLOSE, OPEN, StopStrings, split_reasoning
 from pydiffgguf.errors import CancelledError, ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Noise, Session
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.text.chat import CLOSE, OPEN, StopStrings, split_reasoning
+from pydiffgguf.text.tokenizer import Tokenizer
 
 __all__ = [
     "Block",

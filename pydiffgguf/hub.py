@@ -57,8 +57,8 @@ def resolve_source(spec: str) -> Path:
         OSError: as in `resolve_model`; the message for a folder that is missing says how a repository is written.
         ModelFormatError: the index of the weights is no JSON.
     """
-    from pydiffgguf.convert.checkpoint import INDEX, SINGLE
-    from pydiffgguf.convert.config import read_json
+    from pydiffgguf.convert.source.checkpoint import INDEX, SINGLE
+    from pydiffgguf.convert.source.config import read_json
 
     if not spec.startswith(PREFIX):
         path = Path(spec)

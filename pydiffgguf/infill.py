@@ -11,14 +11,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pydiffgguf._arguments import int32, integer
+from pydiffgguf._binding.records import Sampling
 from pydiffgguf._log import logger
-from pydiffgguf._records import Sampling
 from pydiffgguf.errors import CancelledError
 from pydiffgguf.generate import DenoiseStep, FinishReason, Stats, encode_prompt
 from pydiffgguf.layout import Layout, check_extra, lay_out, resolve_mode
 from pydiffgguf.search import Draft, Filled, Gap, SearchStats, fill_hole
 from pydiffgguf.session import resolve_sampling
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pydiffgguf.model import DiffusionModel

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 from pydiffgguf.search import Gap, Hole, suffix_rows
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.text.tokenizer import Tokenizer
 
 __all__ = ["Layout", "Mode", "chat_message", "check_extra", "lay_out", "resolve_mode"]
 

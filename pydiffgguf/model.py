@@ -15,11 +15,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from pydiffgguf._arguments import MAX_SEED, integer
-from pydiffgguf._library import StrPath
+from pydiffgguf._binding.library import StrPath
+from pydiffgguf._binding.native import Metadata, NativeModel
+from pydiffgguf._binding.records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf._log import logger
-from pydiffgguf._native import Metadata, NativeModel
-from pydiffgguf._records import Device, Memory, ModelConfig, Sampling, TensorInfo
-from pydiffgguf.chat import StopStrings, render
 from pydiffgguf.describe import describe
 from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
@@ -27,7 +26,8 @@ from pydiffgguf.generate import DenoiseStep, Event, Generation, Request, TextVie
 from pydiffgguf.infill import Fill, Infill, stream_fill, stream_infill
 from pydiffgguf.search import Gap
 from pydiffgguf.session import Noise, Session, resolve_sampling
-from pydiffgguf.tokenizer import Tokenizer, read_tokenizer
+from pydiffgguf.text.chat import StopStrings, render
+from pydiffgguf.text.tokenizer import Tokenizer, read_tokenizer
 
 __all__ = ["DiffusionModel", "ModelWarning", "Prompt", "demo_model_path"]
 

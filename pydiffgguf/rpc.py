@@ -1,4 +1,4 @@
-"""What Python does about RPC servers: their addresses. The rest is ggml's (csrc/devices.cpp)."""
+"""What Python does about RPC servers: their addresses. The rest is ggml's (csrc/model/devices.cpp)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from pydiffgguf._records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
+from pydiffgguf._binding.records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 

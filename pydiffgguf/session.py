@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pydiffgguf import _functions
-from pydiffgguf._library import StrPath
-from pydiffgguf._native import NativeModel, NativeSession
-from pydiffgguf._records import (
+from pydiffgguf._binding import functions
+from pydiffgguf._binding.library import StrPath
+from pydiffgguf._binding.native import NativeModel, NativeSession
+from pydiffgguf._binding.records import (
     BoolArray,
     CanvasSpec,
     Float32Array,
@@ -109,7 +109,7 @@ def resolve_sampling(defaults: Sampling, options: Mapping[str, Any]) -> tuple[Sa
         if not 0.0 < time_limit < float("inf"):
             raise ValueError(f"time_limit_s is {time_limit}: it must be a finite number of seconds > 0")
     sampling = replace(defaults, **given)
-    _functions.check_sampling(sampling)
+    functions.check_sampling(sampling)
     return sampling, time_limit
 
 
@@ -273,7 +273,7 @@ class Session:
             pinned: int32 [C], the id where a row is fixed, -1 where it is free.
         """
         options, _ = resolve_sampling(self._defaults, {"steps": steps, **sampling})
-        raw = _functions.sample(
+        raw = functions.sample(
             z,
             options,
             step=step,

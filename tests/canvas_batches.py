@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydiffgguf._records import RawStep, Sampling
+from pydiffgguf._binding.records import RawStep, Sampling
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Noise, Session
 
 

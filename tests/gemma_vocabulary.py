@@ -14,8 +14,8 @@ from unittest.mock import patch
 from gguf import TokenType
 from tiny_checkpoint import SPECIAL_TOKENS
 
-from pydiffgguf.convert import gguf_file
-from pydiffgguf.convert.gguf_file import Cursor, read_keys
+from pydiffgguf.convert.inspection import gguf_file
+from pydiffgguf.convert.inspection.gguf_file import Cursor, read_keys
 
 N_TOKENS = 262_144
 N_MERGES = 514_906

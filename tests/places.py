@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf._functions import build_info
+from pydiffgguf._binding.functions import build_info
 
 #: The backends of this build that are for this machine's GPUs.
 LOCAL = sorted({"CUDA", "MTL", "Metal", "Vulkan", "ROCm"} & set(build_info()["backends"]))

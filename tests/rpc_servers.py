@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydiffgguf._functions import build_info
+from pydiffgguf._binding.functions import build_info
 
 
 @contextmanager

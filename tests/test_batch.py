@@ -12,7 +12,7 @@ from canvas_batches import own_steps
 from places import Place
 
 from pydiffgguf import ContextOverflowError, DiffusionModel, Session
-from pydiffgguf._records import RawStep, Sampling
+from pydiffgguf._binding.records import RawStep, Sampling
 from pydiffgguf.session import CanvasBatch, CanvasSpec
 
 PROMPT = [2, 40, 41, 42, 43, 60, 61]

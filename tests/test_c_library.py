@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pydiffgguf import _functions, demo_model_path
+from pydiffgguf import demo_model_path
+from pydiffgguf._binding import functions
 
 pytestmark = pytest.mark.slow
 
@@ -188,7 +189,7 @@ def test_another_ggml_in_the_program_is_not_met(source: Path, library: Path, tmp
 
 def test_version_and_abi_number_are_the_same_everywhere(library: Path) -> None:
     """The header, the library, pkg-config and the shared library's name."""
-    build = _functions.build_info()
+    build = functions.build_info()
     pc = (library / "pkgconfig" / "diffgguf.pc").read_text(encoding="utf-8")
     assert f"Version: {build['version']}\n" in pc
     assert f"abi_version={build['abi']}\n" in pc

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pydiffgguf.chat import StopStrings, render, split_reasoning, strip_reasoning
 from pydiffgguf.errors import ModelFormatError
+from pydiffgguf.text.chat import StopStrings, render, split_reasoning, strip_reasoning
 
 GEMMA_LIKE = """\
 {%- macro answer(text) -%}

@@ -21,10 +21,12 @@ import pytest
 import tiny_checkpoint
 
 import pydiffgguf
-from pydiffgguf import DiffusionModel, bench, cli, demo_model_path, talk
+from pydiffgguf import DiffusionModel, cli, demo_model_path
+from pydiffgguf.cli import arguments as cli_arguments
+from pydiffgguf.cli import bench, talk
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 from pydiffgguf.generate import Block, DenoiseStep, Event, Generation, Stats
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.text.tokenizer import Tokenizer
 
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{value:02X}>" for value in range(256)), "a", "b", "ab"]
 
@@ -137,7 +139,7 @@ def test_every_sampling_option_is_a_flag() -> None:
     """The list here and the engine's are the same."""
     from pydiffgguf.session import SAMPLING_OPTIONS
 
-    assert {name for name, _, _ in cli.SAMPLING} | {"time_limit_s"} == set(SAMPLING_OPTIONS)
+    assert {name for name, _, _ in cli_arguments.SAMPLING} | {"time_limit_s"} == set(SAMPLING_OPTIONS)
 
 
 def test_generate_json_is_one_object(fake: type[FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +389,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> 
     assert examples
     for example in examples:
         words = re.findall(r'"[^"]*"|[^\s"]+', example.split("pydiffgguf ", 1)[1].split(" > ")[0])
-        cli._parser().parse_args([word.strip('"') for word in words])
+        cli_arguments._parser().parse_args([word.strip('"') for word in words])
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -563,8 +565,8 @@ def test_the_command_imports_little() -> None:
     code = (
         "import sys\nfrom pydiffgguf import cli\n"
         "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
-        "print([m for m in ('numpy', 'rich', 'jinja2', 'tokenizers', 'huggingface_hub', 'gguf', 'pydiffgguf._native')"
-        " if m in sys.modules])"
+        "print([m for m in ('numpy', 'rich', 'jinja2', 'tokenizers', 'huggingface_hub', 'gguf',"
+        " 'pydiffgguf._binding.native') if m in sys.modules])"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert process.stdout.splitlines()[-1] == "[]"

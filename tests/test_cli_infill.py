@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from pseudo_terminal import Pty
 
-from pydiffgguf import DiffusionModel, cli, commands, demo_model_path
-from pydiffgguf.document import Document, Position
+from pydiffgguf import DiffusionModel, cli, demo_model_path
+from pydiffgguf.cli import commands
 from pydiffgguf.generate import DenoiseStep
 from pydiffgguf.infill import Infill
+from pydiffgguf.text.document import Document, Position
 
 MODEL = str(demo_model_path())
 QUICK = ["--gap", "2", "--steps", "3", "--mode", "raw", "--threads", "1"]
@@ -270,7 +271,7 @@ def fail_at_replace(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     def replace(*names: object) -> None:
         raise OSError(28, "No space left on device", str(file))
 
-    monkeypatch.setattr("pydiffgguf.document.os.replace", replace)
+    monkeypatch.setattr("pydiffgguf.text.document.os.replace", replace)
 
 
 def fail_while_denoising(error: type[BaseException]) -> Callable[[pytest.MonkeyPatch, Path], None]:

@@ -21,9 +21,9 @@ import shapes
 import two_layers
 
 from pydiffgguf import demo_model_path
-from pydiffgguf._functions import build_info
-from pydiffgguf.convert.fit import plan
-from pydiffgguf.convert.inspect import inspect_file
+from pydiffgguf._binding.functions import build_info
+from pydiffgguf.convert.inspection.fit import plan
+from pydiffgguf.convert.inspection.inspect import inspect_file
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++")

@@ -9,7 +9,8 @@ import sys
 import pytest
 from pseudo_terminal import Pty
 
-from pydiffgguf import DiffusionModel, demo, demo_model_path
+from pydiffgguf import DiffusionModel, demo_model_path
+from pydiffgguf.cli import demo
 
 
 def test_the_demo_shows_right_answers() -> None:

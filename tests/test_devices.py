@@ -24,10 +24,10 @@ from pydiffgguf import (
     DeviceError,
     DiffusionModel,
     UnsupportedError,
-    _functions,
     cli,
     demo_model_path,
 )
+from pydiffgguf._binding import functions
 
 PROMPT = [2, 40, 41, 42, 43, 60, 61]
 LONG_PROMPT = [2, *(3 + i * 7 % 500 for i in range(150))]  # several times the window
@@ -321,7 +321,7 @@ def test_a_server_warns_where_strangers_may_reach_it(
     host: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served: list[str] = []
-    monkeypatch.setattr(_functions, "serve_rpc", lambda endpoint, n_threads: served.append(endpoint))
+    monkeypatch.setattr(functions, "serve_rpc", lambda endpoint, n_threads: served.append(endpoint))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert cli.main(["rpc-server", "--host", host, "--port", "1234"]) == 0
     assert served == ["127.0.0.1:1234" if host == "localhost" else f"{host}:1234"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import pydiffgguf
-from pydiffgguf import cli, doctor
+from pydiffgguf import cli
+from pydiffgguf.cli import doctor
 
 
 def test_doctor_finds_a_sound_installation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,11 +43,11 @@ def test_the_report_has_what_a_bug_report_needs(capsys: pytest.CaptureFixture[st
 
 def test_doctor_says_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build without this CPU's features, without a GPU, for debugging, with sanitizers, on an installed ggml."""
-    from pydiffgguf import _functions
+    from pydiffgguf._binding import functions
 
     flags = ["Debug", "PYDIFFGGUF_SYSTEM_GGML=ON", "PYDIFFGGUF_SANITIZE=address"]
-    build = {**_functions.build_info(), "cpu_features": [], "backends": ["CPU"], "flags": flags}
-    monkeypatch.setattr(_functions, "build_info", lambda: build)
+    build = {**functions.build_info(), "cpu_features": [], "backends": ["CPU"], "flags": flags}
+    monkeypatch.setattr(functions, "build_info", lambda: build)
     monkeypatch.setattr(doctor, "_cpu_flags", lambda: {"avx2", "fma", "avx512f"})
     report = doctor.examine()
     found = "\n".join(f"{each['what']} -> {each['cure']}" for each in report["off"])
@@ -55,7 +56,7 @@ def test_doctor_says_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("the build type is Debug", "sanitizers (PYDIFFGGUF_SANITIZE=address)", "an installed ggml is used"):
         assert text in found
     assert "off:         no GPU backend" in doctor.render(report)
-    monkeypatch.setattr(_functions, "build_info", lambda: {**build, "backends": ["CUDA", "RPC", "CPU"]})
+    monkeypatch.setattr(functions, "build_info", lambda: {**build, "backends": ["CUDA", "RPC", "CPU"]})
     assert "off:         CUDA is built in, but it finds no device" in doctor.render(doctor.examine())
 
 
@@ -63,8 +64,8 @@ def test_doctor_names_the_cure_when_the_extension_is_broken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without the extension everything else is still reported; exit code 1."""
-    monkeypatch.setitem(sys.modules, "pydiffgguf._functions", None)
-    monkeypatch.delattr(pydiffgguf, "_functions", raising=False)
+    monkeypatch.setitem(sys.modules, "pydiffgguf._binding.functions", None)
+    monkeypatch.delattr(pydiffgguf._binding, "functions", raising=False)
     assert cli.main(["doctor"]) == 1
     out, _ = capsys.readouterr()
     assert re.search(r"problem: +the compiled extension cannot be loaded: .+\ncure: +pip install ", out)
@@ -73,14 +74,14 @@ def test_doctor_names_the_cure_when_the_extension_is_broken(
 
 def test_doctor_finds_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package, an old one, a stale build, a build for another CPU, a missing demo model."""
-    from pydiffgguf import _functions
+    from pydiffgguf._binding import functions
 
-    build = {**_functions.build_info(), "version": "0.0.0", "cpu_features": ["avx2", "amx_int8", "avx_nonsense"]}
-    monkeypatch.setattr(_functions, "build_info", lambda: build)
+    build = {**functions.build_info(), "version": "0.0.0", "cpu_features": ["avx2", "amx_int8", "avx_nonsense"]}
+    monkeypatch.setattr(functions, "build_info", lambda: build)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     real = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "gguf" else real(name))
-    monkeypatch.setattr(doctor, "__file__", "/nowhere/doctor.py")
+    monkeypatch.setattr(doctor, "__file__", "/nowhere/cli/doctor.py")
     problems = {problem["what"]: problem["cure"] for problem in doctor.examine()["problems"]}
     found = "\n".join(f"{what} -> {cure}" for what, cure in problems.items())
     assert re.search(r'jinja2 cannot be imported: .* -> pip install "jinja2>=3', found)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pydiffgguf import ContextOverflowError, DiffusionModel, demo_model_path
-from pydiffgguf._functions import noise_canvas
+from pydiffgguf._binding.functions import noise_canvas
 from pydiffgguf.edit import _renoised
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from shapes import write_head
 
-from pydiffgguf import DiffusionModel
-from pydiffgguf.cli import main
-from pydiffgguf.convert.fit import FitPlan, parse_size, plan
-from pydiffgguf.convert.inspect import FileReport, inspect_file
+from pydiffgguf import DiffusionModel, cli
+from pydiffgguf.convert.inspection.fit import FitPlan, parse_size, plan
+from pydiffgguf.convert.inspection.inspect import FileReport, inspect_file
 
 GB = 10**9
 TYPES = ("q4_k_m", "q8_0")
@@ -140,12 +139,12 @@ def test_sizes(q4: FileReport) -> None:
 
 
 def test_the_command_shows_the_arithmetic(heads: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(heads["q4_k_m"]), "--fit", "12GB", "--json"]) == 0
+    assert cli.main(["inspect", str(heads["q4_k_m"]), "--fit", "12GB", "--json"]) == 0
     fit = json.loads(capsys.readouterr().out)["fit"]
     assert fit["shares"][0] == {"what": "driver, context, workspace", "device": 500_000_000, "host": 0}
     assert sum(share["device"] for share in fit["shares"]) + fit["free"] == fit["device_bytes"] == 12 * GB
-    assert main(["inspect", str(heads["q4_k_m"]), "--fit", "12GB"]) == 0
+    assert cli.main(["inspect", str(heads["q4_k_m"]), "--fit", "12GB"]) == 0
     shown = capsys.readouterr().out
     assert f"n_gpu_layers=30, n_cpu_moe={fit['n_cpu_moe']}, offload_kv=True" in shown
-    assert main(["inspect", str(heads["q4_k_m"]), "--fit", "twelve"]) != 0
+    assert cli.main(["inspect", str(heads["q4_k_m"]), "--fit", "twelve"]) != 0
     assert "16GiB" in capsys.readouterr().err

@@ -225,17 +225,17 @@ def test_a_time_limit_ends_a_long_prompt_within_a_chunk(tiny_gguf: Path) -> None
 
 def test_handed_in_noise_drives_the_loop(model: DiffusionModel) -> None:
     """Philox's own draws, handed in, give the seed's text."""
-    from pydiffgguf import _functions
+    from pydiffgguf._binding import functions
 
     class Philox:
         def canvas(self, c: int) -> np.ndarray:
-            return _functions.noise_canvas(11, c, CANVAS, 512)
+            return functions.noise_canvas(11, c, CANVAS, 512)
 
         def uniform(self, c: int, step: int) -> np.ndarray:
-            return _functions.noise_uniform(11, c, step, CANVAS)
+            return functions.noise_uniform(11, c, step, CANVAS)
 
         def renoise(self, c: int, step: int) -> np.ndarray:
-            return _functions.noise_renoise(11, c, step, CANVAS, 512)
+            return functions.noise_renoise(11, c, step, CANVAS, 512)
 
     options: dict[str, Any] = {"steps": 4, "max_tokens": 70}
     a = model.generate("Why?", noise=Philox(), **options)

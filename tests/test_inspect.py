@@ -23,9 +23,9 @@ from rich.console import Console
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf.convert import FileReport, convert, inspect_file
-from pydiffgguf.convert.fit import plan
-from pydiffgguf.convert.gguf_file import GGUFHead, read_head
-from pydiffgguf.convert.report import render, to_dict
+from pydiffgguf.convert.inspection.fit import plan
+from pydiffgguf.convert.inspection.gguf_file import GGUFHead, read_head
+from pydiffgguf.convert.inspection.report import render, to_dict
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 
 

@@ -11,10 +11,10 @@ from gguf import GGUFValueType
 from gguf_rewrite import DROP, Typed, read_tensor, rewrite
 from rich.console import Console
 
-from pydiffgguf.cli import main
+from pydiffgguf import cli
 from pydiffgguf.convert import FileDiff, compare_files
-from pydiffgguf.convert.gguf_file import KEPT
-from pydiffgguf.convert.report import diff_to_dict, render_diff
+from pydiffgguf.convert.inspection.gguf_file import KEPT
+from pydiffgguf.convert.inspection.report import diff_to_dict, render_diff
 
 EMPTY = {"only_a": {}, "only_b": {}, "changed": {}}
 
@@ -110,7 +110,7 @@ def test_a_vocabulary_is_compared_to_its_end(tmp_path: Path) -> None:
 def test_the_command_gives_a_table_or_json(tiny_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(tiny_gguf, tmp_path / "b.gguf", tensors={"output_norm.weight": np.ones(128)})
     names = [str(tiny_gguf), str(tmp_path / "b.gguf")]
-    assert main(["inspect", "--diff", *names, "--data", "--json"]) == 0
+    assert cli.main(["inspect", "--diff", *names, "--data", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value == {
         "a": names[0],
@@ -120,7 +120,7 @@ def test_the_command_gives_a_table_or_json(tiny_gguf: Path, tmp_path: Path, caps
         "tensors": EMPTY,
         "data": ["output_norm.weight"],
     }
-    assert main(["inspect", "--diff", *names]) == 0
+    assert cli.main(["inspect", "--diff", *names]) == 0
     assert "Nothing differs." in capsys.readouterr().out
 
 
@@ -131,6 +131,6 @@ def test_arguments_that_do_not_go_together_are_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["inspect", *arguments])
+        cli.main(["inspect", *arguments])
     assert caught.value.code == 2
     assert "--diff" in capsys.readouterr().err

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel, _functions
-from pydiffgguf._functions import sample
-from pydiffgguf._records import Sampling
+from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel
+from pydiffgguf._binding import functions
+from pydiffgguf._binding.functions import sample
+from pydiffgguf._binding.records import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -37,7 +38,7 @@ Floats = npt.NDArray[np.float32]
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The bodies as a library."""
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    names = ("tests/kernels/host.cpp", "csrc/cuda/device_loop.cpp", "csrc/cuda/host_device.cpp")
+    names = ("tests/kernels/host.cpp", "csrc/session/device_loop.cpp", "csrc/cuda/host_device.cpp")
     sources = [ROOT / name for name in names]
     warnings = [f"-W{name}" for name in ("all", "extra", "shadow", "conversion", "no-sign-conversion", "error")]
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", *warnings]
@@ -539,7 +540,7 @@ def test_handed_in_draws_replace_the_generators(kernels: ctypes.CDLL) -> None:
     for step, draws in enumerate(
         [
             (uniform, renoise),
-            (_functions.noise_uniform(9, 0, 1, 16), _functions.noise_renoise(9, 0, 1, 16, 300)),
+            (functions.noise_uniform(9, 0, 1, 16), functions.noise_renoise(9, 0, 1, 16, 300)),
         ]
     ):
         z = (rng.standard_normal((16, 300)) * 4).astype(np.float32)

@@ -47,7 +47,7 @@ with DiffusionModel(path, n_ctx=8192, n_threads=2, **options) as model:
 
 # Python's, and the threads', whatever the model.
 OTHERS = 1e6
-# ggml's server keeps the room for the largest message that it got: a piece of weights, 8 MiB (csrc/device_weights.cpp).
+# ggml's server keeps the room for the largest message that it got: a piece of weights, 8 MiB (device_weights.cpp).
 MESSAGE = 8 << 20
 
 

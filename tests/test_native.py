@@ -18,9 +18,10 @@ import gguf
 import numpy as np
 import pytest
 
-from pydiffgguf import _functions, _library, errors
-from pydiffgguf._native import NativeModel, NativeSession
-from pydiffgguf._records import CanvasSpec, Sampling
+from pydiffgguf import errors
+from pydiffgguf._binding import functions, library
+from pydiffgguf._binding.native import NativeModel, NativeSession
+from pydiffgguf._binding.records import CanvasSpec, Sampling
 
 PROMPT = [2, 20, 21, 22, 23]
 
@@ -50,18 +51,18 @@ def endless(model: NativeModel) -> Sampling:
 
 def test_every_status_has_an_exception() -> None:
     """No status of the header is left without an exception, and each message arrives as it was written."""
-    statuses = {name: getattr(_library.lib, name) for name in dir(_library.lib) if name.startswith("DG_ERROR_")}
-    assert set(statuses.values()) == set(_library.EXCEPTIONS)
+    statuses = {name: getattr(library.lib, name) for name in dir(library.lib) if name.startswith("DG_ERROR_")}
+    assert set(statuses.values()) == set(library.EXCEPTIONS)
     for name, status in statuses.items():
 
         def fail(message: Any, size: int, status: int = status, text: bytes = name.encode()) -> int:
-            _library.ffi.memmove(message, text, len(text))
+            library.ffi.memmove(message, text, len(text))
             assert size > len(text)
             return status
 
-        with pytest.raises(_library.EXCEPTIONS[status], match=f"^{name}$") as caught:
-            _library.call(fail)
-        assert type(caught.value) is _library.EXCEPTIONS[status]
+        with pytest.raises(library.EXCEPTIONS[status], match=f"^{name}$") as caught:
+            library.call(fail)
+        assert type(caught.value) is library.EXCEPTIONS[status]
 
 
 def test_files_that_cannot_be_opened_raise_the_exact_os_error(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_a_bad_session_option_names_itself_its_value_and_the_range(
 
 def test_asking_for_gpu_layers_on_a_cpu_build_is_unsupported(tiny_gguf: Path) -> None:
     """-1, as many as fit, is fine: that is none."""
-    assert set(_functions.build_info()["backends"]) == {"CPU", "RPC"}
+    assert set(functions.build_info()["backends"]) == {"CPU", "RPC"}
     with pytest.raises(errors.UnsupportedError, match="GGML_CUDA"):
         NativeModel(tiny_gguf, n_gpu_layers=3)
     NativeModel(tiny_gguf, n_gpu_layers=-1).close()
@@ -221,10 +222,10 @@ def test_the_loop_uses_the_draws_it_says_it_uses(session: NativeSession, model: 
     seed, index, c, v = 2**63 + 5, 3, model.config.canvas_length, model.config.n_vocab
     session.canvas_begin([CanvasSpec(seed=seed, canvas_index=index)], model.sampling)
     alone = [session.canvas_step()[0] for _ in range(4)]
-    session.canvas_begin([CanvasSpec(canvas=_functions.noise_canvas(seed, index, c, v))], model.sampling)
+    session.canvas_begin([CanvasSpec(canvas=functions.noise_canvas(seed, index, c, v))], model.sampling)
     for step, expected in enumerate(alone):
-        uniform = _functions.noise_uniform(seed, index, step, c)
-        [handed] = session.canvas_step([(uniform, _functions.noise_renoise(seed, index, step, c, v))])
+        uniform = functions.noise_uniform(seed, index, step, c)
+        [handed] = session.canvas_step([(uniform, functions.noise_renoise(seed, index, step, c, v))])
         assert np.array_equal(handed.canvas, expected.canvas)
         assert np.array_equal(handed.accepted, expected.accepted)
         assert handed.mean_entropy == expected.mean_entropy
@@ -234,9 +235,9 @@ def test_the_sampler_alone_is_the_sampler_of_the_loop(session: NativeSession, mo
     """sample() on the logits of the first step gives that step."""
     session.encode(PROMPT)
     c, v = model.config.canvas_length, model.config.n_vocab
-    uniform, renoise = _functions.noise_uniform(9, 0, 0, c), _functions.noise_renoise(9, 0, 0, c, v)
-    logits = session.denoise(_functions.noise_canvas(9, 0, c, v))
-    sampled = _functions.sample(logits, model.sampling, step=0, uniform=uniform, renoise=renoise)
+    uniform, renoise = functions.noise_uniform(9, 0, 0, c), functions.noise_renoise(9, 0, 0, c, v)
+    logits = session.denoise(functions.noise_canvas(9, 0, c, v))
+    sampled = functions.sample(logits, model.sampling, step=0, uniform=uniform, renoise=renoise)
     session.canvas_begin([CanvasSpec(seed=9)], model.sampling)
     [step] = session.canvas_step()
     assert np.array_equal(sampled.argmax, step.argmax)
@@ -269,9 +270,9 @@ def test_sample_names_a_bad_argument(
         "uniform": np.zeros(3),
         "renoise": np.zeros(3, dtype=np.int32),
     }
-    _functions.sample(sampling=model.sampling, **good)
+    functions.sample(sampling=model.sampling, **good)
     with pytest.raises(error, match=message):
-        _functions.sample(sampling=model.sampling, **{**good, **change})
+        functions.sample(sampling=model.sampling, **{**good, **change})
 
 
 # --------------------------------------------------------------------------------------------------------- metadata
@@ -356,7 +357,7 @@ def test_a_session_keeps_its_model_alive(tiny_gguf: Path) -> None:
 def test_objects_left_open_at_exit_do_no_harm(tiny_gguf: Path) -> None:
     """Neither a model, nor a session under way, nor a reference cycle around them disturbs the interpreter's end."""
     script = f"""
-        import pydiffgguf._native as native
+        import pydiffgguf._binding.native as native
         model = native.NativeModel({os.fspath(tiny_gguf)!r})
         session = native.NativeSession(model, n_ctx=64)
         session.encode({PROMPT})
@@ -457,7 +458,7 @@ def test_closing_a_busy_session_stops_its_call(model: NativeModel, endless: Samp
 
 INTERRUPT = """
     import signal, sys, threading, time
-    import pydiffgguf._native as native
+    import pydiffgguf._binding.native as native
     model = native.NativeModel(sys.argv[1])
     session = native.NativeSession(model, n_ctx=2048, n_threads=1, n_batch=2048)
     ids = [2, *range(20, 420)] * 4

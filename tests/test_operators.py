@@ -1,4 +1,4 @@
-"""The CPU's own operators (csrc/product.h, attention.h, soft.h) against ggml's, on nets of every kind of weights.
+"""The CPU's own operators (csrc/cpu/product.h, attention.h, soft.h) against ggml's, on nets of every kind of weights.
 
 ggml's operators serve devices and are what the own ones must agree with; parity with transformers is tested apart
 (tests/parity). Rows are compared by the norm of the difference over the norm of the row.

@@ -11,7 +11,7 @@ import types
 from pathlib import Path
 
 import pydiffgguf
-from pydiffgguf import _functions, _library
+from pydiffgguf._binding import functions, library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def test_one_version() -> None:
     (declared,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert pydiffgguf.__version__ == declared
     assert importlib.metadata.version("pydiffgguf") == declared
-    assert _functions.build_info()["version"] == declared
+    assert functions.build_info()["version"] == declared
 
 
 def test_the_changelog_knows_this_version() -> None:
@@ -71,7 +71,7 @@ def imported_in_ms(module: str) -> float:
 def test_importing_is_fast() -> None:
     """Under 60 ms without numpy's own time: the package alone, and with the engine's binding loaded."""
     assert imported_in_ms("pydiffgguf") < 60
-    assert imported_in_ms("pydiffgguf._native") < 60
+    assert imported_in_ms("pydiffgguf._binding.native") < 60
 
 
 def test_the_header_compiles_as_c_alone(tmp_path: Path) -> None:
@@ -91,20 +91,20 @@ def test_every_function_of_the_header_is_bound() -> None:
     header = (ROOT / "csrc" / "diffgguf.h").read_text(encoding="utf-8")
     declared = set(re.findall(r"^DG_API .*?\b(dg_\w+)\(", header, re.MULTILINE))
     assert len(declared) > 30
-    assert declared <= set(dir(_library.lib))
+    assert declared <= set(dir(library.lib))
 
 
 def test_four_files_touch_the_c_library() -> None:
-    """_library.py imports ffi and lib; _structs.py, _functions.py and _native.py build on it, and nothing else does."""
+    """library.py imports ffi and lib; structs.py, functions.py and native.py build on it, and nothing else does."""
     files = [*(ROOT / "pydiffgguf").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
     assert len(files) > 10
-    uses = re.compile(r"_diffgguf\b.*import|_library import (?:\([^)]*|[^\n(]*)\b(?:ffi|lib)\b|_library\.(?:ffi|lib)\b")
+    uses = re.compile(r"_diffgguf\b.*import|library import (?:\([^)]*|[^\n(]*)\b(?:ffi|lib)\b|library\.(?:ffi|lib)\b")
     touching = [path.name for path in files if uses.search(path.read_text("utf-8"))]
-    assert sorted(touching) == ["_functions.py", "_library.py", "_native.py", "_structs.py"]
+    assert sorted(touching) == ["functions.py", "library.py", "native.py", "structs.py"]
 
 
 def test_the_vendored_ggml_is_the_pinned_one() -> None:
     """The ggml inside is the version that vendor/requirements.txt names."""
     requirements = (ROOT / "vendor" / "requirements.txt").read_text(encoding="utf-8")
     (pinned,) = re.findall(r"^libggml-python==(\d+\.\d+\.\d+)", requirements, re.MULTILINE)
-    assert _functions.build_info()["ggml_version"] == pinned
+    assert functions.build_info()["ggml_version"] == pinned

@@ -17,7 +17,7 @@ import pytest
 from places import PLACES, Place
 from tiny_checkpoint import make_checkpoint
 
-from pydiffgguf._records import Sampling
+from pydiffgguf._binding.records import Sampling
 from pydiffgguf.convert import convert
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 

@@ -9,10 +9,10 @@ import pytest
 from rpc_servers import Relay, rpc_server
 
 from pydiffgguf import DiffusionModel
-from pydiffgguf._functions import plan_layers
-from pydiffgguf._records import LayerPlan, Needs
-from pydiffgguf.convert.fit import plan, sum_tensors
-from pydiffgguf.convert.inspect import inspect_file
+from pydiffgguf._binding.functions import plan_layers
+from pydiffgguf._binding.records import LayerPlan, Needs
+from pydiffgguf.convert.inspection.fit import plan, sum_tensors
+from pydiffgguf.convert.inspection.inspect import inspect_file
 
 RESERVE = 500_000_000
 HERE, AWAY = "", "127.0.0.1:50052"

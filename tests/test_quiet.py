@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from gguf_rewrite import DROP, rewrite
 
-from pydiffgguf import Choice, DiffusionModel, ModelFormatError, ModelWarning, Stats, _library, demo_model_path
+from pydiffgguf import Choice, DiffusionModel, ModelFormatError, ModelWarning, Stats, demo_model_path
+from pydiffgguf._binding import library
 from pydiffgguf._log import from_ggml
 
 PREFIX = "On Sunday Emma found a"
@@ -96,9 +97,9 @@ def test_a_broken_file_is_an_exception_and_no_line(tmp_path: Path, caplog: pytes
 
 def test_a_line_that_c_hands_over_reaches_the_logger(caplog: pytest.LogCaptureFixture) -> None:
     """The function that the C library is given, called as C calls it; bytes that are no UTF-8 are shown escaped."""
-    log = _library.ffi.addressof(_library.lib, "dg_python_log")
+    log = library.ffi.addressof(library.lib, "dg_python_log")
     with caplog.at_level(logging.DEBUG, "pydiffgguf"):
-        log(3, _library.ffi.new("char[]", b"no \xff room\n"), _library.ffi.NULL)
+        log(3, library.ffi.new("char[]", b"no \xff room\n"), library.ffi.NULL)
     assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
         ("pydiffgguf.ggml", "WARNING", "no \\xff room")
     ]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffgguf import _functions
+from pydiffgguf._binding import functions
 
 Words = npt.NDArray[np.uint32]
 
@@ -74,7 +74,7 @@ def test_numpy_philox_gives_the_published_known_answers(
 
 def test_engine_gives_the_published_known_answer() -> None:
     """Seed 0, canvas 0, row 0 of stream 0 is the all-zero vector: id = 0x6627e8d5 * V >> 32."""
-    assert _functions.noise_canvas(0, 0, 1, 262144)[0] == (0x6627E8D5 * 262144) >> 32
+    assert functions.noise_canvas(0, 0, 1, 262144)[0] == (0x6627E8D5 * 262144) >> 32
     assert words(0, CANVAS, 0, 0, 1)[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
@@ -83,14 +83,14 @@ def test_engine_gives_the_published_known_answer() -> None:
 def test_draws_are_a_pure_function_of_seed_canvas_step_row(seed: int, canvas: int) -> None:
     """Every draw equals the numpy generator at its own counter; the first canvas stands at step 0."""
     n_rows, n_vocab = 24, 509
-    got = _functions.noise_canvas(seed, canvas, n_rows, n_vocab)
+    got = functions.noise_canvas(seed, canvas, n_rows, n_vocab)
     assert got.dtype == np.int32 and got.shape == (n_rows,)
     assert np.array_equal(got, ids(words(seed, CANVAS, canvas, 0, n_rows), n_vocab))
     for step in (0, 1, 47, 2**32 - 1):
-        u = _functions.noise_uniform(seed, canvas, step, n_rows)
+        u = functions.noise_uniform(seed, canvas, step, n_rows)
         assert u.dtype == np.float64 and u.shape == (n_rows,)
         assert np.array_equal(u, uniforms(words(seed, UNIFORM, canvas, step, n_rows)))
-        renoise = _functions.noise_renoise(seed, canvas, step, n_rows, n_vocab)
+        renoise = functions.noise_renoise(seed, canvas, step, n_rows, n_vocab)
         assert renoise.dtype == np.int32 and renoise.shape == (n_rows,)
         assert np.array_equal(renoise, ids(words(seed, RENOISE, canvas, step, n_rows), n_vocab))
 
@@ -106,26 +106,26 @@ def test_draws_are_a_pure_function_of_seed_canvas_step_row(seed: int, canvas: in
 def test_draws_equal_numpy_for_any_arguments(seed: int, canvas: int, step: int, n_rows: int, n_vocab: int) -> None:
     """Also at vocabularies that do not divide 2^32, and at the largest an int32 can name."""
     expected = words(seed, RENOISE, canvas, step, n_rows)
-    assert np.array_equal(_functions.noise_renoise(seed, canvas, step, n_rows, n_vocab), ids(expected, n_vocab))
+    assert np.array_equal(functions.noise_renoise(seed, canvas, step, n_rows, n_vocab), ids(expected, n_vocab))
     expected = words(seed, UNIFORM, canvas, step, n_rows)
-    assert np.array_equal(_functions.noise_uniform(seed, canvas, step, n_rows), uniforms(expected))
+    assert np.array_equal(functions.noise_uniform(seed, canvas, step, n_rows), uniforms(expected))
     expected = words(seed, CANVAS, canvas, 0, n_rows)
-    assert np.array_equal(_functions.noise_canvas(seed, canvas, n_rows, n_vocab), ids(expected, n_vocab))
+    assert np.array_equal(functions.noise_canvas(seed, canvas, n_rows, n_vocab), ids(expected, n_vocab))
 
 
 def test_a_row_does_not_depend_on_how_many_rows_are_asked_for() -> None:
     """Batch and canvas length never change a row's draw."""
-    few, many = _functions.noise_uniform(3, 1, 4, 10), _functions.noise_uniform(3, 1, 4, 256)
+    few, many = functions.noise_uniform(3, 1, 4, 10), functions.noise_uniform(3, 1, 4, 256)
     assert np.array_equal(few, many[:10])
-    assert np.array_equal(_functions.noise_canvas(3, 1, 10, 99), _functions.noise_canvas(3, 1, 256, 99)[:10])
+    assert np.array_equal(functions.noise_canvas(3, 1, 10, 99), functions.noise_canvas(3, 1, 256, 99)[:10])
 
 
 def test_streams_steps_canvases_and_seed_halves_are_apart() -> None:
     """No two of the draws that one generation uses are the same; the seed's high half counts."""
     rows, vocab = 64, 2**31 - 1
-    draws = [_functions.noise_canvas(9, c, rows, vocab) for c in range(3)]
-    draws += [_functions.noise_renoise(9, c, s, rows, vocab) for c in range(3) for s in range(3)]
-    draws += [_functions.noise_renoise(9 + 2**32, 0, 0, rows, vocab)]
+    draws = [functions.noise_canvas(9, c, rows, vocab) for c in range(3)]
+    draws += [functions.noise_renoise(9, c, s, rows, vocab) for c in range(3) for s in range(3)]
+    draws += [functions.noise_renoise(9 + 2**32, 0, 0, rows, vocab)]
     assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
 
 
@@ -135,10 +135,10 @@ def test_ids_and_uniforms_are_uniform() -> None:
     id_counts = np.zeros(n_vocab)
     u_counts = np.zeros(256)
     for step in range(steps):
-        drawn = _functions.noise_renoise(12345, 0, step, n_rows, n_vocab)
+        drawn = functions.noise_renoise(12345, 0, step, n_rows, n_vocab)
         assert drawn.min() >= 0 and drawn.max() < n_vocab
         id_counts += np.bincount(drawn, minlength=n_vocab)
-        u = _functions.noise_uniform(12345, 0, step, n_rows)
+        u = functions.noise_uniform(12345, 0, step, n_rows)
         assert u.min() >= 0.0 and u.max() < 1.0
         u_counts += np.bincount((u * 256).astype(int), minlength=256)
     for counts in (id_counts, u_counts):

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydiffgguf import DiffGGUFError, DiffusionModel
-from pydiffgguf._functions import sample
-from pydiffgguf._records import RawSample, Sampling
+from pydiffgguf._binding.functions import sample
+from pydiffgguf._binding.records import RawSample, Sampling
 from pydiffgguf.session import Canvas, Session
 
 Logits = npt.NDArray[np.float32]

@@ -11,8 +11,8 @@ import pytest
 from shapes import write_head
 
 from pydiffgguf import DiffGGUFError, DiffusionModel
-from pydiffgguf._functions import sample
-from pydiffgguf._records import RawSample, Sampling
+from pydiffgguf._binding.functions import sample
+from pydiffgguf._binding.records import RawSample, Sampling
 
 # All rows are accepted, so that the canvas holds every row's draw.
 OPTIONS = Sampling(

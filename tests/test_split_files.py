@@ -13,7 +13,7 @@ from gguf_rewrite import DROP, Typed, rewrite
 
 from pydiffgguf import DiffusionModel, ModelFormatError
 from pydiffgguf.convert import inspect_file
-from pydiffgguf.convert.report import to_dict
+from pydiffgguf.convert.inspection.report import to_dict
 
 OPENERS: list[Callable[[Path], object]] = [DiffusionModel, inspect_file]
 pytestmark = pytest.mark.parametrize("open_file", OPENERS, ids=["engine", "inspect"])

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pydiffgguf.cli.terminal import LiveCanvas, PlainOutput, escape, is_live_terminal, summary
 from pydiffgguf.generate import Block, DenoiseStep, Generation, Stats
-from pydiffgguf.terminal import LiveCanvas, PlainOutput, escape, is_live_terminal, summary
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.text.tokenizer import Tokenizer
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"]
 WORDS = [

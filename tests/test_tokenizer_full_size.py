@@ -17,7 +17,7 @@ from tiny_checkpoint import SPECIAL_TOKENS, make_checkpoint
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf.convert import convert
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 

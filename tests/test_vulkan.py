@@ -18,7 +18,7 @@ import pytest
 import two_layers
 
 from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel, demo_model_path
-from pydiffgguf._functions import build_info
+from pydiffgguf._binding.functions import build_info
 
 pytestmark = pytest.mark.skipif(
     not any(device["name"].startswith("Vulkan") for device in build_info()["devices"]), reason="no Vulkan device"

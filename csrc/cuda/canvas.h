@@ -1,14 +1,14 @@
 // What happens to a canvas once its rows are drawn: accept, renoise, pin, and the decision to stop; and what of a
-// canvas lives on the device from step to step. What accept_rows, mean_entropy, StabilityHistory (csrc/sampler.h) and
-// CanvasLoop (csrc/loop.h) do, in one block.
+// canvas lives on the device from step to step. What accept_rows, mean_entropy, StabilityHistory
+// (csrc/sample/sampler.h) and CanvasLoop (csrc/session/loop.h) do, in one block.
 //
 // Floor: some 10 KB are read and written; what is left is the launch and two chains of additions on one thread, 256
-// float64 additions at most each. They run in the order of csrc/sampler.cpp: what is accepted depends on their last
-// bits.
+// float64 additions at most each. They run in the order of csrc/sample/sampler.cpp: what is accepted depends on their
+// last bits.
 #pragma once
 
-#include "block.h"
-#include "random.h"
+#include "base/random.h"
+#include "cuda/block.h"
 
 #include <cstdint>
 
@@ -35,7 +35,7 @@ struct Canvas {
     int32_t n_rows;    // at most MAX_ROWS
     int32_t first_row; // its rows in the logits
     int32_t n_vocab;
-    // Rules, [n_rows] each, or null (RowRules in csrc/sampler.h).
+    // Rules, [n_rows] each, or null (RowRules in csrc/sample/sampler.h).
     const int32_t *pinned;
     const int32_t *watched;
     const int32_t *allowed_ends;

@@ -1,8 +1,8 @@
 // The kernels, whose bodies are in row.h, canvas.h and gather.h, and the device that launches them.
-#include "device.h"
-#include "launch.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
 
-#include "gpu_failure.h"
+#include "base/gpu_failure.h"
 
 #include <cuda_runtime.h>
 

@@ -2,7 +2,7 @@
 // ggml's (ggml-common.h); the tests hold each against gguf's own dequantization, bit for bit.
 #pragma once
 
-#include "block.h"
+#include "cuda/block.h"
 
 #include <cstdint>
 #include <cstring>

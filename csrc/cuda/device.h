@@ -2,7 +2,7 @@
 // and the host in the tests, which runs the same bodies serially.
 #pragma once
 
-#include "step.h"
+#include "cuda/step.h"
 
 #include <cstddef>
 #include <memory>

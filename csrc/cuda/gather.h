@@ -1,13 +1,13 @@
 // The self-conditioning signal of one row: the embeddings of its candidates (row.h), weighted by their probabilities.
-// The generic graph multiplies the whole softmax with the whole embedding (build_soft_embedding in csrc/graph.h), which
-// reads all of it for every canvas; here a row reads as many embeddings as it has candidates.
+// The generic graph multiplies the whole softmax with the whole embedding (build_soft_embedding in csrc/pass/graph.h),
+// which reads all of it for every canvas; here a row reads as many embeddings as it has candidates.
 //
 // Floor: the bytes of one embedding for each candidate. At the released shape (2,816 wide, Q6_K: 2,310 bytes) a canvas
 // whose 256 rows have 100 candidates each reads 59 MB: 18 us on an H100, 59 us on an RTX 4090; a settled canvas, with
 // one each, 0.6 MB. The dense product is 378 GFLOP and 605 MB.
 #pragma once
 
-#include "dequantize.h"
+#include "cuda/dequantize.h"
 
 namespace dg::cuda {
 

@@ -1,6 +1,6 @@
-#include "host_device.h"
+#include "cuda/host_device.h"
 
-#include "error.h"
+#include "base/error.h"
 
 #include <cstdlib>
 #include <cstring>

@@ -2,7 +2,7 @@
 // runs on it, so that all of the loop but the launches themselves is tested without a GPU.
 #pragma once
 
-#include "device.h"
+#include "cuda/device.h"
 
 namespace dg::cuda {
 

@@ -1,7 +1,7 @@
 // The three launches of a step (step.h), for the device that makes them all (cuda_device.cu) and for what times each.
 #pragma once
 
-#include "step.h"
+#include "cuda/step.h"
 
 #include <cuda_runtime_api.h>
 

@@ -1,16 +1,16 @@
 // One row of logits, read once: softcap, temperature, greatest, sum, entropy, argmax, and a draw from the softmax;
 // then, of those tiles of the row that matter, the tokens and probabilities that make up the self-conditioning signal.
 //
-// What sample_step (csrc/sampler.h) does with a row, for a block of 512 threads. A warp takes a tile of 512 logits
-// into registers, so a tile's greatest is known before its terms are summed, and the tiles' sums are brought to one
-// scale at the end. The draw walks the tiles' sums and computes one tile again.
+// What sample_step (csrc/sample/sampler.h) does with a row, for a block of 512 threads. A warp takes a tile of 512
+// logits into registers, so a tile's greatest is known before its terms are summed, and the tiles' sums are brought to
+// one scale at the end. The draw walks the tiles' sums and computes one tile again.
 //
 // Floor: 4 bytes a logit, 1.05 MB a row and 268 MB a canvas at the released shape (262,144 logits, 256 rows): 80 us on
 // an H100 (3.35 TB/s), 150 us on an RTX 5090 (1.79 TB/s), 266 us on an RTX 4090 (1.01 TB/s). Twice that where the
 // processed logits are kept. docs/PERFORMANCE.md has nvcc's registers and shared memory.
 #pragma once
 
-#include "block.h"
+#include "cuda/block.h"
 
 #include <cmath>
 #include <cstdint>
@@ -23,7 +23,7 @@ constexpr int TILE = PER_LANE * WARP; // logits that a warp holds in registers
 constexpr int MAX_TILES = 1024;
 constexpr int N_GROUPS = MAX_TILES / WARP; // of 32 tiles each
 constexpr int32_t MAX_VOCAB = TILE * MAX_TILES;
-constexpr float EXP_FLOOR = -87.0f; // as in csrc/sampler.cpp: below it a term is 0 in float32
+constexpr float EXP_FLOOR = -87.0f; // as in csrc/sample/sampler.cpp: below it a term is 0 in float32
 
 using RowBlock = Block<ROW_THREADS>;
 
@@ -141,7 +141,7 @@ struct Lane {
 };
 
 // Sum over a lane's share of a tile. Terms with x = 0 are counted apart: beside a 1, what is below 6e-8 would vanish
-// (csrc/sampler.cpp has the measured bias).
+// (csrc/sample/sampler.cpp has the measured bias).
 DG_HD Sums sum_lane(const float (&values)[PER_LANE], float greatest) {
     float ones = 0.0f;
     float weight = 0.0f;

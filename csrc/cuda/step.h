@@ -3,9 +3,9 @@
 // theirs.
 #pragma once
 
-#include "canvas.h"
-#include "gather.h"
-#include "row.h"
+#include "cuda/canvas.h"
+#include "cuda/gather.h"
+#include "cuda/row.h"
 
 #include <cstdint>
 

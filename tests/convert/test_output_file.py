@@ -22,8 +22,8 @@ import pytest
 from convert_files import SHAPE, read_keys, write_safetensors
 
 from pydiffgguf.convert import ConvertProgress, convert
-from pydiffgguf.convert.checkpoint import wanted_tensors
-from pydiffgguf.convert.config import parse_config
+from pydiffgguf.convert.source.checkpoint import wanted_tensors
+from pydiffgguf.convert.source.config import parse_config
 
 
 def test_an_unknown_type_lists_the_known_ones(source: Path, tmp_path: Path) -> None:

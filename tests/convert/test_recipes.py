@@ -16,7 +16,8 @@ import tiny_checkpoint
 from convert_files import read_keys, read_tensors
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from pydiffgguf import DiffusionModel, _functions, demo_model_path
+from pydiffgguf import DiffusionModel, demo_model_path
+from pydiffgguf._binding import functions
 from pydiffgguf.convert import convert, imatrix
 from pydiffgguf.convert.recipes import RECIPES, Override, TypeRules, fallback
 from pydiffgguf.convert.writing import PlannedTensor, padded, plan_tensors
@@ -180,9 +181,7 @@ def test_matrices_are_what_ggmls_quantizer_makes_of_their_rows(wide: Path, tmp_p
             continue
         row = int(was.shape[0])
         floats = gguf.dequantize(was.data, was.tensor_type).astype(np.float32).reshape(-1, row)
-        one_by_one = [
-            _functions.quantize_rows(r, int(T.F32), int(tensor.tensor_type), row, n_threads=1) for r in floats
-        ]
+        one_by_one = [functions.quantize_rows(r, int(T.F32), int(tensor.tensor_type), row, n_threads=1) for r in floats]
         np.testing.assert_array_equal(np.concatenate(one_by_one).ravel(), tensor.data.view(np.uint8).ravel(), name)
         changed += 1
     assert changed > 10
@@ -298,9 +297,9 @@ def test_an_importance_matrix_reaches_each_experts_rows(wide: Path, tmp_path: Pa
     # The file holds float32 sums, which are divided again: two roundings of 6e-8 each.
     np.testing.assert_allclose(weights, means["blk.1.ffn_gate_up_exps.weight"], rtol=1e-6)
     for i, expert in enumerate(floats):
-        expected = _functions.quantize_rows(expert, int(T.F32), int(T.Q4_K), 256, importance=weights[i])
+        expected = functions.quantize_rows(expert, int(T.F32), int(T.Q4_K), 256, importance=weights[i])
         np.testing.assert_array_equal(expected, made.data[i])
-    plain = _functions.quantize_rows(floats, int(T.F32), int(T.Q4_K), 256)
+    plain = functions.quantize_rows(floats, int(T.F32), int(T.Q4_K), 256)
     assert (plain.reshape(made.data.shape) != made.data).any()
 
 
@@ -338,16 +337,16 @@ def write_f32(wide: Path, tmp_path: Path) -> Path:
 def test_rows_are_checked_before_they_are_used() -> None:
     ones = np.ones(256, np.float32)
     with pytest.raises(ValueError, match="not whole rows"):
-        _functions.quantize_rows(ones[:-1], 0, int(T.Q4_K), 256)
+        functions.quantize_rows(ones[:-1], 0, int(T.Q4_K), 256)
     with pytest.raises(ValueError, match="do not divide"):
-        _functions.quantize_rows(ones, 0, int(T.Q4_K), 128)
+        functions.quantize_rows(ones, 0, int(T.Q4_K), 128)
     with pytest.raises(ValueError, match="importance"):
-        _functions.quantize_rows(ones, 0, int(T.Q4_K), 256, importance=-ones)
+        functions.quantize_rows(ones, 0, int(T.Q4_K), 256, importance=-ones)
     with pytest.raises(ValueError):
-        _functions.quantize_rows(ones, 0, 9999, 256)
+        functions.quantize_rows(ones, 0, 9999, 256)
     with pytest.raises(UnsupportedError, match="beyond the range"):
-        _functions.quantize_rows(ones * np.float32(1e6), 0, int(T.Q4_K), 256)
-    assert _functions.quantize_rows(ones[:0], 0, int(T.Q4_K), 256).shape == (0, 144)
+        functions.quantize_rows(ones * np.float32(1e6), 0, int(T.Q4_K), 256)
+    assert functions.quantize_rows(ones[:0], 0, int(T.Q4_K), 256).shape == (0, 144)
 
 
 # ------------------------------------------------------------------------------------------------------- command

@@ -17,7 +17,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 from transformers.models.diffusion_gemma.configuration_diffusion_gemma import DiffusionGemmaTextConfig
 
 from pydiffgguf.convert import convert
-from pydiffgguf.convert.config import parse_config
+from pydiffgguf.convert.source.config import parse_config
 from pydiffgguf.errors import UnsupportedError
 
 

@@ -14,9 +14,9 @@ import torch
 from convert_files import Weights, read_keys, read_tensors
 
 from pydiffgguf.convert import convert
-from pydiffgguf.convert.checkpoint import Checkpoint, CheckpointTensor, wanted_tensors
-from pydiffgguf.convert.config import parse_config
 from pydiffgguf.convert.recipes import RECIPES, TypeRules
+from pydiffgguf.convert.source.checkpoint import Checkpoint, CheckpointTensor, wanted_tensors
+from pydiffgguf.convert.source.config import parse_config
 from pydiffgguf.convert.writing import plan_tensors
 
 # The dialect's keys with their types and the values that the default tiny checkpoint must give; written out here, so
@@ -263,10 +263,10 @@ def test_the_released_shape_gives_the_published_count_and_sizes() -> None:
 
 
 def test_the_engines_names_are_the_converters() -> None:
-    """csrc/names.h and convert/names.py hold the same tensors, and no key that the other does not know."""
+    """csrc/file/names.h and convert/names.py hold the same tensors, and no key that the other does not know."""
     from pydiffgguf.convert import names
 
-    text = (Path(__file__).parents[2] / "csrc" / "names.h").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "csrc" / "file" / "names.h").read_text(encoding="utf-8")
     engine = dict(re.findall(r'constexpr const char \*(\w+) = "([^"]+)";', text))
     assert engine.pop("ARCHITECTURE") == names.ARCHITECTURE
     keys = {value for name, value in engine.items() if name.startswith("KEY_")}

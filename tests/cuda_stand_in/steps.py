@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel
-from pydiffgguf._functions import noise_renoise, noise_uniform, sample
+from pydiffgguf._binding.functions import noise_renoise, noise_uniform, sample
 
 #: Counts in runtime.cpp, in its order.
 COUNTS = (

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
-from pydiffgguf.template import BASE_UNITS, UNITS_PER_CHARACTER, ChatTemplate, TemplateRefusal
-from pydiffgguf.tokenizer import Tokenizer
+from pydiffgguf.text.template import BASE_UNITS, UNITS_PER_CHARACTER, ChatTemplate, TemplateRefusal
+from pydiffgguf.text.tokenizer import Tokenizer
 
 HANG_SECONDS = 2.0
 MOST_CHARACTERS = 4000

@@ -1,7 +1,7 @@
 // The CUDA kernels' bodies on the host, for tests/test_kernels.py: C functions that ctypes can call. Compiled by the
-// test itself, with csrc/cuda/device_loop.cpp and host_device.cpp.
-#include "device_loop.h"
-#include "host_device.h"
+// test itself, with csrc/session/device_loop.cpp and host_device.cpp.
+#include "cuda/host_device.h"
+#include "session/device_loop.h"
 
 #include <cmath>
 #include <cstdlib>

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from nets import Net
 
-from pydiffgguf import DenoiseStep, DiffusionModel, _functions, demo_model_path
+from pydiffgguf import DenoiseStep, DiffusionModel, demo_model_path
+from pydiffgguf._binding import functions
 from pydiffgguf.session import Canvas
 
 
@@ -50,13 +51,13 @@ def test_seed_is_philox_noise_by_canvas_and_step(net: Callable[[str], Net]) -> N
 
     class Drawn:
         def canvas(self, c: int) -> np.ndarray:
-            return _functions.noise_canvas(seed, c, n.canvas_length, n.vocab_size)
+            return functions.noise_canvas(seed, c, n.canvas_length, n.vocab_size)
 
         def uniform(self, c: int, step: int) -> np.ndarray:
-            return _functions.noise_uniform(seed, c, step, n.canvas_length)
+            return functions.noise_uniform(seed, c, step, n.canvas_length)
 
         def renoise(self, c: int, step: int) -> np.ndarray:
-            return _functions.noise_renoise(seed, c, step, n.canvas_length, n.vocab_size)
+            return functions.noise_renoise(seed, c, step, n.canvas_length, n.vocab_size)
 
     with DiffusionModel(n.gguf(), n_ctx=512, n_threads=1) as model:
         session = model.session()

@@ -32,7 +32,7 @@ from reference import (
 )
 from test_trajectory import PATH_ENTROPY
 
-from pydiffgguf._records import RawStep
+from pydiffgguf._binding.records import RawStep
 from pydiffgguf.session import Canvas, CanvasSpec, Session, Step, resolve_sampling
 
 pytestmark = pytest.mark.parity

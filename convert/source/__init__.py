@@ -1,0 +1,1 @@
+"""Where tensors come from: checkpoint folders and GGUF files."""

@@ -1,0 +1,65 @@
+// Products of quantized weights in 8-bit integers, where the processor multiplies them faster than floats (AVX-512
+// VNNI: 2.5 times). Weights keep the quants that they have in the file; of activations each 32 values of a column share
+// a scale, as in Q8_0. Everything else is as in tile.h: column blocks, and sums in a fixed order.
+#pragma once
+
+#include "cpu/tile.h"
+
+#include "ggml.h"
+
+#include <cstddef>
+#include <cstdint>
+
+#if DG_HAS_TILES && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#    define DG_HAS_INT8 1
+#else
+#    define DG_HAS_INT8 0
+#endif
+
+#if DG_HAS_TILES
+namespace dg {
+
+constexpr int64_t GROUP = 32; // values that share a scale
+
+// Whether weights of the type are multiplied as integers here.
+bool has_int8_product(ggml_type type);
+
+#    if DG_HAS_INT8
+
+// GROUP values of each column of a block.
+struct GroupColumns {
+    int8_t quants[GROUP / 4][COLUMNS][4]; // four values of a column side by side
+    float scale[COLUMNS];
+    int32_t sum[2][COLUMNS]; // of the quants of each half
+};
+
+// [depth, COLUMNS] floats, depth a multiple of GROUP -> depth / GROUP groups
+void quantize_columns(const float *block, int64_t depth, GroupColumns *out);
+
+// Weights of a few rows, as integers from 0 on.
+struct IntRows {
+    static constexpr int64_t DEPTH = 1024;             // of a row at a time; a multiple of every block
+    static constexpr int64_t ROW = DEPTH + 64;         // bytes between rows
+    static constexpr int64_t SCALES = DEPTH / 16 + 16; // floats between rows
+
+    uint8_t *quants; // [rows, ROW]
+    float *scales;   // [rows, SCALES]: one for each `step` values
+    float *minima;   // [rows, SCALES]: what each GROUP values are lowered by; only where the type has them
+
+    static constexpr int64_t floats(int64_t rows) { return rows * (ROW / 4 + 2 * SCALES); }
+    IntRows(float *memory, int64_t rows)
+        : quants(reinterpret_cast<uint8_t *>(memory)), scales(memory + rows * (ROW / 4)),
+          minima(scales + rows * SCALES) {}
+};
+
+// n values (at most DEPTH) of a row that begins at `data` -> row `row` of `rows`.
+void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows, int64_t row);
+
+// out [n_rows, COLUMNS] = rows times a block of columns (or is added to), over `depth` values.
+void multiply_int8(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const GroupColumns *x,
+                   float *out, bool narrow, bool add);
+
+#    endif
+
+} // namespace dg
+#endif

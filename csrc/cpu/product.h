@@ -1,0 +1,53 @@
+// Matrix products and experts on the CPU, as ggml custom operators: weights are decoded where they lie in the file,
+// some rows at a time, and multiplied in float32 with blocks of columns (tile.h). Nothing is repacked at load and
+// activations are not quantized. Which thread computes what never changes a bit.
+#pragma once
+
+#include "cpu/tile.h"
+#include "cpu/work.h"
+
+#include "ggml.h"
+
+#include <cstdint>
+
+namespace dg {
+
+// What a matrix is multiplied with; its forms are made when a product wants them, once for all matrices that share it.
+struct Operand {
+    ggml_tensor *rows = nullptr; // [depth, n]
+    int64_t n = 0;
+    ggml_tensor *floats = nullptr;   // column blocks
+    ggml_tensor *integers = nullptr; // column blocks, quantized
+};
+
+#if DG_HAS_TILES
+
+// Floats that each thread needs in the scratch tensor.
+int64_t product_scratch(int64_t n_embd, int64_t n_ff_exp);
+
+// Builds operators into one graph. `scratch`: F32 [floats of a thread, threads]; shared by all operators, since they
+// run one after the other.
+class ProductOps {
+  public:
+    ProductOps(ggml_context *ctx, WorkList &work, ggml_tensor *scratch) : ctx_(ctx), work_(work), scratch_(scratch) {}
+
+    // w [depth, n_out] times x -> [n_out, n]; softcapped where softcap > 0
+    ggml_tensor *multiply(ggml_tensor *w, Operand &x, float softcap = 0.0f) const;
+    // gelu_tanh(gate x) * (up x)
+    Operand gated(ggml_tensor *gate, ggml_tensor *up, Operand &x) const;
+    // x [n_embd, n] through the experts that `selected` I32 [n_used, n] names -> [n_embd, n]: the sum of their outputs,
+    // times `weights` F32 [n_used, n]. Either gate_up [n_embd, 2 X, E] or gate and up [n_embd, X, E].
+    ggml_tensor *experts(ggml_tensor *x, ggml_tensor *selected, ggml_tensor *weights, ggml_tensor *gate_up,
+                         ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) const;
+
+  private:
+    ggml_context *ctx_;
+    WorkList &work_;
+    ggml_tensor *scratch_;
+
+    ggml_tensor *blocks(Operand &x, bool int8) const;
+};
+
+#endif
+
+} // namespace dg

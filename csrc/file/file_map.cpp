@@ -1,0 +1,267 @@
+#include "file/file_map.h"
+
+#include "base/error.h"
+#include "base/process.h"
+
+#include <cerrno>
+#include <cstring>
+#include <new>
+
+#ifdef _WIN32
+#    define WIN32_LEAN_AND_MEAN
+#    ifndef NOMINMAX // MinGW's C++ headers have it
+#        define NOMINMAX
+#    endif
+#    include <io.h>
+#    include <process.h>
+#    include <windows.h>
+#else
+#    include <fcntl.h>
+#    include <sys/mman.h>
+#    include <sys/stat.h>
+#    include <unistd.h>
+#endif
+
+namespace dg {
+namespace {
+
+[[noreturn]] void fail_io(const std::string &path, const char *what) {
+    throw Error(DG_ERROR_IO, format("%s: %s: %s", path.c_str(), what, std::strerror(errno)));
+}
+
+#ifdef _WIN32
+// Paths are UTF-8; the calls that take bytes would read them in the system's code page.
+std::wstring wide(const std::string &text) {
+    const int size = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.c_str(), -1, nullptr, 0);
+    if (size <= 0) {
+        throw Error(DG_ERROR_IO, format("%s: the path is not UTF-8", text.c_str()));
+    }
+    std::wstring result(static_cast<size_t>(size), L'\0');
+    MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.c_str(), -1, result.data(), size);
+    result.pop_back(); // the NUL
+    return result;
+}
+
+std::FILE *open_file(const std::string &path, const char *mode) {
+    return _wfopen(wide(path).c_str(), wide(mode).c_str());
+}
+
+void remove_file(const std::string &path) { _wremove(wide(path).c_str()); }
+
+bool replace_file(const std::string &from, const std::string &to) {
+    return MoveFileExW(wide(from).c_str(), wide(to).c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
+}
+#else
+std::FILE *open_file(const std::string &path, const char *mode) { return std::fopen(path.c_str(), mode); }
+
+void remove_file(const std::string &path) { std::remove(path.c_str()); }
+
+bool replace_file(const std::string &from, const std::string &to) { return std::rename(from.c_str(), to.c_str()) == 0; }
+#endif
+
+class ReadFile final : public FileBytes {
+  public:
+    explicit ReadFile(const std::string &path) {
+#ifndef _WIN32
+        struct stat status = {};
+        if (::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) { // opening a pipe would wait for a writer
+            throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
+        }
+#endif
+        std::FILE *file = open_file(path, "rb");
+        if (!file) {
+            fail_io(path, "cannot open");
+        }
+        const std::unique_ptr<std::FILE, int (*)(std::FILE *)> closer(file, std::fclose);
+#ifdef _WIN32
+        const int seek_failed = _fseeki64(file, 0, SEEK_END);
+        const long long end = _ftelli64(file);
+#else
+        const int seek_failed = fseeko(file, 0, SEEK_END);
+        const off_t end = ftello(file);
+#endif
+        if (seek_failed || end < 0) {
+            fail_io(path, "cannot find its size");
+        }
+        std::rewind(file);
+        size_ = static_cast<size_t>(end);
+        check_memory(path + ": the file", size_);
+        // ggml wants weights on 32-byte boundaries; a GGUF's tensors are aligned relative to the start of the file.
+        bytes_.reset(static_cast<unsigned char *>(::operator new(size_ ? size_ : 1, ALIGNMENT, std::nothrow)));
+        if (!bytes_) {
+            throw Error(DG_ERROR_MEMORY, format("%s: %zu bytes of memory were refused", path.c_str(), size_));
+        }
+        if (std::fread(bytes_.get(), 1, size_, file) != size_) {
+            if (std::ferror(file)) {
+                fail_io(path, "cannot read");
+            }
+            throw Error(DG_ERROR_IO, format("%s: it was cut while it was read", path.c_str()));
+        }
+        data_ = bytes_.get();
+    }
+
+  private:
+    static constexpr std::align_val_t ALIGNMENT{64};
+    struct Delete {
+        void operator()(unsigned char *bytes) const { ::operator delete(bytes, ALIGNMENT); }
+    };
+    std::unique_ptr<unsigned char, Delete> bytes_;
+};
+
+class MappedFile final : public FileBytes {
+  public:
+#ifdef _WIN32
+    explicit MappedFile(const std::string &path) {
+        const HANDLE file =
+            CreateFileW(wide(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
+        if (file == INVALID_HANDLE_VALUE) {
+            throw Error(DG_ERROR_IO, format("%s: cannot open: error %lu", path.c_str(), GetLastError()));
+        }
+        LARGE_INTEGER size = {};
+        const bool sized = GetFileSizeEx(file, &size);
+        const HANDLE mapping = sized ? CreateFileMappingW(file, nullptr, PAGE_READONLY, 0, 0, nullptr) : nullptr;
+        const DWORD failure = GetLastError();
+        CloseHandle(file);
+        if (!mapping) {
+            throw Error(DG_ERROR_IO, format("%s: cannot map: error %lu", path.c_str(), failure));
+        }
+        data_ = static_cast<const unsigned char *>(MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0));
+        CloseHandle(mapping);
+        if (!data_) {
+            throw Error(DG_ERROR_IO, format("%s: cannot map: error %lu", path.c_str(), GetLastError()));
+        }
+        size_ = static_cast<size_t>(size.QuadPart);
+    }
+    ~MappedFile() override { UnmapViewOfFile(data_); }
+#else
+    explicit MappedFile(const std::string &path)
+        : path_(path), file_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        if (file_.fd < 0) {
+            fail_io(path, "cannot open");
+        }
+        if (::fstat(file_.fd, &opened_) != 0) {
+            fail_io(path, "cannot stat");
+        }
+        if (!S_ISREG(opened_.st_mode)) {
+            throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
+        }
+        size_ = static_cast<size_t>(opened_.st_size);
+        if (size_ > 0) {
+            void *address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, file_.fd, 0);
+            if (address == MAP_FAILED) {
+                if (errno == ENOMEM) {
+                    throw Error(DG_ERROR_MEMORY,
+                                format("%s: %zu bytes of address space were refused", path.c_str(), size_));
+                }
+                fail_io(path, "cannot map");
+            }
+            data_ = static_cast<const unsigned char *>(address);
+        }
+    }
+    ~MappedFile() override {
+        if (data_) {
+            ::munmap(const_cast<unsigned char *>(data_), size_);
+        }
+    }
+    void check_unchanged() const override {
+        struct stat now = {};
+        if (::fstat(file_.fd, &now) == 0 && now.st_size == opened_.st_size && same_time(now, opened_)) {
+            return;
+        }
+        throw Error(DG_ERROR_IO,
+                    format("%s: it was changed after it was opened: open it again, and with use_mmap off if "
+                           "it is written to in place",
+                           path_.c_str()));
+    }
+
+  private:
+    // Closes itself when the constructor throws, too.
+    struct Descriptor {
+        explicit Descriptor(int opened) : fd(opened) {}
+        Descriptor(const Descriptor &) = delete;
+        Descriptor &operator=(const Descriptor &) = delete;
+        ~Descriptor() {
+            if (fd >= 0) {
+                ::close(fd);
+            }
+        }
+        const int fd;
+    };
+
+    static bool same_time(const struct stat &a, const struct stat &b) {
+#    ifdef __APPLE__
+        return a.st_mtimespec.tv_sec == b.st_mtimespec.tv_sec && a.st_mtimespec.tv_nsec == b.st_mtimespec.tv_nsec;
+#    else
+        return a.st_mtim.tv_sec == b.st_mtim.tv_sec && a.st_mtim.tv_nsec == b.st_mtim.tv_nsec;
+#    endif
+    }
+
+    std::string path_;
+    Descriptor file_; // stays open, for check_unchanged
+    struct stat opened_ = {};
+
+  public:
+#endif
+    MappedFile(const MappedFile &) = delete;
+    MappedFile &operator=(const MappedFile &) = delete;
+};
+
+} // namespace
+
+std::unique_ptr<FileBytes> FileBytes::open(const std::string &path, bool map) {
+    if (map) {
+        return std::make_unique<MappedFile>(path);
+    }
+    return std::make_unique<ReadFile>(path);
+}
+
+AtomicFile::AtomicFile(const std::string &path) : path_(path) {
+#ifdef _WIN32
+    temporary_ = path + format(".tmp%d", _getpid());
+#else
+    temporary_ = path + format(".tmp%d", static_cast<int>(::getpid()));
+#endif
+    file_ = open_file(temporary_, "wb");
+    if (!file_) {
+        fail_io(path_, "cannot write");
+    }
+}
+
+AtomicFile::~AtomicFile() {
+    if (file_) {
+        std::fclose(file_);
+        remove_file(temporary_);
+    }
+}
+
+void AtomicFile::write(const void *data, size_t size) {
+    if (size > 0 && std::fwrite(data, 1, size, file_) != size) {
+        fail_io(path_, "cannot write");
+    }
+}
+
+void AtomicFile::commit() {
+    if (std::fflush(file_) != 0) {
+        fail_io(path_, "cannot write");
+    }
+#ifdef _WIN32
+    const bool synced = _commit(_fileno(file_)) == 0;
+#else
+    const bool synced = ::fsync(fileno(file_)) == 0;
+#endif
+    if (!synced) {
+        fail_io(path_, "cannot write");
+    }
+    std::FILE *file = file_;
+    file_ = nullptr;
+    const bool closed = std::fclose(file) == 0;
+    const bool renamed = closed && replace_file(temporary_, path_);
+    if (!renamed) {
+        const int reason = errno;
+        remove_file(temporary_);
+        errno = reason;
+        fail_io(path_, "cannot write");
+    }
+}
+
+} // namespace dg

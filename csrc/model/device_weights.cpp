@@ -1,0 +1,76 @@
+#include "model/device_weights.h"
+
+#include "base/error.h"
+
+#include "ggml-alloc.h"
+
+#include <algorithm>
+
+namespace dg {
+namespace {
+
+// An upload goes in pieces: ggml's RPC copies what it sends, and the experts of a layer are hundreds of megabytes.
+constexpr size_t PIECE = 8 << 20;
+
+} // namespace
+
+DeviceWeights::DeviceWeights(const Devices &devices, size_t n_tensors) : devices_(devices) {
+    for (size_t i = 0; i <= devices.size(); ++i) {
+        ggml_init_params params = {};
+        params.mem_size = n_tensors * ggml_tensor_overhead();
+        params.no_alloc = true;
+        contexts_.emplace_back(ggml_init(params));
+        if (!contexts_.back()) {
+            throw Error(DG_ERROR_MEMORY, format("%zu bytes for tensor headers were refused", params.mem_size));
+        }
+    }
+}
+
+DeviceWeights::~DeviceWeights() {
+    const Devices::Turn turn(devices_);
+    buffers_.clear();
+}
+
+ggml_tensor *DeviceWeights::add(int32_t device, const ggml_tensor *tensor, const void *data) {
+    ggml_tensor *copy = ggml_dup_tensor(contexts_[static_cast<size_t>(device)].get(), tensor);
+    ggml_set_name(copy, ggml_get_name(tensor));
+    sources_.push_back({copy, data, {}});
+    return copy;
+}
+
+ggml_tensor *DeviceWeights::add(int32_t device, std::vector<float> values, int64_t ne0, int64_t ne1) {
+    ggml_tensor *tensor = ggml_new_tensor_2d(contexts_[static_cast<size_t>(device)].get(), GGML_TYPE_F32, ne0, ne1);
+    sources_.push_back({tensor, nullptr, std::move(values)});
+    return tensor;
+}
+
+void DeviceWeights::load() {
+    for (size_t i = 0; i < contexts_.size(); ++i) {
+        ggml_context *ctx = contexts_[i].get();
+        if (!ggml_get_first_tensor(ctx)) {
+            continue;
+        }
+        const auto device = static_cast<int32_t>(i);
+        buffers_.push_back(devices_.allocate(ctx, device, "weights"));
+        ggml_backend_buffer_set_usage(buffers_.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
+    for (const Source &source : sources_) {
+        const auto *data = static_cast<const char *>(source.data ? source.data : source.values.data());
+        const size_t size = ggml_nbytes(source.tensor);
+        for (size_t done = 0; done < size; done += PIECE) {
+            ggml_backend_tensor_set(source.tensor, data + done, done, std::min(PIECE, size - done));
+        }
+    }
+    sources_.clear();
+}
+
+size_t DeviceWeights::bytes(int32_t device) const {
+    size_t n = 0;
+    ggml_context *ctx = contexts_[static_cast<size_t>(device)].get();
+    for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        n += ggml_nbytes(t);
+    }
+    return n;
+}
+
+} // namespace dg

@@ -1,0 +1,43 @@
+// Weights that are not used where they lie in the file: small tensors made at load, and what goes to a device.
+#pragma once
+
+#include "model/devices.h"
+
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace dg {
+
+class DeviceWeights {
+  public:
+    // `n_tensors`: the most that add() will be called for.
+    DeviceWeights(const Devices &devices, size_t n_tensors);
+    ~DeviceWeights();
+    DeviceWeights(const DeviceWeights &) = delete;
+    DeviceWeights &operator=(const DeviceWeights &) = delete;
+
+    // A tensor like `tensor` on a device; `data` must stay until load().
+    ggml_tensor *add(int32_t device, const ggml_tensor *tensor, const void *data);
+    // A float32 tensor of these values.
+    ggml_tensor *add(int32_t device, std::vector<float> values, int64_t ne0, int64_t ne1 = 1);
+    // Allocates all of them and fills them. Throws MEMORY.
+    void load();
+
+    // Bytes of the tensors on a device.
+    size_t bytes(int32_t device) const;
+
+  private:
+    struct Source {
+        ggml_tensor *tensor;
+        const void *data;
+        std::vector<float> values; // what `data` points to, if it is not somebody else's
+    };
+    const Devices &devices_;
+    std::vector<ggml_context_ptr> contexts_; // of each device
+    std::vector<BufferPtr> buffers_;
+    std::vector<Source> sources_;
+};
+
+} // namespace dg

@@ -1,0 +1,538 @@
+// Checks a file's figures and the shape of every tensor that is used, and binds them once.
+#include "model/model.h"
+
+#include "base/error.h"
+#include "file/gguf_keys.h"
+#include "file/names.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+
+#include <cinttypes>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+
+namespace dg {
+namespace {
+
+constexpr int32_t RELEASED_CANVAS = 256;
+
+std::string shape_text(const int64_t *ne, int n) {
+    std::string text = "[";
+    for (int i = 0; i < n; ++i) {
+        text += format("%s%" PRId64, i ? ", " : "", ne[i]);
+    }
+    return text + "]";
+}
+
+bool ends_with(const std::string &text, const std::string &tail) {
+    return text.size() >= tail.size() && text.compare(text.size() - tail.size(), tail.size(), tail) == 0;
+}
+
+uint64_t fnv1a(uint64_t hash, const void *data, size_t size) {
+    const auto *bytes = static_cast<const unsigned char *>(data);
+    for (size_t i = 0; i < size; ++i) {
+        hash = (hash ^ bytes[i]) * 1099511628211ull;
+    }
+    return hash;
+}
+
+} // namespace
+
+dg_sampling released_sampling() {
+    dg_sampling sampling = {};
+    sampling.steps = 48;
+    sampling.max_steps = 0;
+    sampling.stability_threshold = 1;
+    sampling.t_min = 0.4;
+    sampling.t_max = 0.8;
+    sampling.entropy_bound = 0.1;
+    sampling.confidence_threshold = 0.005;
+    return sampling;
+}
+
+void check_sampling(const dg_sampling &s) {
+    const auto check_count = [](const char *name, int32_t value, int32_t least) {
+        if (value < least || value > 1000000) {
+            throw Error(DG_ERROR_ARGUMENT, format("%s is %d: it must be from %d to 1000000", name, value, least));
+        }
+    };
+    const auto check_real = [](const char *name, double value, bool zero_allowed) {
+        if (!std::isfinite(value) || value < 0.0 || (!zero_allowed && value == 0.0)) {
+            throw Error(DG_ERROR_ARGUMENT,
+                        format("%s is %g: it must be a finite number %s 0", name, value, zero_allowed ? ">=" : ">"));
+        }
+    };
+    check_count("steps", s.steps, 1);
+    check_count("max_steps", s.max_steps, 0);
+    check_count("stability_threshold", s.stability_threshold, 0);
+    check_real("t_min", s.t_min, true);
+    check_real("t_max", s.t_max, false);
+    check_real("entropy_bound", s.entropy_bound, true);
+    check_real("confidence_threshold", s.confidence_threshold, true);
+    if (s.t_max < s.t_min) {
+        throw Error(DG_ERROR_ARGUMENT, format("t_max is %g: it must be at least t_min, %g", s.t_max, s.t_min));
+    }
+    if (s.t_min == 0.0 && s.t_max / s.steps < 1e-6) {
+        throw Error(DG_ERROR_ARGUMENT, format("t_max is %g: the last step's temperature would be 0", s.t_max));
+    }
+}
+
+// Reads one file into one Model; everything that can be wrong with a file is found here.
+class ModelReader {
+  public:
+    ModelReader(Model &model, const std::string &path)
+        : model_(model), path_(path), files_(*model.files_), keys_(path, files_.keys()) {}
+
+    void read(const dg_model_options &options) {
+        read_config();
+        model_.placement_ = place_layers(sizes_of(model_, options.expected), *model_.devices_, options);
+        bind();
+        model_.fingerprint_ = fnv1a(model_.fingerprint_, &model_.config_, sizeof model_.config_);
+    }
+
+  private:
+    Model &model_;
+    const std::string &path_;
+    const GgufFiles &files_;
+    const GgufKeys keys_;
+    int32_t device_ = 0; // where what is bound now goes
+
+    [[noreturn]] void fail(dg_status status, const std::string &what) const {
+        throw Error(status, path_ + ": " + what);
+    }
+    [[noreturn]] void fail_format(const std::string &what) const { fail(DG_ERROR_FORMAT, what); }
+
+    // -------------------------------------------------------------------------------------------------- keys
+
+    void read_config() {
+        const std::string architecture = keys_.text(names::KEY_ARCHITECTURE);
+        if (architecture != names::ARCHITECTURE) {
+            fail_format("general.architecture is \"" + architecture + "\", expected \"" + names::ARCHITECTURE + "\"");
+        }
+
+        dg_config &c = model_.config_;
+        c.n_layer = keys_.integer(names::KEY_BLOCK_COUNT, 1, MAX_LAYERS);
+        c.n_embd = keys_.integer(names::KEY_EMBEDDING_LENGTH, 1, MAX_WIDTH);
+        c.n_ff = keys_.integer(names::KEY_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
+        c.n_head = keys_.integer(names::KEY_HEAD_COUNT, 1, MAX_HEADS);
+        c.n_expert = keys_.integer(names::KEY_EXPERT_COUNT, 1, MAX_EXPERTS);
+        c.n_expert_used = keys_.integer(names::KEY_EXPERT_USED_COUNT, 1, c.n_expert);
+        c.n_ff_exp = keys_.integer(names::KEY_EXPERT_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
+        c.sliding_window = keys_.integer(names::KEY_SLIDING_WINDOW, 2, MAX_CONTEXT);
+        c.canvas_length = canvas_length();
+        // A session needs a prefix of one token and the canvas.
+        c.n_ctx_train = keys_.integer(names::KEY_CONTEXT_LENGTH, c.canvas_length + 1, MAX_CONTEXT);
+        c.norm_eps = static_cast<float>(keys_.real(names::KEY_RMS_EPSILON, 0.0, 1.0));
+        c.logit_softcap = static_cast<float>(keys_.real(names::KEY_FINAL_LOGIT_SOFTCAPPING, 0.0, 1e6));
+        c.rope_base_full = static_cast<float>(keys_.real(names::KEY_ROPE_FREQ_BASE, 1.0, 1e12));
+        c.rope_base_sliding = static_cast<float>(keys_.real(names::KEY_ROPE_FREQ_BASE_SWA, 1.0, 1e12));
+        refuse_unless_zero(names::KEY_SHARED_KV_LAYERS);
+        refuse_unless_zero(names::KEY_EMBEDDING_LENGTH_PER_LAYER);
+        read_layers();
+        read_sampling();
+        read_vocabulary();
+        c.has_self_conditioning =
+            find(pre_norm()) || find(names::SELF_COND_GATE) || find(names::SELF_COND_UP) || find(names::SELF_COND_DOWN);
+    }
+
+    void read_vocabulary() {
+        const FileTensor *found = find(names::TOKEN_EMBD);
+        if (!found) {
+            fail_format(std::string("tensor ") + names::TOKEN_EMBD + " is missing");
+        }
+        const int64_t n = found->tensor->ne[1];
+        if (n < 2 || n > MAX_VOCAB) {
+            fail_format(
+                format("tensor %s has %" PRId64 " rows, expected 2 to %" PRId64, names::TOKEN_EMBD, n, MAX_VOCAB));
+        }
+        model_.config_.n_vocab = static_cast<int32_t>(n);
+    }
+
+    const char *pre_norm() const {
+        return find(names::SELF_COND_PRE_NORM) ? names::SELF_COND_PRE_NORM : names::SELF_COND_NORM;
+    }
+
+    // A program that writes self_cond_norm for self_cond_pre_norm has the released canvas built in and no key for it.
+    int32_t canvas_length() {
+        if (keys_.has(names::KEY_CANVAS_LENGTH) || !find(names::SELF_COND_NORM)) {
+            return keys_.integer(names::KEY_CANVAS_LENGTH, 1, MAX_CANVAS);
+        }
+        model_.warnings_.push_back(
+            format("key %s is missing, as in all files that say %s: %d, the released length, is used",
+                   names::KEY_CANVAS_LENGTH, names::SELF_COND_NORM, RELEASED_CANVAS));
+        return RELEASED_CANVAS;
+    }
+
+    void refuse_unless_zero(const char *key) const {
+        const int32_t value = keys_.integer_or(key, 0, INT32_MAX, 0);
+        if (value != 0) {
+            fail(DG_ERROR_UNSUPPORTED,
+                 format("key %s is %d; only 0 is served", GgufKeys::full_name(key).c_str(), value));
+        }
+    }
+
+    void read_layers() {
+        const dg_config &c = model_.config_;
+        const auto n = static_cast<size_t>(c.n_layer);
+        const std::vector<bool> sliding = keys_.bools(names::KEY_SLIDING_WINDOW_PATTERN, n);
+        const std::vector<int64_t> kv = keys_.integers(names::KEY_HEAD_COUNT_KV, n, 1, c.n_head);
+        const int64_t dim_full =
+            head_dim(names::KEY_KEY_LENGTH, names::KEY_VALUE_LENGTH, names::KEY_ROPE_DIMENSION_COUNT);
+        const int64_t dim_sliding =
+            head_dim(names::KEY_KEY_LENGTH_SWA, names::KEY_VALUE_LENGTH_SWA, names::KEY_ROPE_DIMENSION_COUNT_SWA);
+        int64_t kv_of_type[2] = {0, 0};
+        for (size_t i = 0; i < n; ++i) {
+            LayerWeights layer;
+            layer.sliding = sliding[i];
+            layer.n_head_kv = kv[i];
+            layer.head_dim = sliding[i] ? dim_sliding : dim_full;
+            if (c.n_head % kv[i] != 0) {
+                fail_format(format("layer %zu has %" PRId64 " KV heads, which do not divide its %d query heads", i,
+                                   kv[i], c.n_head));
+            }
+            int64_t &expected = kv_of_type[sliding[i]];
+            if (expected != 0 && expected != kv[i]) {
+                fail(DG_ERROR_UNSUPPORTED,
+                     format("layer %zu has %" PRId64 " KV heads where another %s layer has %" PRId64
+                            "; layers of one kind must be alike",
+                            i, kv[i], sliding[i] ? "sliding" : "full", expected));
+            }
+            expected = kv[i];
+            model_.weights_.layers.push_back(layer);
+        }
+    }
+
+    int64_t head_dim(const char *key, const char *value_key, const char *rope_key) const {
+        const int64_t dim = keys_.integer(key, 2, MAX_HEAD_DIM);
+        if (dim % 2 != 0) {
+            fail_format(
+                format("key %s is %" PRId64 ", expected an even number", GgufKeys::full_name(key).c_str(), dim));
+        }
+        for (const char *other : {value_key, rope_key}) {
+            const int32_t got = keys_.integer_or(other, 1, MAX_HEAD_DIM, static_cast<int32_t>(dim));
+            if (got != dim) {
+                fail(DG_ERROR_UNSUPPORTED, format("key %s is %d; only the key length, %" PRId64 ", is served",
+                                                  GgufKeys::full_name(other).c_str(), got, dim));
+            }
+        }
+        return dim;
+    }
+
+    void read_sampling() {
+        const dg_sampling d = released_sampling();
+        dg_sampling &s = model_.sampling_;
+        s.steps = keys_.integer_or(names::KEY_EB_MAX_STEPS, 1, 1000000, d.steps);
+        s.max_steps = d.max_steps;
+        s.stability_threshold = keys_.integer_or(names::KEY_EB_STABILITY_THRESHOLD, 0, 1000000, d.stability_threshold);
+        s.t_min = as_written(names::KEY_EB_T_MIN, d.t_min);
+        s.t_max = as_written(names::KEY_EB_T_MAX, d.t_max);
+        s.entropy_bound = as_written(names::KEY_EB_ENTROPY_BOUND, d.entropy_bound);
+        s.confidence_threshold = as_written(names::KEY_EB_CONFIDENCE_THRESHOLD, d.confidence_threshold);
+        try {
+            check_sampling(s);
+        } catch (const Error &error) {
+            fail_format(std::string("sampler keys diffusion.eb_*: ") + error.what());
+        }
+    }
+
+    // The keys are float32; somebody wrote 0.4 and means the number that prints as 0.4, not 0.4000000059604645.
+    double as_written(const char *key, double fallback) const {
+        const double value = keys_.real_or(key, 0.0, 1e6, fallback);
+        return std::strtod(format("%.7g", value).c_str(), nullptr);
+    }
+
+    // ----------------------------------------------------------------------------------------------- tensors
+
+    const FileTensor *find(const std::string &name) const { return files_.find(name); }
+
+    const FileTensor &require(const std::string &name, std::initializer_list<int64_t> shape) const {
+        const FileTensor *found = find(name);
+        if (!found) {
+            fail_format("tensor " + name + " is missing");
+        }
+        const ggml_tensor *tensor = found->tensor;
+        std::vector<int64_t> expected(shape);
+        expected.resize(GGML_MAX_DIMS, 1);
+        if (std::memcmp(tensor->ne, expected.data(), sizeof tensor->ne) != 0) {
+            const int dims = std::max(ggml_n_dims(tensor), static_cast<int>(shape.size()));
+            fail_format(format("tensor %s has shape %s, expected %s", name.c_str(),
+                               shape_text(tensor->ne, dims).c_str(), shape_text(expected.data(), dims).c_str()));
+        }
+        return *found;
+    }
+
+    bool on_cpu() const { return device_ == model_.devices_->cpu(); }
+
+    // A matrix; the CPU uses it where it lies in the file.
+    ggml_tensor *matrix(const std::string &name, std::initializer_list<int64_t> shape) const {
+        const FileTensor &found = require(name, shape);
+        ggml_tensor *tensor = found.tensor;
+        const ggml_type type = tensor->type;
+        const bool usable = type == GGML_TYPE_F32 || (ggml_get_type_traits_cpu(type)->vec_dot != nullptr &&
+                                                      ggml_get_type_traits(type)->to_float != nullptr);
+        if (!usable) {
+            fail(DG_ERROR_UNSUPPORTED,
+                 format("tensor %s has type %s, which cannot be multiplied with", name.c_str(), ggml_type_name(type)));
+        }
+        if (!on_cpu()) {
+            return model_.placed_->add(device_, tensor, found.data);
+        }
+        if (!tensor->buffer) {
+            ggml_backend_tensor_alloc(found.buffer, tensor, const_cast<unsigned char *>(found.data));
+        }
+        return tensor;
+    }
+
+    // The values of a small tensor of any type, as float32.
+    std::vector<float> values(const std::string &name, std::initializer_list<int64_t> shape) {
+        const FileTensor &found = require(name, shape);
+        const ggml_tensor *tensor = found.tensor;
+        const unsigned char *data = found.data;
+        const auto n = static_cast<size_t>(ggml_nelements(tensor));
+        std::vector<float> out(n);
+        if (tensor->type == GGML_TYPE_F32) {
+            std::memcpy(out.data(), data, n * sizeof(float));
+        } else if (const ggml_to_float_t to_float = ggml_get_type_traits(tensor->type)->to_float) {
+            to_float(data, out.data(), static_cast<int64_t>(n));
+        } else {
+            fail(DG_ERROR_UNSUPPORTED, format("tensor %s has type %s, which cannot be read as numbers", name.c_str(),
+                                              ggml_type_name(tensor->type)));
+        }
+        model_.fingerprint_ = fnv1a(model_.fingerprint_, out.data(), n * sizeof(float));
+        return out;
+    }
+
+    float scalar(const std::string &name) { return values(name, {1})[0]; }
+
+    // A float32 tensor of our own.
+    ggml_tensor *own(std::vector<float> data, int64_t ne0, int64_t ne1 = 1) {
+        return model_.placed_->add(device_, std::move(data), ne0, ne1);
+    }
+
+    ggml_tensor *vector(const std::string &name, int64_t n) { return own(values(name, {n}), n); }
+
+    // In float32 whatever its type: as it is, ggml would round its input to that type as well, and near ties between
+    // experts would fall otherwise.
+    ggml_tensor *router(const std::string &name, int64_t n_embd, int64_t n_expert) {
+        const FileTensor *found = find(name);
+        return found && found->tensor->type != GGML_TYPE_F32 ? own(values(name, {n_embd, n_expert}), n_embd, n_expert)
+                                                             : matrix(name, {n_embd, n_expert});
+    }
+
+    void bind() {
+        const dg_config &c = model_.config_;
+        model_.placed_ = std::make_unique<DeviceWeights>(*model_.devices_, files_.tensors().size() + n_made());
+        refuse_scales();
+        bind_globals();
+        for (int32_t i = 0; i < c.n_layer; ++i) {
+            bind_layer(i, model_.weights_.layers[static_cast<size_t>(i)]);
+        }
+        model_.placed_->load();
+    }
+
+    // Every device with full layers has the angles' divisors.
+    size_t n_made() const { return model_.devices_->size() + 1; }
+
+    // Some writers keep a factor of a quantized tensor beside it (X.scale of X.weight): left out, the numbers would be
+    // wrong without a word.
+    void refuse_scales() const {
+        for (const FileTensor &found : files_.tensors()) {
+            const std::string name = ggml_get_name(found.tensor);
+            const std::string stem = name.substr(0, name.rfind('.'));
+            if (name == stem + ".scale" && find(stem + ".weight") && !ends_with(name, names::FFN_GATE_INP_SCALE) &&
+                !ends_with(name, names::FFN_DOWN_EXPS_SCALE)) {
+                fail(DG_ERROR_UNSUPPORTED, "tensor " + name + " is present; scales beside a tensor are not served");
+            }
+        }
+    }
+
+    void bind_globals() {
+        const dg_config &c = model_.config_;
+        Weights &w = model_.weights_;
+        const Placement &placement = model_.placement_;
+        device_ = placement.head;
+        w.token_embd = matrix(names::TOKEN_EMBD, {c.n_embd, c.n_vocab});
+        device_ = placement.input;
+        w.input_embd =
+            placement.input == placement.head ? w.token_embd : matrix(names::TOKEN_EMBD, {c.n_embd, c.n_vocab});
+        device_ = placement.head;
+        if (find(names::OUTPUT)) {
+            fail(DG_ERROR_UNSUPPORTED,
+                 std::string("tensor ") + names::OUTPUT + " is present; only a tied head is served");
+        }
+        w.output_norm = vector(names::OUTPUT_NORM, c.n_embd);
+        bind_rope();
+        device_ = placement.layers.front();
+
+        if (c.has_self_conditioning) {
+            w.self_cond_pre_norm = vector(pre_norm(), c.n_embd);
+            w.self_cond_gate = matrix(names::SELF_COND_GATE, {c.n_embd, c.n_ff});
+            w.self_cond_up = matrix(names::SELF_COND_UP, {c.n_embd, c.n_ff});
+            w.self_cond_down = matrix(names::SELF_COND_DOWN, {c.n_ff, c.n_embd});
+        } else {
+            model_.warnings_.push_back(
+                "the file has no self-conditioning tensors (self_cond_*): the signal is zero, and "
+                "more steps will be needed");
+        }
+    }
+
+    // One tensor for the layers of a kind on a device.
+    void bind_rope() {
+        std::map<std::pair<int32_t, bool>, ggml_tensor *> bound;
+        for (size_t i = 0; i < model_.placement_.layers.size(); ++i) {
+            LayerWeights &l = model_.weights_.layers[i];
+            device_ = model_.placement_.layers[i];
+            ggml_tensor *&here = bound[{device_, l.sliding}];
+            here = here ? here : own(rope_divisors(l), l.head_dim / 2);
+            l.rope_divisors = here;
+        }
+    }
+
+    std::vector<float> rope_divisors(const LayerWeights &l) {
+        const float base = l.sliding ? model_.config_.rope_base_sliding : model_.config_.rope_base_full;
+        std::vector<float> divisors(static_cast<size_t>(l.head_dim / 2), 1.0f);
+        if (!l.sliding) {
+            divisors = rope_factors(l.head_dim / 2);
+        }
+        for (size_t i = 0; i < divisors.size(); ++i) {
+            divisors[i] *= std::pow(base, static_cast<float>(2 * i) / static_cast<float>(l.head_dim));
+        }
+        return divisors;
+    }
+
+    std::vector<float> rope_factors(int64_t n) {
+        std::vector<float> factors = values(names::ROPE_FREQS, {n});
+        for (size_t i = 0; i < factors.size(); ++i) {
+            if (!(factors[i] > 0.0f)) {
+                fail_format(format("tensor %s holds %g at %zu, expected a positive divisor", names::ROPE_FREQS,
+                                   static_cast<double>(factors[i]), i));
+            }
+        }
+        return factors;
+    }
+
+    void bind_layer(int32_t index, LayerWeights &l) {
+        const dg_config &c = model_.config_;
+        const std::string prefix = format("blk.%d.", index);
+        const int64_t n_embd = c.n_embd;
+        const int64_t q_width = l.head_dim * c.n_head;
+        const int64_t kv_width = l.head_dim * l.n_head_kv;
+
+        device_ = model_.placement_.layers[static_cast<size_t>(index)];
+        l.attn_norm = vector(prefix + names::ATTN_NORM, n_embd);
+        l.attn_q = matrix(prefix + names::ATTN_Q, {n_embd, q_width});
+        l.attn_k = matrix(prefix + names::ATTN_K, {n_embd, kv_width});
+        if (l.sliding) {
+            l.attn_v = matrix(prefix + names::ATTN_V, {n_embd, kv_width});
+        } else if (find(prefix + names::ATTN_V)) {
+            fail(DG_ERROR_UNSUPPORTED,
+                 "tensor " + prefix + names::ATTN_V + " is present; a full layer's V is made from K");
+        }
+        l.attn_output = matrix(prefix + names::ATTN_OUTPUT, {q_width, n_embd});
+        l.attn_q_norm = vector(prefix + names::ATTN_Q_NORM, l.head_dim);
+        l.attn_k_norm = vector(prefix + names::ATTN_K_NORM, l.head_dim);
+        l.post_attention_norm = vector(prefix + names::POST_ATTENTION_NORM, n_embd);
+
+        l.ffn_norm = vector(prefix + names::FFN_NORM, n_embd);
+        l.ffn_gate = matrix(prefix + names::FFN_GATE, {n_embd, c.n_ff});
+        l.ffn_up = matrix(prefix + names::FFN_UP, {n_embd, c.n_ff});
+        l.ffn_down = matrix(prefix + names::FFN_DOWN, {c.n_ff, n_embd});
+        l.post_ffw_norm_1 = vector(prefix + names::POST_FFW_NORM_1, n_embd);
+
+        l.router = router(prefix + names::FFN_GATE_INP, n_embd, c.n_expert);
+        std::vector<float> scale = values(prefix + names::FFN_GATE_INP_SCALE, {n_embd});
+        for (float &value : scale) {
+            value *= 1.0f / std::sqrt(static_cast<float>(n_embd));
+        }
+        l.router_scale = own(std::move(scale), n_embd);
+        l.pre_ffw_norm_2 = vector(prefix + names::PRE_FFW_NORM_2, n_embd);
+        l.down_exps_scale = own(values(prefix + names::FFN_DOWN_EXPS_SCALE, {c.n_expert}), 1, c.n_expert);
+        device_ = model_.placement_.experts[static_cast<size_t>(index)];
+        if (find(prefix + names::FFN_GATE_UP_EXPS)) {
+            l.gate_up_exps = matrix(prefix + names::FFN_GATE_UP_EXPS, {n_embd, 2 * int64_t{c.n_ff_exp}, c.n_expert});
+        } else if (find(prefix + names::FFN_GATE_EXPS)) {
+            l.gate_exps = matrix(prefix + names::FFN_GATE_EXPS, {n_embd, c.n_ff_exp, c.n_expert});
+            l.up_exps = matrix(prefix + names::FFN_UP_EXPS, {n_embd, c.n_ff_exp, c.n_expert});
+        } else {
+            fail_format("tensor " + prefix + names::FFN_GATE_UP_EXPS + " is missing");
+        }
+        l.down_exps = matrix(prefix + names::FFN_DOWN_EXPS, {c.n_ff_exp, n_embd, c.n_expert});
+        device_ = model_.placement_.layers[static_cast<size_t>(index)];
+        l.post_ffw_norm_2 = vector(prefix + names::POST_FFW_NORM_2, n_embd);
+        l.post_ffw_norm = vector(prefix + names::POST_FFW_NORM, n_embd);
+
+        l.output_scale = scalar(prefix + names::LAYER_OUTPUT_SCALE);
+        dg_config &config = model_.config_;
+        if (find(prefix + names::ENC_LAYER_OUTPUT_SCALE)) {
+            l.encoder_output_scale = scalar(prefix + names::ENC_LAYER_OUTPUT_SCALE);
+            config.has_encoder_scalars = config.has_encoder_scalars || index == 0;
+        } else {
+            l.encoder_output_scale = l.output_scale;
+            if (index == 0 || config.has_encoder_scalars) {
+                model_.warnings_.push_back("encoder scalars are missing from layer " + std::to_string(index) + " on (" +
+                                           names::ENC_LAYER_OUTPUT_SCALE +
+                                           "): the decoder's are used, and long prompts will suffer");
+            }
+            config.has_encoder_scalars = false;
+        }
+    }
+};
+
+namespace {
+
+constexpr const char *INSTALL = "install a build that has one: CMAKE_ARGS=\"-DGGML_CUDA=on\" (or -DGGML_METAL, "
+                                "-DGGML_VULKAN, -DGGML_HIP) pip install --no-binary pydiffgguf pydiffgguf; or name "
+                                "RPC servers";
+
+// The devices that the options ask for, the main one last.
+std::unique_ptr<const Devices> open_devices(const dg_model_options &options) {
+    check_placing(options);
+    if (options.n_gpu_layers == 0) {
+        if (options.n_rpc > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0) {
+            throw Error(DG_ERROR_ARGUMENT, "n_gpu_layers is 0: rpc, tensor_split and main_gpu have nothing to place");
+        }
+        return std::make_unique<const Devices>(std::vector<std::string>(), false);
+    }
+    auto devices = std::make_unique<Devices>(
+        std::vector<std::string>(options.rpc, options.rpc + static_cast<size_t>(options.n_rpc)), true);
+    const bool asked = options.n_gpu_layers > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0;
+    if (devices->empty() && asked) {
+        throw Error(
+            DG_ERROR_UNSUPPORTED,
+            format("n_gpu_layers, tensor_split and main_gpu need a device, and there is none here; %s", INSTALL));
+    }
+    if (options.main_gpu >= 0) {
+        if (static_cast<size_t>(options.main_gpu) >= devices->size()) {
+            throw Error(DG_ERROR_UNSUPPORTED, format("main_gpu is %d: there are %zu devices; %s", options.main_gpu,
+                                                     devices->size(), INSTALL));
+        }
+        devices->move_to_end(static_cast<size_t>(options.main_gpu));
+    }
+    return devices;
+}
+
+} // namespace
+
+Model::Model(const std::string &path, const dg_model_options &options) {
+    files_ = std::make_unique<const GgufFiles>(path, options.use_mmap);
+    devices_ = open_devices(options);
+    const Devices::Turn turn(*devices_);
+    ModelReader(*this, path).read(options);
+}
+
+int64_t Model::active_parameters() const {
+    const auto size = [](const ggml_tensor *t) { return t ? ggml_nelements(t) : 0; };
+    int64_t n = size(weights_.token_embd);
+    for (const LayerWeights &l : weights_.layers) {
+        n += size(l.attn_q) + size(l.attn_k) + size(l.attn_v) + size(l.attn_output);
+        n += size(l.ffn_gate) + size(l.ffn_up) + size(l.ffn_down) + size(l.router);
+        const int64_t experts = size(l.gate_up_exps) + size(l.gate_exps) + size(l.up_exps) + size(l.down_exps);
+        n += experts / config_.n_expert * config_.n_expert_used;
+    }
+    return n;
+}
+
+} // namespace dg

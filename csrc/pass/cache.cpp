@@ -1,0 +1,93 @@
+#include "pass/cache.h"
+
+#include "base/error.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cinttypes>
+
+namespace dg {
+
+int32_t KvCache::slots_for(const dg_config &config, bool sliding, int32_t n_ctx, int32_t largest_pass) {
+    const int64_t ring = int64_t{config.sliding_window} - 1 + largest_pass;
+    return sliding ? static_cast<int32_t>(std::min<int64_t>(n_ctx, ring)) : n_ctx;
+}
+
+void KvCache::check_type(ggml_type type, int64_t head_dim) {
+    if (head_dim % ggml_blck_size(type) != 0) {
+        throw Error(DG_ERROR_UNSUPPORTED,
+                    format("type_kv %s needs heads of a multiple of %" PRId64 ", this file has %" PRId64,
+                           ggml_type_name(type), ggml_blck_size(type), head_dim));
+    }
+}
+
+KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate)
+    : window_(model.config().sliding_window), slots_full_(slots_for(model.config(), false, n_ctx, largest_pass)),
+      slots_sliding_(slots_for(model.config(), true, n_ctx, largest_pass)) {
+    const std::vector<LayerWeights> &layers = model.weights().layers;
+    const Devices &devices = model.devices();
+    ggml_init_params params = {};
+    params.mem_size = layers.size() * 2 * ggml_tensor_overhead();
+    params.no_alloc = true;
+    for (size_t i = 0; i <= devices.size(); ++i) {
+        contexts_.emplace_back(ggml_init(params));
+        if (!contexts_.back()) {
+            throw Error(DG_ERROR_MEMORY, "memory for the cache's headers was refused");
+        }
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const LayerWeights &weights = layers[i];
+        const int64_t width = weights.head_dim * weights.n_head_kv;
+        check_type(type, weights.head_dim);
+        ggml_context *ctx = contexts_[static_cast<size_t>(model.placement().cache[i])].get();
+        CacheLayer layer;
+        layer.sliding = weights.sliding;
+        layer.k = ggml_new_tensor_2d(ctx, type, width, slots(weights.sliding));
+        layer.v = ggml_new_tensor_2d(ctx, type, width, slots(weights.sliding));
+        layers_.push_back(layer);
+    }
+    for (size_t i = 0; i < contexts_.size(); ++i) {
+        ggml_context *ctx = contexts_[i].get();
+        if (!ggml_get_first_tensor(ctx)) {
+            continue;
+        }
+        const auto device = static_cast<int32_t>(i);
+        const std::string what = format("the KV cache (n_ctx %d)", n_ctx);
+        devices.check_sizes(ctx, device, what);
+        bytes_ += ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, devices.buffer_type(device));
+        if (allocate) {
+            buffers_.push_back(devices.allocate(ctx, device, what));
+            // A masked NaN would still spoil the sums.
+            ggml_backend_buffer_clear(buffers_.back().get(), 0);
+        }
+    }
+}
+
+size_t tensor_bytes(ggml_context *ctx) {
+    size_t bytes = 0;
+    for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        bytes += ggml_nbytes(t);
+    }
+    return bytes;
+}
+
+size_t KvCache::bytes_on(size_t device) const { return tensor_bytes(contexts_[device].get()); }
+
+int32_t KvCache::position(bool sliding, int32_t slot, int32_t end) const {
+    const int32_t n = slots(sliding);
+    if (end <= n) {
+        return slot;
+    }
+    const int32_t last = end - 1;
+    return last - ((last - slot) % n + n) % n;
+}
+
+bool KvCache::holds_window_before(int32_t n) const {
+    const int32_t oldest_needed = std::max(0, n - (window_ - 1));
+    const int32_t oldest_held = std::max(0, high_ - slots_sliding_);
+    return oldest_needed >= oldest_held;
+}
+
+} // namespace dg

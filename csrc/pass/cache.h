@@ -1,0 +1,66 @@
+// The KV cache. A row of a layer's K or V is one position: [head_dim * n_head_kv]. Full layers have a slot for every
+// position of the context. Sliding layers are rings: position p lives in slot p % slots, with slots =
+// window - 1 + the largest pass (a chunk or a canvas), so that a pass never overwrites what it must still see.
+//
+// The canvas's K and V are written behind the prefix, where the next encoded tokens will go. What they overwrite in a
+// ring is older than every window to come.
+#pragma once
+
+#include "model/model.h"
+
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace dg {
+
+struct CacheLayer {
+    ggml_tensor *k = nullptr; // [head_dim * n_head_kv, slots]
+    ggml_tensor *v = nullptr;
+    bool sliding = false;
+};
+
+// Bytes of all tensors that were made in `ctx`.
+size_t tensor_bytes(ggml_context *ctx);
+
+class KvCache {
+  public:
+    // `allocate` false: sizes only, for predictions.
+    KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate);
+
+    // Slots of a layer in a cache made of these.
+    static int32_t slots_for(const dg_config &config, bool sliding, int32_t n_ctx, int32_t largest_pass);
+    // Throws UNSUPPORTED where heads are no multiple of the type's blocks.
+    static void check_type(ggml_type type, int64_t head_dim);
+
+    const std::vector<CacheLayer> &layers() const { return layers_; }
+    int32_t slots(bool sliding) const { return sliding ? slots_sliding_ : slots_full_; }
+    size_t bytes() const { return bytes_; }
+    size_t bytes_on(size_t device) const;
+
+    int32_t slot(bool sliding, int32_t position) const { return position % slots(sliding); }
+    // Rows that a pass reads when the last position it wrote is end - 1.
+    int32_t visible_rows(bool sliding, int32_t end) const { return end < slots(sliding) ? end : slots(sliding); }
+    // The position in a slot when the last one written is end - 1 (and, after a truncation, what lies behind it is
+    // stale): the greatest position below end that maps to the slot.
+    int32_t position(bool sliding, int32_t slot, int32_t end) const;
+
+    // A pass has written up to `end`.
+    void wrote(int32_t end) { high_ = end > high_ ? end : high_; }
+    // Whether the window before position n is still there.
+    bool holds_window_before(int32_t n) const;
+    void clear() { high_ = 0; }
+
+  private:
+    int32_t window_;
+    int32_t slots_full_;
+    int32_t slots_sliding_;
+    int32_t high_ = 0; // one past the greatest position ever written since clear()
+    size_t bytes_ = 0;
+    std::vector<CacheLayer> layers_;
+    std::vector<ggml_context_ptr> contexts_; // of each device
+    std::vector<BufferPtr> buffers_;
+};
+
+} // namespace dg

@@ -1,0 +1,108 @@
+// What CanvasLoop (csrc/session/loop.h) carries from step to step, on a device: canvases, rules, entropies, decisions.
+// Between the forward passes nothing crosses to the host but each canvas's struct, 224 bytes with its Decision, and
+// what somebody watches.
+//
+//
+// CanvasLoop stays the one that checks options and knows which canvases go on; in a session that samples with kernels
+// it has a DeviceLoop begin, place and step them. The pass reads Target::ids and Target::soft where a step leaves them,
+// or, with layers on several devices, what the session has brought to the first one. Whoever computes the pass has
+// waited for its end before step(); step() returns when its own launches are through.
+#pragma once
+
+#include "cuda/device.h"
+#include "sample/sampler.h"
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace dg::cuda {
+
+class DeviceLoop {
+  public:
+    // Where the session's tensors lie, and their shapes.
+    struct Target {
+        int32_t n_rows;        // R: what logits, ids and soft have room for
+        int32_t n_vocab;       // at most MAX_VOCAB
+        float softcap;         // 0: the graph softcaps
+        float *logits;         // [R, n_vocab]
+        int32_t *ids;          // [R]
+        float *soft;           // [R, n_embd]; null: the file has no self-conditioning
+        const void *embedding; // null: of a type that is not gathered here, so that the signal is always dense
+        RowType embedding_type;
+        int32_t n_embd;
+        void *candidates; // [candidate_bytes(R, capacity)], where soft and embedding are given
+        int32_t capacity; // candidates that a row has room for: beyond, the signal is dense
+    };
+    static size_t candidate_bytes(int32_t n_rows, int32_t capacity);
+    // A canvas as CanvasLoop has checked it; `canvas`: [n_rows], the ids that it starts from.
+    struct Start {
+        dg_sampling sampling;
+        int32_t n_steps; // that are made at most: step_count(sampling)
+        uint64_t seed;
+        uint32_t canvas_index;
+        int32_t n_rows;
+        RowRules rules;
+        const int32_t *canvas;
+    };
+
+    // Host arrays of n_rows for one canvas; null for what is not wanted.
+    struct Rows {
+        int32_t *argmax;
+        int32_t *canvas;
+        uint8_t *accepted;
+        double *entropy;
+        double *logprob; // as long as the canvas is watched
+    };
+
+    // Throws Error: UNSUPPORTED for a vocabulary beyond MAX_VOCAB, else what Device throws.
+    DeviceLoop(Device &device, const Target &target);
+    ~DeviceLoop();
+    DeviceLoop(const DeviceLoop &) = delete;
+    DeviceLoop &operator=(const DeviceLoop &) = delete;
+
+    // The canvases' rows stand one after the other, in this order. UNSUPPORTED: a canvas of more than MAX_ROWS rows.
+    // After an error no canvas is under way. The signal of the first pass, zero, is the session's to write.
+    void begin(const std::vector<Start> &starts);
+    // Closes up the rows of those that go on: `which`, a subset of the placed ones in their order.
+    void place(const std::vector<int32_t> &which);
+    // After a pass of the placed canvases. `noise`: null, or one for each of the canvases that were begun. INTERNAL
+    // when a row of logits holds NaN or has no finite maximum.
+    void step(const dg_noise *noise);
+    // Of the last step, by the canvas's number in begin(). Throws ARGUMENT for one that is not placed, as read() does.
+    const Canvas::Decision &decision(int32_t index) const;
+    // Whether the last step left Target::soft incomplete: the processed logits then make it, as they do on the host.
+    bool wants_dense_signal() const;
+    void read(int32_t index, const Rows &out);
+
+  private:
+    // One allocation on the device.
+    class Memory {
+      public:
+        Memory(Device &device, size_t n_bytes) : device_(&device), data_(device.allocate(n_bytes)) {}
+        ~Memory() { device_->release(data_); }
+        Memory(const Memory &) = delete;
+        Memory &operator=(const Memory &) = delete;
+        char *data() const { return static_cast<char *>(data_); }
+
+      private:
+        Device *device_;
+        void *data_;
+    };
+
+    Device &device_;
+    const Target target_;
+    std::vector<std::unique_ptr<Memory>> memories_; // of each canvas, by its number
+    std::unique_ptr<Memory> canvases_memory_;       // Canvas [n_canvases]: the placed ones
+    std::vector<Canvas> canvases_;                  // the placed ones, as they were after the last step
+    std::vector<int32_t> placed_;                   // their numbers
+    std::vector<double *> uniform_;                 // of each canvas, by its number: room for handed-in draws
+    std::vector<int32_t *> renoise_;
+    Step step_ = {};
+
+    Canvas make_canvas(const Start &start, int32_t first_row);
+    void upload_canvases();
+    size_t place_of(int32_t index) const;
+};
+
+} // namespace dg::cuda

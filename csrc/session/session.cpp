@@ -1,0 +1,582 @@
+#include "session/session.h"
+
+#include "base/error.h"
+#include "base/parallel.h"
+#include "base/process.h"
+#include "cpu/self_conditioning.h"
+#include "sample/sampler.h"
+#include "session/kernel_device.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <thread>
+
+namespace dg {
+namespace {
+
+constexpr int32_t DEFAULT_CONTEXT = 8192;
+constexpr int32_t MOST_BATCH = 1 << 20;
+constexpr int32_t MOST_ROWS = 1 << 16;
+// Canvases side by side go through the layers so many rows at a time. Eight canvases of 256 rows (724 M parameters,
+// Q8_0, ggml's operators) took 1.09 times what they took one by one in a pass of 2048 rows, and 1.03 in passes of 512:
+// the work is arithmetic, and larger intermediate tensors leave the processor's cache.
+constexpr int32_t PASS_ROWS = 256;
+constexpr int32_t MASK_PIECE = 1 << 18; // elements of a mask that are made and sent at a time
+constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
+
+int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
+    if (value < least || value > most) {
+        throw Error(DG_ERROR_ARGUMENT, format("%s is %d: it must be from %d to %d", name, value, least, most));
+    }
+    return value;
+}
+
+void upload(ggml_tensor *tensor, const void *data, size_t size) { ggml_backend_tensor_set(tensor, data, 0, size); }
+
+void upload(ggml_tensor *tensor, const std::vector<int32_t> &values) {
+    upload(tensor, values.data(), values.size() * sizeof values[0]);
+}
+
+// As many as this process may use, but no more than the work of a step is worth: barriers cost a small model more than
+// a second thread brings it, and everything when another process wants the core (vendor/patches).
+int32_t default_threads(const Model &model) {
+    const dg_config &c = model.config();
+    const double flop_per_step = 2.0 * static_cast<double>(model.active_parameters()) * c.canvas_length;
+    const double worth = flop_per_step / 1e9;
+    const double available = std::max(1u, std::thread::hardware_concurrency());
+    return static_cast<int32_t>(std::clamp(worth, 1.0, available));
+}
+
+} // namespace
+
+ggml_type Session::cache_type(int32_t type) {
+    switch (type) {
+        case DG_KV_F32: return GGML_TYPE_F32;
+        case DG_KV_F16: return GGML_TYPE_F16;
+        case DG_KV_BF16: return GGML_TYPE_BF16;
+        case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
+    }
+    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
+}
+
+int32_t Session::context_size(const dg_config &c, int32_t asked) {
+    checked("n_ctx", asked, 0, INT32_MAX);
+    const int32_t n_ctx = asked > 0 ? asked : std::min(DEFAULT_CONTEXT, c.n_ctx_train);
+    if (n_ctx < c.canvas_length + 1) {
+        throw Error(DG_ERROR_CONTEXT,
+                    format("n_ctx is %d: a prefix of one token and the canvas need %d", n_ctx, c.canvas_length + 1));
+    }
+    if (n_ctx > c.n_ctx_train) {
+        throw Error(DG_ERROR_CONTEXT, format("n_ctx is %d: the file's context_length is %d", n_ctx, c.n_ctx_train));
+    }
+    return n_ctx;
+}
+
+int32_t Session::batch_size(int32_t n_ctx, int32_t asked) {
+    return std::min(checked("n_batch", asked, 1, MOST_BATCH), n_ctx);
+}
+
+int32_t Session::row_count(const dg_config &c, int32_t asked) {
+    return asked == 0 ? c.canvas_length : checked("n_rows", asked, c.canvas_length, MOST_ROWS);
+}
+
+int32_t Session::canvas_pass(const dg_config &c, int32_t n_rows) {
+    return std::min(n_rows, std::max(PASS_ROWS, c.canvas_length));
+}
+
+Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun)
+    : model_(std::move(model)), n_ctx_(context_size(model_->config(), options.n_ctx)),
+      n_batch_(batch_size(n_ctx_, options.n_batch)),
+      n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
+      n_rows_(row_count(model_->config(), options.n_rows)), type_kv_(cache_type(options.type_kv)),
+      own_operators_(has_own_operators() && !options.ggml_operators),
+      sampler_(resolve_sampler(*model_, options.sampler)) {
+    if (n_threads_ == 0) {
+        n_threads_ = default_threads(*model_);
+    }
+    backends_ = model_->devices().start();
+}
+
+Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options)
+    : Session(std::move(model), options, DryRun{}) {
+    plan(false);
+    check_memory(format("a session (KV cache %zu bytes, intermediate tensors and inputs %zu, logits %zu)",
+                        memory_.kv_cache, memory_.compute, memory_.logits),
+                 host_bytes());
+    plan(true);
+    start_threads();
+    tokens_.reserve(static_cast<size_t>(n_ctx_));
+}
+
+Session::~Session() { stop_threads(); }
+
+dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_session_options &options) {
+    Session session(model, options, DryRun{});
+    session.plan(false);
+    return session.memory_;
+}
+
+int32_t Session::largest_segment() const { return std::max(n_batch_, model_->config().canvas_length); }
+
+int32_t Session::canvas_pass() const { return canvas_pass(model_->config(), n_rows_); }
+
+int32_t Session::largest_pass() const { return std::max(n_batch_, canvas_pass()); }
+
+void Session::set_past(int32_t n) { n_past_.store(n, std::memory_order_relaxed); }
+
+void Session::check_ids(const char *what, const int32_t *ids, int32_t n) const {
+    const int32_t n_vocab = model_->config().n_vocab;
+    for (int32_t i = 0; i < n; ++i) {
+        if (ids[i] < 0 || ids[i] >= n_vocab) {
+            throw Error(DG_ERROR_ARGUMENT,
+                        format("%s[%d] is %d: a token id must be from 0 to %d", what, i, ids[i], n_vocab - 1));
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ passes
+
+void Session::set_pass_inputs(const Pass &pass) {
+    std::vector<int32_t> positions;
+    std::vector<int32_t> slots_full;
+    std::vector<int32_t> slots_sliding;
+    for (const int32_t rows : pass.segments) {
+        for (int32_t i = 0; i < rows; ++i) {
+            const int32_t position = pass.first_position() + i;
+            const bool repeated = pass.mode == Mode::SCORE && i == 0;
+            const int32_t written = repeated ? pass.end(rows) : position;
+            positions.push_back(position);
+            slots_full.push_back(cache_->slot(false, written));
+            slots_sliding.push_back(cache_->slot(true, written));
+        }
+    }
+    for (const DeviceIo &io : io_.devices) {
+        if (io.positions) {
+            upload(io.positions, positions);
+            upload(io.slots_full, slots_full);
+            upload(io.slots_sliding, slots_sliding);
+        }
+    }
+    const bool masks =
+        std::any_of(io_.devices.begin(), io_.devices.end(), [](const DeviceIo &io) { return io.mask_full; });
+    for (const bool sliding : {false, true}) {
+        if (masks && needs_mask(*model_, pass, sliding)) {
+            int32_t first = 0;
+            for (const int32_t rows : pass.segments) {
+                set_mask(pass, first, rows, sliding);
+                first += rows;
+            }
+        }
+    }
+}
+
+// The mask of one segment, which begins at row `first` of the pass.
+void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding) {
+    const ggml_fp16_t visible = ggml_fp32_to_fp16(0.0f);
+    const ggml_fp16_t hidden = ggml_fp32_to_fp16(-INFINITY);
+    const int32_t end = pass.end(rows);
+    const int32_t n_slots = cache_->visible_rows(sliding, end);
+    const int32_t window = model_->config().sliding_window;
+    std::vector<int32_t> held(static_cast<size_t>(n_slots));
+    for (int32_t slot = 0; slot < n_slots; ++slot) {
+        held[static_cast<size_t>(slot)] = cache_->position(sliding, slot, end);
+    }
+    const size_t offset = static_cast<size_t>(first) * static_cast<size_t>(cache_->slots(sliding));
+    std::vector<ggml_fp16_t> mask; // of some rows: an RPC server's is copied once more on its way
+    mask.reserve(std::max(held.size(), std::min(size_t{MASK_PIECE}, static_cast<size_t>(rows) * held.size())));
+    for (int32_t i = 0; i < rows; ++i) {
+        // The canvas has no window inside: all its rows look back from its first one.
+        const int32_t last = pass.causal() ? pass.first_position() + i : end - 1;
+        const int32_t anchor = pass.causal() ? last : pass.n_past;
+        const int32_t oldest = sliding ? std::max(0, anchor - (window - 1)) : 0;
+        for (const int32_t position : held) {
+            mask.push_back(position >= oldest && position <= last ? visible : hidden);
+        }
+        if (i + 1 < rows && mask.size() + held.size() <= size_t{MASK_PIECE}) {
+            continue;
+        }
+        const size_t done = static_cast<size_t>(i + 1) * held.size() - mask.size();
+        for (const DeviceIo &io : io_.devices) {
+            if (io.mask_full) {
+                ggml_backend_tensor_set(sliding ? io.mask_sliding : io.mask_full, mask.data(),
+                                        (offset + done) * sizeof mask[0], mask.size() * sizeof mask[0]);
+            }
+        }
+        mask.clear();
+    }
+}
+
+// Graph and inputs of a pass, but for its ids.
+void Session::prepare(const Pass &pass) {
+    renew_in_fork();
+    ready_ = {};
+    pass_graph_ = build_pass(*model_, *cache_, io_, pass, importance_.get());
+    passes_->place(pass_graph_);
+    set_pass_inputs(pass);
+    cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
+}
+
+void Session::collect(bool on) {
+    ready_ = {}; // its graph points to the sums that go
+    pass_graph_ = {};
+    importance_ = on ? std::make_unique<Importance>() : nullptr;
+}
+
+bool Session::should_stop() {
+    if (cancelled_.load(std::memory_order_relaxed)) {
+        return true;
+    }
+    if (poll_) {
+        const auto now = std::chrono::steady_clock::now();
+        if (now - last_poll_ >= POLL_INTERVAL) {
+            last_poll_ = now;
+            if (poll_(poll_user_) != 0) {
+                cancel();
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+void Session::compute(Executor &executor, const Graph &graph) {
+    model_->files().check_unchanged();
+    for (const std::unique_ptr<Work> &work : graph.work) {
+        work->next.store(0, std::memory_order_relaxed);
+    }
+    if (profiled_) {
+        run_timed(graph);
+    } else {
+        run([&] { return executor.compute(graph); });
+    }
+}
+
+template <typename Compute> void Session::run(const Compute &compute) {
+    const ggml_status status = should_stop() ? GGML_STATUS_ABORTED : compute();
+    switch (status) {
+        case GGML_STATUS_SUCCESS: return;
+        case GGML_STATUS_ABORTED: clear_cancel(); throw Error(DG_ERROR_CANCELLED, "cancelled");
+        case GGML_STATUS_ALLOC_FAILED: throw Error(DG_ERROR_MEMORY, "memory for ggml's work buffer was refused");
+        case GGML_STATUS_FAILED: break;
+    }
+    throw Error(DG_ERROR_INTERNAL, "ggml failed to compute a graph");
+}
+
+void Session::profile(bool on) {
+    if (on && !model_->devices().empty()) {
+        throw Error(DG_ERROR_UNSUPPORTED, "the parts of a step are timed on the CPU alone; use n_gpu_layers=0");
+    }
+    profiled_ = on;
+    timings_ = {};
+}
+
+// One operator at a time. What ggml fuses in a whole graph is not fused here, which costs about a percent of a step.
+void Session::run_timed(const Graph &graph) {
+    ggml_init_params params = {};
+    params.mem_size = ggml_graph_overhead_custom(1, false) + ggml_tensor_overhead();
+    params.no_alloc = true;
+    const ggml_context_ptr context(ggml_init(params));
+    if (!context) {
+        throw Error(DG_ERROR_MEMORY, "memory for a graph of one operator was refused");
+    }
+    ggml_cgraph *one = ggml_new_graph_custom(context.get(), 1, false);
+    for (int i = 0; i < ggml_graph_n_nodes(graph.nodes); ++i) {
+        ggml_tensor *node = ggml_graph_node(graph.nodes, i);
+        if (node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE ||
+            node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE) {
+            continue;
+        }
+        ggml_graph_clear(one);
+        ggml_graph_add_node(one, node);
+        const auto began = std::chrono::steady_clock::now();
+        run([&] { return ggml_backend_graph_compute(backends_.back().get(), one); });
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+        switch (part_of(node)) {
+            case Part::OTHER: timings_.other += seconds; break;
+            case Part::PRODUCTS: timings_.products += seconds; break;
+            case Part::EXPERTS: timings_.experts += seconds; break;
+            case Part::ATTENTION: timings_.attention += seconds; break;
+            case Part::HEAD: timings_.head += seconds; break;
+            case Part::SELF_CONDITIONING: timings_.self_conditioning += seconds; break;
+        }
+    }
+}
+
+void Session::encode(const int32_t *ids, int32_t n) {
+    if (n < 1) {
+        throw Error(DG_ERROR_ARGUMENT, format("n is %d: there must be at least one token to encode", n));
+    }
+    check_ids("ids", ids, n);
+    const int32_t canvas = model_->config().canvas_length;
+    if (n > n_ctx_ - canvas - n_past()) {
+        throw Error(
+            DG_ERROR_CONTEXT,
+            format("%d tokens after a prefix of %d do not fit: with the canvas of %d, n_ctx %d leaves room for %d", n,
+                   n_past(), canvas, n_ctx_, std::max(0, n_ctx_ - canvas - n_past())));
+    }
+    for (int32_t done = 0; done < n; done += n_batch_) {
+        encode_chunk(ids + done, std::min(n_batch_, n - done));
+    }
+}
+
+void Session::encode_chunk(const int32_t *ids, int32_t n) {
+    const Pass pass = {Mode::ENCODE, n_past(), {n}};
+    prepare(pass);
+    upload(io_.ids, ids, static_cast<size_t>(n) * sizeof *ids);
+    compute(*passes_, pass_graph_);
+    tokens_.insert(tokens_.end(), ids, ids + n);
+    set_past(pass.end());
+}
+
+void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
+    if (n_past() == 0) {
+        throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a text is scored after a prefix of at least one token");
+    }
+    if (n_texts < 0) {
+        throw Error(DG_ERROR_ARGUMENT, format("n_texts is %d: it must be 0 or more", n_texts));
+    }
+    const int32_t most = n_ctx_ - n_past();
+    for (int32_t i = 0; i < n_texts; ++i) {
+        if (lengths[i] < 1 || lengths[i] > model_->config().canvas_length) {
+            throw Error(DG_ERROR_ARGUMENT, format("text %d has %d tokens: it must have from 1 to the canvas length, %d",
+                                                  i, lengths[i], model_->config().canvas_length));
+        }
+        if (lengths[i] > most) {
+            throw Error(DG_ERROR_CONTEXT,
+                        format("text %d has %d tokens: after a prefix of %d, n_ctx %d has room for %d", i, lengths[i],
+                               n_past(), n_ctx_, most));
+        }
+    }
+    check_ids("ids", ids, std::accumulate(lengths, lengths + n_texts, 0));
+    for (int32_t done = 0; done < n_texts;) {
+        int32_t n = 0;
+        int32_t rows = 0;
+        while (done + n < n_texts && n < MOST_SEGMENTS && rows + lengths[done + n] <= canvas_pass()) {
+            rows += lengths[done + n++];
+        }
+        score_batch(ids, lengths + done, n, logprob);
+        ids += rows;
+        logprob += rows;
+        done += n;
+    }
+}
+
+void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
+    Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}};
+    pass.watched = scores_by_graph();
+    prepare(pass);
+    // Row i predicts id i: it reads the one before.
+    std::vector<int32_t> inputs(static_cast<size_t>(pass.rows()));
+    std::copy(ids, ids + pass.rows() - 1, inputs.begin() + 1);
+    for (int32_t i = 0, first = 0; i < n_texts; first += lengths[i++]) {
+        inputs[static_cast<size_t>(first)] = tokens_.back();
+    }
+    upload(io_.ids, inputs);
+    if (pass.watched) {
+        upload(io_.sample.watched, ids, static_cast<size_t>(pass.rows()) * sizeof *ids);
+    }
+    compute(*passes_, pass_graph_);
+    if (pass.watched) {
+        for (const RowResult &row : read_results(io_.sample, pass.rows())) {
+            if (!row.before.sound()) {
+                throw_unsound_row();
+            }
+            *logprob++ = row.logprob();
+        }
+        return;
+    }
+    const int32_t n_vocab = model_->config().n_vocab;
+    parallel_rows(pass.rows(), n_vocab, n_threads_, [&](int32_t row) {
+        logprob[row] = log_probability(logits() + int64_t{row} * n_vocab, n_vocab, ids[row]);
+    });
+}
+
+void Session::check_canvases(const std::vector<int32_t> &segments) const {
+    const Pass whole = {Mode::DENOISE, n_past(), segments};
+    if (n_past() == 0) {
+        throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a canvas needs a prefix of at least one token");
+    }
+    if (whole.rows() > n_rows_) {
+        throw Error(DG_ERROR_ARGUMENT, format("the canvases have %d rows together: this session was made for n_rows %d",
+                                              whole.rows(), n_rows_));
+    }
+    if (whole.end() > n_ctx_) {
+        throw Error(DG_ERROR_CONTEXT, format("a canvas of %d after a prefix of %d does not fit n_ctx %d",
+                                             whole.end() - n_past(), n_past(), n_ctx_));
+    }
+}
+
+// Calls `run` for one pass after the other, each with its graph ready and its ids in place, where they are not already:
+// `ids` is null then.
+template <typename Run>
+void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run) {
+    check_canvases(segments);
+    renew_in_fork();
+    pass.mode = Mode::DENOISE;
+    pass.n_past = n_past();
+    for (size_t i = 0; i < segments.size(); ++i) {
+        pass.segments.push_back(segments[i]);
+        const int32_t rows = pass.rows();
+        const bool more = pass.segments.size() < size_t{MOST_SEGMENTS} && i + 1 < segments.size();
+        if (more && rows + segments[i + 1] <= canvas_pass()) {
+            continue;
+        }
+        pass.first_logit = logits_are_whole() ? pass.first_row : 0;
+        if (!(ready_ == pass)) {
+            prepare(pass);
+            ready_ = pass;
+        }
+        if (ids) {
+            ggml_backend_tensor_set(io_.ids, ids + pass.first_row, static_cast<size_t>(pass.first_row) * sizeof *ids,
+                                    static_cast<size_t>(rows) * sizeof *ids);
+        }
+        run(pass);
+        pass.first_row += rows;
+        pass.segments.clear();
+    }
+}
+
+void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
+    if (!logits_lie_here()) {
+        host_logits_.resize(static_cast<size_t>(n_rows_) * static_cast<size_t>(model_->config().n_vocab));
+    }
+    each_pass(ids, segments, Pass(), [&](const Pass &pass) {
+        compute(*passes_, pass_graph_);
+        if (!logits_lie_here()) {
+            float *out = host_logits_.data() + int64_t{pass.first_row} * model_->config().n_vocab;
+            ggml_backend_tensor_get(io_.logits, out, logits_size(pass.first_logit), logits_size(pass.rows()));
+        }
+    });
+}
+
+void Session::denoise_placed(const std::vector<int32_t> &segments) {
+    const int32_t n_rows = std::accumulate(segments.begin(), segments.end(), 0);
+    std::vector<int32_t> ids;
+    if (io_.coming_ids) {
+        ids.resize(static_cast<size_t>(n_rows));
+        ggml_backend_tensor_get(io_.coming_ids, ids.data(), 0, ids.size() * sizeof ids[0]);
+        if (model_->config().has_self_conditioning) {
+            take_coming(n_rows);
+        }
+    }
+    Pass kind;
+    kind.uncapped = true;
+    each_pass(io_.coming_ids ? ids.data() : nullptr, segments, kind,
+              [&](const Pass &) { compute(*passes_, pass_graph_); });
+}
+
+std::vector<RowResult> Session::denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
+                                                   const RowInputs &inputs) {
+    std::vector<RowResult> results;
+    Pass kind;
+    kind.sampled = true;
+    kind.watched = !inputs.watched.empty();
+    const auto set = [](ggml_tensor *tensor, const auto &values, const Pass &pass) {
+        upload(tensor, values.data() + pass.first_row, static_cast<size_t>(pass.rows()) * sizeof values[0]);
+    };
+    each_pass(ids, segments, kind, [&](const Pass &pass) {
+        set(io_.sample.temperature, inputs.temperature, pass);
+        set(io_.sample.uniform, inputs.uniform, pass);
+        set(io_.sample.pinned, inputs.pinned, pass);
+        set(io_.sample.is_pinned, inputs.is_pinned, pass);
+        if (pass.watched) {
+            set(io_.sample.watched, inputs.watched, pass);
+        }
+        compute(*passes_, pass_graph_);
+        const std::vector<RowResult> rows = read_results(io_.sample, pass.rows());
+        results.insert(results.end(), rows.begin(), rows.end());
+    });
+    // Only now, so that a step that was cancelled between two passes may be repeated.
+    if (model_->config().has_self_conditioning) {
+        take_coming(static_cast<int32_t>(results.size()));
+    }
+    return results;
+}
+
+// The signal that was made where the logits are becomes the next pass's.
+void Session::take_coming(int32_t n_rows) {
+    if (model_->placement().layers.front() == model_->placement().head) {
+        ggml_backend_tensor_copy(io_.coming, io_.soft);
+        return;
+    }
+    std::vector<char> rows(static_cast<size_t>(n_rows) * io_.soft->nb[1]);
+    ggml_backend_tensor_get(io_.coming, rows.data(), 0, rows.size());
+    upload(io_.soft, rows.data(), rows.size());
+}
+
+void Session::set_logits(const float *logits, int32_t n_rows) {
+    if (logits_are_whole()) {
+        upload(io_.logits, logits, logits_size(n_rows));
+    } else {
+        host_logits_.assign(logits, logits + int64_t{n_rows} * model_->config().n_vocab);
+    }
+}
+
+void Session::condition_on_logits(int32_t n_rows) {
+    if (!model_->config().has_self_conditioning) {
+        return;
+    }
+    renew_in_fork();
+#if DG_HAS_TILES
+    if (io_.scratch && io_.longest_embedding == 0.0f && is_head_here()) {
+        io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
+    }
+#endif
+    for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
+        const int32_t n = std::min(canvas_pass(), n_rows - first);
+        if (soft_graph_rows_ != n || soft_graph_first_ != first) {
+            soft_graph_rows_ = 0;
+            soft_graph_ = build_soft_embedding(*model_, io_, first, logits_are_whole() ? first : 0, n);
+            soft_->place(soft_graph_);
+            soft_graph_first_ = first;
+            soft_graph_rows_ = n;
+        }
+        if (!logits_are_whole()) {
+            upload(io_.logits, host_logits_.data() + int64_t{first} * model_->config().n_vocab, logits_size(n));
+        }
+        compute(*soft_, soft_graph_);
+    }
+    if (io_.coming) {
+        take_coming(n_rows);
+    }
+}
+
+void Session::condition_on_nothing() {
+    for (ggml_tensor *signal : {io_.soft, io_.coming}) {
+        if (signal) {
+            ggml_backend_tensor_memset(signal, 0, 0, ggml_nbytes(signal));
+        }
+    }
+}
+
+void Session::move_condition(int32_t from, int32_t to, int32_t n) {
+    const size_t row = io_.soft->nb[1];
+    std::vector<char> rows(static_cast<size_t>(n) * row);
+    ggml_backend_tensor_get(io_.soft, rows.data(), static_cast<size_t>(from) * row, rows.size());
+    ggml_backend_tensor_set(io_.soft, rows.data(), static_cast<size_t>(to) * row, rows.size());
+}
+
+void Session::truncate(int32_t n) {
+    if (n < 0 || n > n_past()) {
+        throw Error(DG_ERROR_ARGUMENT, format("n is %d: the prefix has %d tokens", n, n_past()));
+    }
+    ready_ = {};
+    if (n > 0 && !cache_->holds_window_before(n)) {
+        const std::vector<int32_t> kept(tokens_.begin(), tokens_.begin() + n);
+        truncate(0);
+        encode(kept.data(), n);
+        return;
+    }
+    tokens_.resize(static_cast<size_t>(n));
+    set_past(n);
+    if (n == 0) {
+        cache_->clear();
+    }
+}
+
+} // namespace dg

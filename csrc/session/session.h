@@ -1,0 +1,195 @@
+// One timeline on a model: the prefix in the cache, the buffers, the graphs. One thread at a time; the C boundary
+// guards that. Errors leave the state that diffgguf.h promises.
+#pragma once
+
+#include "model/model.h"
+#include "pass/cache.h"
+#include "pass/executor.h"
+#include "pass/graph.h"
+#include "session/device_loop.h"
+
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace dg {
+
+// Of each row of the canvases, for the sampler on a device.
+struct RowInputs {
+    std::vector<float> temperature;
+    std::vector<float> uniform;
+    std::vector<int32_t> pinned; // 0 where a row is free
+    std::vector<float> is_pinned;
+    std::vector<int32_t> watched; // empty unless wanted
+};
+
+class Session {
+  public:
+    Session(std::shared_ptr<const Model> model, const dg_session_options &options);
+    ~Session();
+    Session(const Session &) = delete;
+    Session &operator=(const Session &) = delete;
+
+    // What n_ctx comes to when `asked` is 0; throws CONTEXT for one that is too small or too large.
+    static int32_t context_size(const dg_config &config, int32_t asked);
+    // The same of n_batch and n_rows, which throw ARGUMENT; and the most rows of canvases that one graph takes then.
+    static int32_t batch_size(int32_t n_ctx, int32_t asked);
+    static int32_t row_count(const dg_config &config, int32_t asked);
+    static int32_t canvas_pass(const dg_config &config, int32_t n_rows);
+    static ggml_type cache_type(int32_t type);
+    // What a session would take, by the arithmetic that makes one.
+    static dg_memory predict(const std::shared_ptr<const Model> &model, const dg_session_options &options);
+
+    const Model &model() const { return *model_; }
+    std::shared_ptr<const Model> shared_model() const { return model_; }
+    int32_t n_ctx() const { return n_ctx_; }
+    int32_t n_threads() const { return n_threads_; }
+    int32_t n_rows() const { return n_rows_; }
+    int32_t n_past() const { return n_past_.load(std::memory_order_relaxed); }
+    const std::vector<int32_t> &tokens() const { return tokens_; }
+    dg_memory memory() const { return memory_; }
+    // One line for each kind of operator that a device lacks and the CPU does in its place, weights and all.
+    const std::vector<std::string> &fallbacks() const { return fallbacks_; }
+
+    void encode(const int32_t *ids, int32_t n);
+    void truncate(int32_t n);
+    void save(const std::string &path);
+    void load(const std::string &path);
+
+    // Encoder mode over texts side by side, each behind the prefix; keeps nothing. logprob[i]: the natural log of the
+    // probability of ids[i] after the prefix and the ids before it in its text.
+    void score(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
+
+    // Canvases side by side: `segments` holds the rows of each, ids and logits the rows of all, one after the other.
+    // One decoder pass; the result stands in logits().
+    void denoise(const int32_t *ids, const std::vector<int32_t> &segments);
+    // The processed logits of the first n_rows in logits() -> the self-conditioning signal of the next pass.
+    void condition_on_logits(int32_t n_rows);
+    void condition_on_nothing();
+    // Moves the signal of `n` rows to rows `to` and after.
+    void move_condition(int32_t from, int32_t to, int32_t n);
+    // [R, V] float32, in place: raw after denoise; the sampler turns them into the processed ones.
+    float *logits() { return logits_lie_here() ? static_cast<float *>(io_.logits->data) : host_logits_.data(); }
+    void set_logits(const float *logits, int32_t n_rows);
+    size_t logits_size(int32_t n_rows) const { return static_cast<size_t>(n_rows) * io_.logits->nb[1]; }
+
+    // Logits need not come here. With OPERATORS, denoise_and_sample is denoise, the sampler and condition_on_logits in
+    // one, with nothing but a few numbers for each row to come back.
+    dg_sampler sampler() const { return sampler_; }
+    std::vector<RowResult> denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
+                                              const RowInputs &inputs);
+    // With KERNELS, the loop on the device has ids and signal, and denoise_placed is a pass of the canvases that it
+    // placed last.
+    cuda::DeviceLoop &kernels() { return *kernels_; }
+    void denoise_placed(const std::vector<int32_t> &segments);
+    void check_ids(const char *what, const int32_t *ids, int32_t n) const;
+
+    // From here on passes add up what they multiply weights by, from zero; or do so no longer.
+    void collect(bool on);
+    const Importance *importance() const { return importance_.get(); }
+
+    // From here on, or no longer, the parts of steps are timed, from zero.
+    void profile(bool on);
+    bool profiled() const { return profiled_; }
+    void add_sampling_time(double seconds) { timings_.sampling += seconds; }
+    const dg_timings &timings() const { return timings_; }
+
+    void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+    void clear_cancel() { cancelled_.store(false, std::memory_order_relaxed); }
+    void set_poll(dg_poll poll, void *user) {
+        poll_ = poll;
+        poll_user_ = user;
+    }
+
+  private:
+    struct DryRun {};
+    Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun);
+
+    std::shared_ptr<const Model> model_;
+    int32_t n_ctx_;
+    int32_t n_batch_;
+    int32_t n_threads_;
+    int32_t n_rows_; // R: the most rows that canvases denoised together have
+    ggml_type type_kv_;
+    bool own_operators_; // the CPU's (product.h); else ggml's alone
+    dg_sampler sampler_; // not AUTO
+    std::unique_ptr<KvCache> cache_;
+    std::vector<BackendPtr> backends_;          // the CPU's is last
+    std::vector<ggml_context_ptr> io_contexts_; // of each of them
+    std::vector<BufferPtr> io_buffers_;
+    GraphIo io_;
+    std::vector<float> host_logits_; // [R, V], where io_ has not all of them, or not here, and they are wanted here
+    std::unique_ptr<cuda::Device> kernel_device_;
+    std::unique_ptr<cuda::DeviceLoop> kernels_;
+    ggml_threadpool *threadpool_ = nullptr;
+    int64_t process_ = 0; // whose threads they are: a fork has none of them
+    std::unique_ptr<Executor> passes_;
+    std::unique_ptr<Executor> soft_;
+    Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
+    Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
+    Graph soft_graph_;
+    std::unique_ptr<Importance> importance_;
+    int32_t soft_graph_first_ = 0; // the rows that soft_graph_ is for
+    int32_t soft_graph_rows_ = 0;
+    std::vector<int32_t> tokens_;
+    std::atomic<int32_t> n_past_{0};
+    dg_memory memory_ = {};
+    std::vector<std::string> fallbacks_;
+    bool profiled_ = false;
+    dg_timings timings_ = {};
+    std::atomic<bool> cancelled_{false};
+    dg_poll poll_ = nullptr;
+    void *poll_user_ = nullptr;
+    std::chrono::steady_clock::time_point last_poll_{};
+
+    // The head is on the CPU.
+    bool is_head_here() const { return model_->placement().head == model_->devices().cpu(); }
+    // io_.logits has room for all rows, not only for those of a pass.
+    bool logits_are_whole() const {
+        return sampler_ == DG_SAMPLER_KERNELS || (sampler_ == DG_SAMPLER_HOST && is_head_here());
+    }
+    bool logits_lie_here() const { return logits_are_whole() && is_head_here(); }
+    bool scores_by_graph() const { return io_.sample.watched != nullptr; }
+
+    // Segments of a pass, at most: each takes nodes of its own in every layer, for which the scheduler's table has
+    // room.
+    static constexpr int32_t MOST_SEGMENTS = 16;
+
+    int32_t largest_segment() const;
+    int32_t canvas_pass() const;
+    int32_t largest_pass() const;
+    void plan(bool allocate);
+    void make_io(bool allocate);
+    void make_kernels();
+    void allocate_io(int32_t device);
+    size_t io_bytes() const;
+    size_t io_bytes_on(size_t device) const;
+    size_t host_bytes() const;
+    void start_threads();
+    void stop_threads();
+    void renew_in_fork();
+    void make_executors(bool allocate);
+    std::unique_ptr<Executor> make_executor(const std::vector<Graph> &largest, bool allocate);
+    void set_past(int32_t n);
+    void set_pass_inputs(const Pass &pass);
+    void set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding);
+    void prepare(const Pass &pass);
+    void score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
+    void encode_chunk(const int32_t *ids, int32_t n);
+    void check_canvases(const std::vector<int32_t> &segments) const;
+    template <typename Run>
+    void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run);
+    void take_coming(int32_t n_rows);
+    void compute(Executor &executor, const Graph &graph);
+    template <typename Compute> void run(const Compute &compute);
+    void run_timed(const Graph &graph);
+    bool should_stop();
+};
+
+} // namespace dg

@@ -1,0 +1,1 @@
+"""The binding to the C library: the only folder that touches it."""

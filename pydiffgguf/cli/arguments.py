@@ -1,0 +1,384 @@
+"""The command ``pydiffgguf``: what its arguments are, and how it fails. What it then does is in commands.py.
+
+Exit codes: 0; 1 the operation failed, and one line on stderr says why; 2 bad usage; 130 interrupted. What is slow to
+import is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pydiffgguf.cli import commands
+from pydiffgguf.cli.commands import SAMPLING
+
+__all__ = ["main"]
+
+DESCRIPTION = (
+    "DiffusionGemma from GGUF files, in your own process: convert, generate, chat, and watch the canvas denoise."
+)
+MODEL_HELP = "a GGUF file, or hf:OWNER/REPO[:PATTERN], such as hf:unsloth/diffusiongemma-26B-A4B-it-GGUF:Q4_K_M"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code. Bad usage leaves through SystemExit(2), as argparse does it."""
+    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe that cannot show a character gets its escape instead of an error in the middle of a text.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with _plain_warnings():
+            code: int = args.run(args)
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone; Python would complain once more when it flushes at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            print(f"pydiffgguf: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    from pydiffgguf.errors import DiffGGUFError
+
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    elif isinstance(error, (DiffGGUFError, OSError, ValueError, TypeError, ImportError)) and str(error):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ") + " (--debug shows where)"
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What the library warns of, on one line each and without the line of source."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"pydiffgguf: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pydiffgguf", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"pydiffgguf {_version()}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str, run: Callable[[argparse.Namespace], int], *examples: str) -> Any:
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+        sub.set_defaults(run=run, command=sub)
+        return sub
+
+    sub = command(
+        "demo", "run the bundled demo model; needs no network and no arguments", commands.demo, "pydiffgguf demo"
+    )
+    sub.add_argument("--no-live", action="store_true", help="print the results only")
+
+    sub = command(
+        "generate",
+        "text from a prompt",
+        commands.generate,
+        'pydiffgguf generate model.gguf -p "Why is the sky blue?"',
+        "pydiffgguf generate model.gguf -f question.txt -n 1024 --seed 7 > answer.txt",
+        "echo 'Once upon a time' | pydiffgguf generate model.gguf --raw --json",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; without -p and -f it is read from stdin")
+    where.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file, less one last newline")
+    sub.add_argument("--raw", action="store_true", help="plain text: do not put the prompt through the chat template")
+    sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
+    sub.add_argument("--json", action="store_true", help="print one object: text, tokens, steps, seconds, ...")
+    sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
+    _add_generation(sub)
+    _add_model_options(sub)
+
+    sub = command(
+        "infill",
+        "fill a gap: the text between what stands before and behind it",
+        commands.infill,
+        "pydiffgguf infill model.gguf main.py --at 12:5",
+        "pydiffgguf infill model.gguf main.py --at 12 --gap 20 --in-place",
+        "pydiffgguf infill model.gguf --prefix-file before.txt --suffix-file behind.txt -n 3 --json",
+        'pydiffgguf infill model.gguf --template "The quick <gap/> fox jumps over the <gap len=2/> dog."',
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group = sub.add_argument_group("where the gap is", "One of the three; what is read must be UTF-8, - is stdin.")
+    group.add_argument("file", metavar="FILE", nargs="?", help="a text file; with --at")
+    group.add_argument(
+        "--at", type=_position, metavar="LINE[:COL]", help="counted from 1, in characters; no COL: the line's end"
+    )
+    group.add_argument("--prefix-file", metavar="F", help="the text before the gap, all of it")
+    group.add_argument("--suffix-file", metavar="F", help="the text behind the gap")
+    group.add_argument(
+        "--template",
+        metavar="TEXT",
+        help="text with gaps: <gap/>, <gap max=8/>, <gap min=2 max=8/>, <gap len=3/> (<\\gap/> is the text <gap/>); of "
+        "several gaps each is printed as a JSON string on its own line",
+    )
+    group = sub.add_argument_group("the gap")
+    group.add_argument("--gap", type=_gap, metavar="N|auto", help="its length in tokens (auto: lengths are tried)")
+    group.add_argument("--min-gap", type=_at_least(0), metavar="N", help="shortest that auto tries (0)")
+    group.add_argument("--max-gap", type=_at_least(1), metavar="N", help="longest that auto tries (128)")
+    group.add_argument("--mode", choices=("auto", "raw", "chat"), help="a document, or a request in the chat template")
+    group.add_argument("--no-heal", action="store_true", help="do not go on with the prefix's last, unfinished word")
+    group.add_argument("--extra", action="append", metavar="FILE", help="another file to know; may be given repeatedly")
+    group.add_argument("-n", type=_at_least(1), metavar="N", help="rank so many fillings, which --json lists (1)")
+    group.add_argument("--seed", type=int, metavar="N", help="keys all draws (0)")
+    sub.add_argument("--in-place", action="store_true", help="write the filling into FILE; a pipe gets nothing then")
+    sub.add_argument("--json", action="store_true", help="print one object: text, gap_tokens, score, candidates, ...")
+    sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
+    _add_sampling(sub)
+    _add_model_options(sub)
+
+    sub = command(
+        "chat",
+        "talk to a model",
+        commands.chat,
+        "pydiffgguf chat model.gguf",
+        'pydiffgguf chat model.gguf --system "Answer in French." --thinking',
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("--system", metavar="TEXT", help="the system turn")
+    sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
+    sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
+    _add_generation(sub)
+    _add_model_options(sub)
+
+    sub = command(
+        "convert",
+        "make a GGUF file from a checkpoint, or give a GGUF file other types",
+        commands.convert,
+        "pydiffgguf convert diffusiongemma-26B-A4B-it -o model.gguf",
+        "pydiffgguf convert hf:google/diffusiongemma-26B-A4B-it -o model.gguf --type dg4",
+        "pydiffgguf convert model-bf16.gguf -o small.gguf --type q4_k_m --imatrix imatrix.gguf",
+        "pydiffgguf convert model-bf16.gguf -o mine.gguf --type q4_k_m --tensor-type 'ffn_.*_exps=iq4_nl'",
+    )
+    sub.add_argument(
+        "source",
+        metavar="SRC",
+        help="a folder with config.json and safetensors, or hf:OWNER/REPO; a GGUF file, or hf:OWNER/REPO:PATTERN",
+    )
+    sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="appears only when it is whole")
+    sub.add_argument(
+        "--type",
+        metavar="TYPE",
+        default="q8_0",
+        help="f32, f16, bf16, q8_0 (default), q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, iq4_nl, iq4_xs, q3_k_m, q2_k "
+        "or mxfp4, tensor by tensor what llama.cpp gives; dg4, 4.6 bits a weight, is made for this model",
+    )
+    sub.add_argument(
+        "--tensor-type",
+        action="append",
+        metavar="PATTERN=TYPE",
+        help="tensors whose name has the regular expression get that ggml type; repeatable, the first match counts",
+    )
+    sub.add_argument(
+        "--imatrix", metavar="F", help="an importance matrix: of pydiffgguf imatrix, or llama.cpp's in GGUF"
+    )
+    sub.add_argument("--threads", type=_at_least(1), metavar="N", help="quantize on so many cores (all)")
+    sub.add_argument(
+        "--name", metavar="NAME", help="general.name in the file; the folder's name, or the GGUF's, if not given"
+    )
+    sub.add_argument("--allow-missing-tokenizer", action="store_true", help="a folder without tokenizer.json will do")
+
+    sub = command(
+        "imatrix",
+        "collect an importance matrix, by which convert spends the bits of small types where they matter",
+        commands.imatrix,
+        "pydiffgguf imatrix model-bf16.gguf -f text.txt -o imatrix.gguf",
+        "pydiffgguf convert model-bf16.gguf -o small.gguf --type dg4 --imatrix imatrix.gguf",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument(
+        "-f", "--file", metavar="FILE", required=True, help="UTF-8 text like what the model will write; - is stdin"
+    )
+    sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="in llama.cpp's imatrix GGUF format")
+    sub.add_argument("--chunks", type=_at_least(1), metavar="N", help="run at most so many chunks of the text (all)")
+    sub.add_argument("--seed", type=int, metavar="N", default=0, help="of the random tokens on the canvases (0)")
+    _add_model_options(sub)
+
+    sub = command(
+        "inspect",
+        "what a GGUF file holds, what memory it needs, what it lacks; or what sets two files apart",
+        commands.inspect,
+        "pydiffgguf inspect model.gguf",
+        "pydiffgguf inspect model.gguf --tensors --json",
+        "pydiffgguf inspect model.gguf --fit 16GB --ctx 32768",
+        "pydiffgguf inspect --diff a.gguf b.gguf --data",
+    )
+    sub.add_argument("file", metavar="FILE", nargs="?", help=MODEL_HELP)
+    sub.add_argument(
+        "--diff", nargs=2, metavar=("A", "B"), help="compare two files, in place of FILE: keys and tensors"
+    )
+    sub.add_argument("--data", action="store_true", help="with --diff: the weights too, byte for byte")
+    sub.add_argument("--tensors", action="store_true", help="list every tensor")
+    sub.add_argument("--json", action="store_true", help="print one object")
+    sub.add_argument("--ctx", type=int, metavar="N", help="positions to reckon the memory for")
+    sub.add_argument("--type-kv", metavar="TYPE", help="type of the cache to reckon with (f16)")
+    sub.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="what goes onto a device with so much memory free (16GB is 10^9 bytes each, 16GiB 2^30), and what stays",
+    )
+
+    sub = command(
+        "rpc-server",
+        "offer this machine's GPUs, or its CPU, to models on other machines",
+        commands.rpc_server,
+        "pydiffgguf rpc-server --port 50052",
+        "pydiffgguf generate model.gguf --rpc 127.0.0.1:50052 -p Hello",
+    )
+    sub.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="where to listen (127.0.0.1); there is no authentication: never where strangers can reach it",
+    )
+    sub.add_argument("--port", type=_at_least(1), metavar="P", default=50052, help="(50052)")
+    sub.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (as many as there are)")
+
+    sub = command(
+        "bench",
+        "measure prefill and denoise step times, steps per canvas, tokens per second, peak memory",
+        commands.bench,
+        "pydiffgguf bench model.gguf",
+        "pydiffgguf bench model.gguf --prefill 2048 --repeat 9 --threads 4 --json",
+        "pydiffgguf bench model.gguf --compare transformers diffusiongemma-26B-A4B-it",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("--prefill", type=int, metavar="N", default=512, help="tokens of the prompt to encode (512)")
+    sub.add_argument("--repeat", type=int, metavar="N", default=5, help="times are medians of so many runs (5)")
+    sub.add_argument("-p", "--prompt", metavar="TEXT", help="what to generate from")
+    sub.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("transformers", "CKPT"),
+        help="time a checkpoint folder in transformers, float32, in turns with the model; needs torch and transformers",
+    )
+    sub.add_argument("--json", action="store_true", help="print one object")
+    _add_generation(sub)
+    _add_model_options(sub)
+
+    sub = command(
+        "doctor",
+        "check the installation; exit code 1, and the cure, when something is off",
+        commands.doctor,
+        "pydiffgguf doctor",
+        "pydiffgguf doctor --json",
+    )
+    sub.add_argument("--json", action="store_true", help="print one object")
+    return parser
+
+
+def _add_generation(sub: Any) -> None:
+    sub.add_argument("-n", "--max-tokens", type=int, metavar="N", help="longest result in tokens (256)")
+    sub.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (else a fresh one)")
+    group = _add_sampling(sub)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
+
+
+def _add_sampling(sub: Any) -> Any:
+    group = sub.add_argument_group("sampling", "What is not given comes from the file, then from the released model.")
+    for name, kind, text in SAMPLING:
+        group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
+    group.add_argument("--time-limit", type=float, metavar="S", help="begin no step later than so many seconds")
+    return group
+
+
+def _add_model_options(sub: Any) -> None:
+    group = sub.add_argument_group("model")
+    group.add_argument(
+        "--ctx", type=int, metavar="N", help="positions for prompt, text and canvas (8192, or the file's if less)"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (as many as there are)")
+    group.add_argument("--gpu-layers", type=_gpu_layers, metavar="N|auto", help="layers on devices (auto: what fits)")
+    group.add_argument("--cpu-moe", type=_at_least(0), metavar="N", help="keep the first N layers' experts on the CPU")
+    group.add_argument("--tensor-split", type=_numbers, metavar="X,Y", help="each device's share (its free memory)")
+    group.add_argument("--main-gpu", type=_at_least(0), metavar="I", help="the device with the head (the last)")
+    group.add_argument("--no-offload-kv", action="store_true", help="keep the cache, and attention, on the CPU")
+    group.add_argument(
+        "--rpc", type=_words, metavar="HOST:PORT,..", help="devices of other machines, which run pydiffgguf rpc-server"
+    )
+    group.add_argument("--sampler", metavar="KIND", help="host, operators or kernels (auto: by the main device)")
+    group.add_argument("--type-kv", metavar="TYPE", help="type of the cache: f16 (default), f32, bf16, q8_0")
+    group.add_argument("--verbose", action="store_true", help="say on stderr what was opened and what it takes")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _gpu_layers(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number, at least {least}")
+        return int(text)
+
+    return number
+
+
+def _gap(text: str) -> int | str:
+    if text != "auto" and not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of tokens, at least 1, or auto")
+    return "auto" if text == "auto" else int(text)
+
+
+def _position(text: str) -> Any:
+    from pydiffgguf.text.document import Position
+
+    try:
+        return Position.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pydiffgguf")
+    except PackageNotFoundError:  # run from a source folder; doctor says what to do
+        return "(not installed)"
