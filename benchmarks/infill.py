@@ -41,8 +41,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pydiffgguf import DiffGGUFError, DiffusionModel
-from pydiffgguf.cli.arguments import MODEL_HELP, _add_model_options, _flag
+from pydiffgguf.cli.arguments import MODEL_HELP, add_model_options
 from pydiffgguf.cli.commands import SAMPLING, open_model
+from pydiffgguf.cli.parser import flag
 from pydiffgguf.search import Gap
 
 __all__ = ["BUCKETS", "Answer", "Result", "judge", "parses", "run", "summarise"]
@@ -355,8 +356,8 @@ def parser() -> argparse.ArgumentParser:
     )
     group = out.add_argument_group("sampling", "What is not given comes from the file, then from the released model.")
     for name, kind, text in SAMPLING:
-        group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
-    _add_model_options(out)
+        group.add_argument(flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
+    add_model_options(out)
     return out
 
 

@@ -299,7 +299,7 @@ def test_chat_without_a_terminal(
         (ModelFormatError("key x is\n  missing"), "key x is missing"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "m.gguf"), "m.gguf: No such file or directory"),
         (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
-        (ValueError("steps is 0"), "steps is 0"),
+        (ValueError("the prompt is empty"), "the prompt is empty"),
         (KeyError("oops"), "KeyError: 'oops' (--debug shows where)"),
         (RuntimeError(), "RuntimeError (--debug shows where)"),
     ],
@@ -344,14 +344,22 @@ def test_warnings_are_one_line(
     ("arguments", "message"),
     [
         ([], "required: COMMAND"),
-        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["nonsense"], "no such command: 'nonsense': choose from demo, "),
+        (["run", "m.gguf"], "no such command: 'run'; did you mean chat or generate?"),
+        (["genrate", "m.gguf"], "did you mean generate?"),
         (["generate"], "required: MODEL"),
         (["generate", "m.gguf", "-p", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
-        (["generate", "m.gguf", "-p", "x", "--temp", "1"], "unrecognized arguments: --temp"),
+        (
+            ["generate", "m.gguf", "-p", "x", "--temp", "1"],
+            "unrecognized arguments: --temp 1: the temperature follows a schedule: --t-min",
+        ),
+        (["generate", "m.gguf", "-p", "x", "--thread", "1"], "did you mean --threads?"),
+        (["generate", "-m", "m.gguf", "-p", "x"], "the model is the first argument"),
         (["generate", "m.gguf", "-p", "x", "--se", "1"], "unrecognized arguments: --se"),
         (["generate", "m.gguf", "-p", "x", "-f", "y"], "not allowed with argument"),
-        (["generate", "m.gguf", "-p", "x", "--steps", "many"], "--steps: invalid int value: 'many'"),
-        (["generate", "m.gguf", "-p", "x", "--gpu-layers", "all"], "--gpu-layers: invalid"),
+        (["generate", "m.gguf", "-p", "x", "--steps", "many"], "--steps: 'many' is not a whole number"),
+        (["generate", "m.gguf", "-p", "x", "--gpu-layers", "some"], "'some' is not a number of layers, auto or all"),
+        (["generate", "m.gguf", "-p", "x", "--tensor-split", "a,b"], "'a,b' is not a list of numbers such as 3,1"),
         (["generate", "m.gguf", "-p", "x", "--raw", "--thinking"], "--thinking needs the chat template"),
         (["convert", "somewhere"], "required: -o/--out"),
     ],
@@ -359,12 +367,22 @@ def test_warnings_are_one_line(
 def test_bad_usage_is_exit_code_2(
     fake: type[FakeModel], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    """With argparse's line; nothing is abbreviated or ignored, and no model is opened."""
+    """With one line and a hint; nothing is abbreviated or ignored, and no model is opened."""
     with pytest.raises(SystemExit) as info:
         cli.main(arguments)
     assert info.value.code == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
     assert fake.opened == []
+
+
+def test_other_programs_spellings_are_taken(fake: type[FakeModel]) -> None:
+    """What llama.cpp's users type by habit, where the meaning is the same."""
+    flags = ["-ngl", "-1", "-c", "4096", "-t", "2", "--n-predict", "9"]
+    assert cli.main(["generate", "m.gguf", "-p", "x", *flags]) == 0
+    ((_, options),) = fake.opened
+    assert options == {"n_gpu_layers": 2**31 - 1, "n_ctx": 4096, "n_threads": 2}
 
 
 def test_generate_on_a_terminal_needs_a_prompt(
@@ -426,25 +444,26 @@ def test_generate_over_a_real_model(tiny_gguf: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("flags", "line", "code"),
     [
-        (["--steps", "0"], "steps is 0: "),
-        (["--t-min", "nan"], "t_min is nan: "),
-        (["-n", "0"], "max_tokens is 0: "),
-        (["--seed", "-1"], "seed is -1: "),
-        (["--time-limit", "inf"], "time_limit_s is inf: "),
-        (["--stop", ""], "stop: an empty string"),
-        (["--ctx", "5"], ""),
-        (["--threads", "0"], "n_threads is 0: "),
-        (["--type-kv", "f8"], "type_kv"),
-        (["--gpu-layers", "3"], ""),
+        (["--steps", "0"], "--steps is 0: ", 2),
+        (["--t-min", "nan"], "--t-min is nan: ", 2),
+        (["-n", "0"], "--max-tokens is 0: ", 2),
+        (["--seed", "-1"], "--seed is -1: ", 2),
+        (["--time-limit", "inf"], "--time-limit is inf: ", 2),
+        (["--stop", ""], "--stop: an empty string", 2),
+        (["--threads", "0"], "--threads is 0: ", 2),
+        (["--type-kv", "f8"], "--type-kv is 'f8': ", 2),
+        (["--sampler", "greedy"], "--sampler is 'greedy': ", 2),
+        (["--ctx", "5"], "", 1),
+        (["--gpu-layers", "3"], "", 1),
     ],
 )
 def test_values_out_of_range_are_told(
-    tiny_gguf: Path, capsys: pytest.CaptureFixture[str], flags: list[str], line: str
+    tiny_gguf: Path, capsys: pytest.CaptureFixture[str], flags: list[str], line: str, code: int
 ) -> None:
-    """By the engine, in one line, exit code 1."""
-    assert cli.main(["generate", str(tiny_gguf), "-p", "hello", *flags]) == 1
+    """In one line that names the flag as it was typed; exit code 2, but 1 for what this file or machine cannot do."""
+    assert cli.main(["generate", str(tiny_gguf), "-p", "hello", *flags]) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"pydiffgguf: error: {line}")
@@ -485,8 +504,8 @@ def test_bench_measures(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> 
     for word in ("prefill", "denoise step", "steps per canvas", "tokens/s", "peak memory", "20 tokens"):
         assert word in out
     for flag in ("--repeat", "--prefill"):
-        assert cli.main(["bench", str(tiny_gguf), flag, "0"]) == 1
-        assert capsys.readouterr().err == f"pydiffgguf: error: {flag[2:]} is 0: at least 1\n"
+        assert cli.main(["bench", str(tiny_gguf), flag, "0"]) == 2
+        assert capsys.readouterr().err == f"pydiffgguf: error: {flag} is 0: at least 1\n"
 
 
 def test_bench_compares_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -531,8 +550,8 @@ def test_convert_over_a_real_checkpoint(tiny_gguf: Path, tmp_path: Path, capsys:
     assert out.stat().st_size == tiny_gguf.stat().st_size
     assert capsys.readouterr().out.startswith(f"{out}: ")
     before = out.read_bytes()
-    for source, kind in ((str(tmp_path / "none"), "f32"), (str(tiny_gguf.parent / "checkpoint"), "q9")):
-        assert cli.main(["convert", source, "-o", str(out), "--type", kind]) == 1
+    for source, kind, code in ((str(tmp_path / "none"), "f32", 1), (str(tiny_gguf.parent / "checkpoint"), "q9", 2)):
+        assert cli.main(["convert", source, "-o", str(out), "--type", kind]) == code
         assert re.fullmatch(r"pydiffgguf: error: [^\n]+\n", capsys.readouterr().err)
     assert out.read_bytes() == before
     assert cli.main(["convert", "owner/repo", "-o", str(out)]) == 1

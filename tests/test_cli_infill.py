@@ -213,17 +213,17 @@ def test_bad_usage_says_what_to_give(
 
 
 def test_failures_are_one_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that is missing or no text, and what the library refuses: exit code 1."""
+    """A file that is missing or is not text: exit code 1; a value that the library refuses: 2, by its flag."""
     (tmp_path / "binary").write_bytes(b"ab\xff")
     binary, none = str(tmp_path / "binary"), str(tmp_path / "none")
-    for arguments, message in (
-        ([none, "--at", "1"], f"{none}: No such file or directory"),
-        ([binary, "--at", "1", "--in-place"], f"{binary} is not UTF-8 text: byte 2 is 0xff"),
-        ([str(file), *at(), "--extra", binary], f"{binary} is not UTF-8 text: byte 2 is 0xff"),
-        ([str(file), *at(), "--steps", "0"], "steps is 0"),
-        ([str(file), *at(), "-n", "65"], "n is 65: it must be from 1 to 64"),
+    for arguments, message, code in (
+        ([none, "--at", "1"], f"{none}: No such file or directory", 1),
+        ([binary, "--at", "1", "--in-place"], f"{binary} is not UTF-8 text: byte 2 is 0xff", 1),
+        ([str(file), *at(), "--extra", binary], f"{binary} is not UTF-8 text: byte 2 is 0xff", 1),
+        ([str(file), *at(), "--steps", "0"], "--steps is 0", 2),
+        ([str(file), *at(), "-n", "65"], "-n is 65: it must be from 1 to 64", 2),
     ):
-        assert run(*arguments) == 1
+        assert run(*arguments) == code
         out, err = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(r"pydiffgguf: error: [^\n]+\n", err)

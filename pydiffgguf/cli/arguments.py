@@ -17,8 +17,9 @@ from typing import Any
 
 from pydiffgguf.cli import commands
 from pydiffgguf.cli.commands import SAMPLING
+from pydiffgguf.cli.parser import Parser, at_least, flag, flag_of_option, gap, gpu_layers, numbers, position, words
 
-__all__ = ["main"]
+__all__ = ["MODEL_HELP", "add_model_options", "main"]
 
 DESCRIPTION = (
     "DiffusionGemma from GGUF files, in your own process: convert, generate, chat, and watch the canvas denoise."
@@ -46,11 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        text = _one_line(error)
+        # A value that the library refuses is bad usage, and is told by the flag that was typed.
+        usage = flag_of_option(text, args.command.flags()) if type(error) in (ValueError, TypeError) else None
         if args.debug:
             traceback.print_exc()
         else:
-            print(f"pydiffgguf: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+            print(f"pydiffgguf: error: {usage or text}", file=sys.stderr)
+        return 1 if usage is None else 2
 
 
 def _one_line(error: Exception) -> str:
@@ -80,31 +84,56 @@ def _plain_warnings() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pydiffgguf", description=DESCRIPTION, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog="pydiffgguf", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"pydiffgguf {_version()}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for add in (
+        _add_demo,
+        _add_generate,
+        _add_infill,
+        _add_chat,
+        _add_convert,
+        _add_imatrix,
+        _add_inspect,
+        _add_rpc_server,
+        _add_bench,
+        _add_doctor,
+    ):
+        add(subparsers)
+    return parser
 
-    def command(name: str, summary: str, run: Callable[[argparse.Namespace], int], *examples: str) -> Any:
-        sub = subparsers.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
-        sub.set_defaults(run=run, command=sub)
-        return sub
 
-    sub = command(
-        "demo", "run the bundled demo model; needs no network and no arguments", commands.demo, "pydiffgguf demo"
+def _command(
+    subparsers: Any, name: str, summary: str, run: Callable[[argparse.Namespace], int], *examples: str
+) -> Parser:
+    sub: Parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+    sub.set_defaults(run=run, command=sub)
+    return sub
+
+
+def _add_demo(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
+        "demo",
+        "run the bundled demo model; needs no network and no arguments",
+        commands.demo,
+        "pydiffgguf demo",
     )
     sub.add_argument("--no-live", action="store_true", help="print the results only")
 
-    sub = command(
+
+def _add_generate(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "generate",
         "text from a prompt",
         commands.generate,
@@ -121,9 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one object: text, tokens, steps, seconds, ...")
     sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
     _add_generation(sub)
-    _add_model_options(sub)
+    add_model_options(sub)
 
-    sub = command(
+
+def _add_infill(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "infill",
         "fill a gap: the text between what stands before and behind it",
         commands.infill,
@@ -136,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     group = sub.add_argument_group("where the gap is", "One of the three; what is read must be UTF-8, - is stdin.")
     group.add_argument("file", metavar="FILE", nargs="?", help="a text file; with --at")
     group.add_argument(
-        "--at", type=_position, metavar="LINE[:COL]", help="counted from 1, in characters; no COL: the line's end"
+        "--at", type=position, metavar="LINE[:COL]", help="counted from 1, in characters; no COL: the line's end"
     )
     group.add_argument("--prefix-file", metavar="F", help="the text before the gap, all of it")
     group.add_argument("--suffix-file", metavar="F", help="the text behind the gap")
@@ -147,21 +179,24 @@ def _parser() -> argparse.ArgumentParser:
         "several gaps each is printed as a JSON string on its own line",
     )
     group = sub.add_argument_group("the gap")
-    group.add_argument("--gap", type=_gap, metavar="N|auto", help="its length in tokens (auto: lengths are tried)")
-    group.add_argument("--min-gap", type=_at_least(0), metavar="N", help="shortest that auto tries (0)")
-    group.add_argument("--max-gap", type=_at_least(1), metavar="N", help="longest that auto tries (128)")
+    group.add_argument("--gap", type=gap, metavar="N|auto", help="its length in tokens (auto: lengths are tried)")
+    group.add_argument("--min-gap", type=at_least(0), metavar="N", help="shortest that auto tries (0)")
+    group.add_argument("--max-gap", type=at_least(1), metavar="N", help="longest that auto tries (128)")
     group.add_argument("--mode", choices=("auto", "raw", "chat"), help="a document, or a request in the chat template")
     group.add_argument("--no-heal", action="store_true", help="do not go on with the prefix's last, unfinished word")
     group.add_argument("--extra", action="append", metavar="FILE", help="another file to know; may be given repeatedly")
-    group.add_argument("-n", type=_at_least(1), metavar="N", help="rank so many fillings, which --json lists (1)")
+    group.add_argument("-n", type=at_least(1), metavar="N", help="rank so many fillings, which --json lists (1)")
     group.add_argument("--seed", type=int, metavar="N", help="keys all draws (0)")
     sub.add_argument("--in-place", action="store_true", help="write the filling into FILE; a pipe gets nothing then")
     sub.add_argument("--json", action="store_true", help="print one object: text, gap_tokens, score, candidates, ...")
     sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
     _add_sampling(sub)
-    _add_model_options(sub)
+    add_model_options(sub)
 
-    sub = command(
+
+def _add_chat(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "chat",
         "talk to a model",
         commands.chat,
@@ -173,9 +208,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
     sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
     _add_generation(sub)
-    _add_model_options(sub)
+    add_model_options(sub)
 
-    sub = command(
+
+def _add_convert(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "convert",
         "make a GGUF file from a checkpoint, or give a GGUF file other types",
         commands.convert,
@@ -206,13 +244,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--imatrix", metavar="F", help="an importance matrix: of pydiffgguf imatrix, or llama.cpp's in GGUF"
     )
-    sub.add_argument("--threads", type=_at_least(1), metavar="N", help="quantize on so many cores (all)")
+    sub.add_argument("--threads", type=at_least(1), metavar="N", help="quantize on so many cores (all)")
     sub.add_argument(
         "--name", metavar="NAME", help="general.name in the file; the folder's name, or the GGUF's, if not given"
     )
     sub.add_argument("--allow-missing-tokenizer", action="store_true", help="a folder without tokenizer.json will do")
 
-    sub = command(
+
+def _add_imatrix(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "imatrix",
         "collect an importance matrix, by which convert spends the bits of small types where they matter",
         commands.imatrix,
@@ -224,11 +265,14 @@ def _parser() -> argparse.ArgumentParser:
         "-f", "--file", metavar="FILE", required=True, help="UTF-8 text like what the model will write; - is stdin"
     )
     sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="in llama.cpp's imatrix GGUF format")
-    sub.add_argument("--chunks", type=_at_least(1), metavar="N", help="run at most so many chunks of the text (all)")
+    sub.add_argument("--chunks", type=at_least(1), metavar="N", help="run at most so many chunks of the text (all)")
     sub.add_argument("--seed", type=int, metavar="N", default=0, help="of the random tokens on the canvases (0)")
-    _add_model_options(sub)
+    add_model_options(sub)
 
-    sub = command(
+
+def _add_inspect(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "inspect",
         "what a GGUF file holds, what memory it needs, what it lacks; or what sets two files apart",
         commands.inspect,
@@ -252,7 +296,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what goes onto a device with so much memory free (16GB is 10^9 bytes each, 16GiB 2^30), and what stays",
     )
 
-    sub = command(
+
+def _add_rpc_server(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "rpc-server",
         "offer this machine's GPUs, or its CPU, to models on other machines",
         commands.rpc_server,
@@ -265,10 +312,13 @@ def _parser() -> argparse.ArgumentParser:
         default="127.0.0.1",
         help="where to listen (127.0.0.1); there is no authentication: never where strangers can reach it",
     )
-    sub.add_argument("--port", type=_at_least(1), metavar="P", default=50052, help="(50052)")
-    sub.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (as many as there are)")
+    sub.add_argument("--port", type=at_least(1), metavar="P", default=50052, help="(50052)")
+    sub.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (as many as there are)")
 
-    sub = command(
+
+def _add_bench(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "bench",
         "measure prefill and denoise step times, steps per canvas, tokens per second, peak memory",
         commands.bench,
@@ -288,9 +338,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="print one object")
     _add_generation(sub)
-    _add_model_options(sub)
+    add_model_options(sub)
 
-    sub = command(
+
+def _add_doctor(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
         "doctor",
         "check the installation; exit code 1, and the cure, when something is off",
         commands.doctor,
@@ -298,11 +351,10 @@ def _parser() -> argparse.ArgumentParser:
         "pydiffgguf doctor --json",
     )
     sub.add_argument("--json", action="store_true", help="print one object")
-    return parser
 
 
 def _add_generation(sub: Any) -> None:
-    sub.add_argument("-n", "--max-tokens", type=int, metavar="N", help="longest result in tokens (256)")
+    sub.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest result in tokens (256)")
     sub.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (else a fresh one)")
     group = _add_sampling(sub)
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
@@ -311,68 +363,41 @@ def _add_generation(sub: Any) -> None:
 def _add_sampling(sub: Any) -> Any:
     group = sub.add_argument_group("sampling", "What is not given comes from the file, then from the released model.")
     for name, kind, text in SAMPLING:
-        group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
+        group.add_argument(flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
     group.add_argument("--time-limit", type=float, metavar="S", help="begin no step later than so many seconds")
     return group
 
 
-def _add_model_options(sub: Any) -> None:
+def add_model_options(sub: Any) -> None:
+    """The options of every command that opens a model; commands.open_model takes them."""
     group = sub.add_argument_group("model")
     group.add_argument(
-        "--ctx", type=int, metavar="N", help="positions for prompt, text and canvas (8192, or the file's if less)"
+        "-c",
+        "--ctx",
+        "--ctx-size",
+        type=int,
+        metavar="N",
+        help="positions for prompt, text and canvas (8192, or the file's if less)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (as many as there are)")
-    group.add_argument("--gpu-layers", type=_gpu_layers, metavar="N|auto", help="layers on devices (auto: what fits)")
-    group.add_argument("--cpu-moe", type=_at_least(0), metavar="N", help="keep the first N layers' experts on the CPU")
-    group.add_argument("--tensor-split", type=_numbers, metavar="X,Y", help="each device's share (its free memory)")
-    group.add_argument("--main-gpu", type=_at_least(0), metavar="I", help="the device with the head (the last)")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (as many as there are)")
+    group.add_argument(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        type=gpu_layers,
+        metavar="N|auto|all",
+        help="layers on devices (auto: as many as fit)",
+    )
+    group.add_argument("--cpu-moe", type=at_least(0), metavar="N", help="keep the first N layers' experts on the CPU")
+    group.add_argument("--tensor-split", type=numbers, metavar="X,Y", help="each device's share (its free memory)")
+    group.add_argument("--main-gpu", type=at_least(0), metavar="I", help="the device with the head (the last)")
     group.add_argument("--no-offload-kv", action="store_true", help="keep the cache, and attention, on the CPU")
     group.add_argument(
-        "--rpc", type=_words, metavar="HOST:PORT,..", help="devices of other machines, which run pydiffgguf rpc-server"
+        "--rpc", type=words, metavar="HOST:PORT,..", help="devices of other machines, which run pydiffgguf rpc-server"
     )
     group.add_argument("--sampler", metavar="KIND", help="host, operators or kernels (auto: by the main device)")
     group.add_argument("--type-kv", metavar="TYPE", help="type of the cache: f16 (default), f32, bf16, q8_0")
     group.add_argument("--verbose", action="store_true", help="say on stderr what was opened and what it takes")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _gpu_layers(text: str) -> int | str:
-    return "auto" if text == "auto" else int(text)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and int(text) >= least):
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number, at least {least}")
-        return int(text)
-
-    return number
-
-
-def _gap(text: str) -> int | str:
-    if text != "auto" and not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of tokens, at least 1, or auto")
-    return "auto" if text == "auto" else int(text)
-
-
-def _position(text: str) -> Any:
-    from pydiffgguf.text.document import Position
-
-    try:
-        return Position.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _version() -> str:
