@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -290,7 +291,6 @@ def fail_while_denoising(error: type[BaseException]) -> Callable[[pytest.MonkeyP
 @pytest.mark.parametrize(
     ("spoil", "code", "message"),
     [
-        (fail_at_replace, 1, "No space left on device"),
         (fail_while_denoising(ValueError), 1, "spoilt"),
         (fail_while_denoising(KeyboardInterrupt), 130, ""),
     ],
@@ -313,11 +313,85 @@ def test_a_failed_run_leaves_the_file(
     assert os.listdir(file.parent) == [file.name]
 
 
+def test_a_filling_that_cannot_be_written_is_printed(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], expected: str
+) -> None:
+    """The file is as it was, and the text that took a while is on stdout; the message names FILE."""
+    fail_at_replace(monkeypatch, file)
+    assert run(str(file), *at(), *QUICK, "--in-place") == 1
+    assert capsys.readouterr() == (expected, f"pydiffgguf: error: {file}: No space left on device\n")
+    assert file.read_text() == BEFORE + BEHIND
+    assert os.listdir(file.parent) == [file.name]
+
+
+def read_only(file: Path) -> None:
+    file.chmod(0o444)
+
+
+def second_name(file: Path) -> None:
+    os.link(file, file.with_name("other name"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions and links of POSIX")
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(read_only, "the file is read-only"), (second_name, "has 2 names (hard links)")]
+)
+def test_what_would_refuse_the_filling_is_said_first(
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    """Before the model is opened."""
+    spoil(file)
+    monkeypatch.setattr(commands, "open_model", lambda args: pytest.fail("opened"))
+    assert run(str(file), *at(), "--in-place") == 1
+    assert message in capsys.readouterr().err
+    assert file.read_text() == BEFORE + BEHIND
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX's")
+def test_a_pipe_cannot_be_written_in_place(tmp_path: Path) -> None:
+    """It would be read twice, and the second time there is nothing."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"text",))
+    writer.start()
+    document = Document(str(pipe))
+    writer.join()
+    with pytest.raises(ValueError, match="is not a regular file"):
+        document.check_writable()
+
+
+@pytest.mark.parametrize(
+    ("text", "raw"),
+    [
+        ("one\ntwo\nthree\n", b"one\r\ntwo\nthree\n"),
+        ("one\ntwo!\nthree\n", b"one\r\ntwo!\nthree\n"),
+        ("\none\ntwo\nthree\n", b"\none\r\ntwo\nthree\n"),
+        ("one\nthree\n", b"one\r\nthree\n"),
+        ("", b""),
+        ("one\ntwo\nthree\none\ntwo\nthree\n", b"one\r\ntwo\nthree\none\ntwo\nthree\n"),
+    ],
+)
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_writing_keeps_mixed_line_ends(tmp_path: Path, text: str, raw: bytes, bom: bytes) -> None:
+    """Outside of what changed; and a second write finds the file as the first one left it."""
+    path = tmp_path / "mixed.txt"
+    path.write_bytes(bom + b"one\r\ntwo\nthree\n")
+    document = Document(str(path))
+    document.write(text)
+    assert path.read_bytes() == bom + raw
+    document.write(text + "more")
+    assert path.read_bytes() == bom + raw + b"more"
+
+
 def test_a_file_that_changed_meanwhile_is_left(file: Path) -> None:
     """Somebody else's text is worth more than the filling."""
     document = Document(str(file))
     file.write_text("new")
-    with pytest.raises(ValueError, match=r"has changed while its gap was filled: nothing is written"):
+    with pytest.raises(ValueError, match=r"has changed since it was read: nothing is written"):
         document.insert(0, "x")
     assert file.read_text() == "new"
 

@@ -210,7 +210,7 @@ def test_a_file_that_cannot_be_opened_changes_nothing(driver: Driver, tmp_path: 
     """The status line says why."""
     driver.type("kept")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    for path, reason in ((tmp_path / "missing", "No such file"), (tmp_path / "binary", "utf-8")):
+    for path, reason in ((tmp_path / "missing", "No such file"), (tmp_path / "binary", "UTF-8")):
         driver.editor.open(path)
         assert reason in driver.status
         assert driver.shown == "kept"
@@ -260,6 +260,29 @@ def test_the_editor_starts_as_a_program(display: str) -> None:
         process.wait(timeout=2)
     process.terminate()
     assert process.communicate(timeout=20) == (b"", b"")
+
+
+def test_the_worker_answers_whatever_the_model_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that nobody foresaw is a message, and the next gap is filled."""
+    from filler import Failed, Filled, Filler
+
+    whole = DiffusionModel.stream_infill
+    errors = [OSError("the file was changed"), ZeroDivisionError()]
+
+    def stream(*arguments: object, **options: object) -> object:
+        if errors:
+            raise errors.pop(0)
+        return whole(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DiffusionModel, "stream_infill", stream)
+    filler = Filler(demo_model_path())
+    for reason in ("the file was changed", "ZeroDivisionError()", None):
+        job = filler.fill("On Sunday Emma found a", " in the school.")
+        while not isinstance(message := filler.messages.get(timeout=30), (Failed, Filled)):
+            pass
+        assert message.job == job
+        assert message.reason == reason if isinstance(message, Failed) else reason is None
+    filler.close()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import queue
 import sys
-import tempfile
 import tkinter as tk
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +20,9 @@ from tkinter import filedialog, font, messagebox
 from filler import Draft, Failed, Filled, Filler, Message, Opened, Piece
 
 from pydiffgguf import demo_model_path
+from pydiffgguf.text.document import Document
 
-__all__ = ["Editor", "main", "read", "write"]
+__all__ = ["Editor", "main"]
 
 #: Milliseconds between looks into the queue.
 POLL_MS = 20
@@ -31,31 +30,6 @@ POLL_MS = 20
 HINT = "Ctrl+Space fills the gap at the cursor"
 SAMPLE = Path(__file__).with_name("sample.txt")
 SAMPLE_AT = "1.92"
-
-
-def read(path: Path) -> tuple[str, str]:
-    """(text with newlines alone, the file's line end). Raises OSError, or ValueError for bytes that are no UTF-8."""
-    text = path.read_bytes().decode("utf-8")
-    newline = "\r\n" if "\r\n" in text else "\n"
-    return text.replace("\r\n", "\n"), newline
-
-
-def write(path: Path, text: str, newline: str) -> None:
-    """Puts a whole new file in the place of an old one. Raises OSError; the old one is then as it was."""
-    path = path.resolve()
-    data = text.replace("\n", newline).encode("utf-8")
-    if not path.exists():
-        path.write_bytes(data)
-        return
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, path.stat().st_mode)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _run(command: Callable[[], None], _event: tk.Event[tk.Text]) -> str:
@@ -72,7 +46,7 @@ class Editor:
         self.filler = filler
         self.job: int | None = None
         self.path: Path | None = None
-        self._newline = "\n"
+        self._document: Document | None = None
         self._modified_before = False
         self.status = tk.StringVar(value="opening the model")
         self.text = tk.Text(root, wrap="word", undo=True, autoseparators=True, width=72, height=12, padx=10, pady=8)
@@ -208,14 +182,14 @@ class Editor:
     def open(self, path: Path) -> None:
         """Reads a file into the window; where that fails, says why and leaves all as it was."""
         try:
-            text, newline = read(path)
+            document = Document(str(path))
         except (OSError, ValueError) as error:
-            self.status.set(f"cannot open {path}: {error}")
+            self.status.set(f"cannot open: {error}")
             return
         self.cancel()
-        self.path, self._newline = path, newline
+        self.path, self._document = path, document
         self.text.delete("1.0", "end")
-        self.text.insert("1.0", text)
+        self.text.insert("1.0", document.text)
         self.text.mark_set("insert", "1.0")
         self.text.edit_reset()
         self.text.edit_modified(False)
@@ -226,8 +200,12 @@ class Editor:
             self.save_as()
             return
         try:
-            write(self.path, self.contents(), self._newline)
-        except OSError as error:
+            if self._document is None or self._document.path != str(self.path):
+                self.path.write_text(self.contents(), encoding="utf-8", newline="")
+                self._document = Document(str(self.path))
+            else:
+                self._document.write(self.contents())  # line ends and byte order mark stay
+        except (OSError, ValueError) as error:
             self.status.set(f"cannot save {self.path}: {error}")
             return
         self._modified_before = False

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydiffgguf import Block, DenoiseStep, DiffGGUFError, DiffusionModel, Generation, Infill
+from pydiffgguf import Block, DenoiseStep, DiffusionModel, Generation, Infill
 
 __all__ = ["Draft", "Failed", "Filled", "Filler", "Message", "Opened", "Piece"]
 
@@ -120,8 +120,8 @@ class Filler:
     def _work(self, path: Path, options: dict[str, Any]) -> None:
         try:
             model = DiffusionModel(path, **options)
-        except (DiffGGUFError, OSError, ValueError) as error:
-            self.messages.put(Failed(None, str(error)))
+        except Exception as error:
+            self.messages.put(Failed(None, str(error) or repr(error)))
             return
         with model:
             self._model = model
@@ -131,8 +131,8 @@ class Filler:
                     continue
                 try:
                     self._fill(model, job)
-                except (DiffGGUFError, ValueError) as error:
-                    self.messages.put(Failed(job.number, str(error)))
+                except Exception as error:  # a worker always answers: one that dies leaves the window waiting for ever
+                    self.messages.put(Failed(job.number, str(error) or repr(error)))
 
     def _fill(self, model: DiffusionModel, job: _Job) -> None:
         began = time.monotonic()

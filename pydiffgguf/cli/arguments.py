@@ -187,7 +187,12 @@ def _add_infill(subparsers: Any) -> None:
     group.add_argument("--extra", action="append", metavar="FILE", help="another file to know; may be given repeatedly")
     group.add_argument("-n", type=at_least(1), metavar="N", help="rank so many fillings, which --json lists (1)")
     group.add_argument("--seed", type=int, metavar="N", help="keys all draws (0)")
-    sub.add_argument("--in-place", action="store_true", help="write the filling into FILE; a pipe gets nothing then")
+    sub.add_argument(
+        "--in-place",
+        action="store_true",
+        help="write the filling into FILE, which must be a writable file without other hard links; a pipe gets nothing "
+        "then, unless writing fails",
+    )
     sub.add_argument("--json", action="store_true", help="print one object: text, gap_tokens, score, candidates, ...")
     sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
     _add_sampling(sub)

@@ -110,6 +110,8 @@ def infill(args: argparse.Namespace) -> int:
                 offset = document.offset(args.at)
             except ValueError as error:
                 args.command.error(f"--at: {error}")
+            if args.in_place:
+                document.check_writable()
             parts = (document.text[:offset], document.text[offset:])
         else:
             parts = (Document(args.prefix_file).text, Document(args.suffix_file).text)

@@ -111,17 +111,27 @@ def infill_once(
     """Fills a gap and prints the filling alone, or one JSON object; returns the exit code.
 
     Args:
-        insert: puts the filling where it belongs; then it is printed on the live canvas only.
+        insert: puts the filling where it belongs; then it is printed on the live canvas only. If it raises, the filling
+            is printed after all, and the exception goes on.
     """
     stream = model.stream_infill(prefix, suffix, **options)
     silent = as_json or (insert is not None and not (live and is_live_terminal(sys.stdout)))
     output: Output = SilentOutput() if silent else make_output(model, live, prefix=prefix, exact=True)
     result = follow(stream, output, lambda infill: infill.text)
+    failure: OSError | ValueError | None = None
     if insert is not None:
-        insert(result.text)
+        try:
+            insert(result.text)
+        except (OSError, ValueError) as error:
+            failure = error
     if as_json:
         print(json.dumps(infill_dict(result), allow_nan=False))
-    elif live and is_live_terminal(sys.stdout):
+    elif failure is not None and isinstance(output, SilentOutput):
+        sys.stdout.write(result.text)  # minutes may have gone into it: it is not thrown away with the file
+    if failure is not None:
+        sys.stdout.flush()
+        raise failure
+    if not as_json and live and is_live_terminal(sys.stdout):
         _aside(infill_summary([result]))
     return 0
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 __all__ = ["Document", "Position", "decode", "read_bytes"]
@@ -78,17 +81,62 @@ class Document:
             )
         return sum(len(line) + 1 for line in lines[: position.line - 1]) + column - 1
 
+    def check_writable(self) -> None:
+        """Raises OSError or ValueError for all that would keep `insert` and `write` from writing, as far as it can be
+        known beforehand: so that nobody waits for a text that then has no place to go."""
+        path = Path(self.path).resolve()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{self.name} is not a regular file: it cannot be written in place")
+        # Root may write what nobody is meant to: the permissions count, as they do for editors.
+        if not status.st_mode & 0o222 or not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "the file is read-only", self.path)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "its folder is read-only, so a new file cannot replace it", self.path)
+        if status.st_nlink > 1:
+            raise ValueError(
+                f"{self.name} has {status.st_nlink} names (hard links), of which the others would keep the old text"
+            )
+        self._check_unchanged()
+
     def insert(self, offset: int, text: str) -> None:
         """Writes the file with `text` at an offset of `self.text`: whole or not at all, with its permissions, line ends
-        and byte order mark. Raises ValueError when the file has changed since it was read."""
+        and byte order mark. Raises ValueError when the file has changed since it was read, OSError when it cannot be
+        written."""
+        self._splice(offset, offset, text)
+
+    def write(self, text: str) -> None:
+        """Writes the file so that it reads as `text`. Line ends outside of what differs stay as they are; the rest is
+        as for `insert`."""
+        old, new = self.text, _plain(text)
+        begin = _common(old, new)
+        end = _common(reversed(old[begin:]), reversed(new[begin:]))
+        self._splice(begin, len(old) - end, new[begin : len(new) - end])
+
+    def _splice(self, begin: int, end: int, text: str) -> None:
+        self._check_unchanged()
+        raw = self._raw[: self._raw_offset(begin)] + _plain(text).replace("\n", self.newline)
+        raw += self._raw[self._raw_offset(end) :]
+        data = (BOM if self._data.startswith(BOM) else b"") + raw.encode("utf-8")
+        try:
+            _replace(Path(self.path), data)
+        except OSError as error:  # its file name is that of a temporary file, which nobody knows
+            raise OSError(error.errno, error.strerror, self.path) from error
+        self._data, self._raw, self.text = data, raw, _plain(raw)
+
+    def _check_unchanged(self) -> None:
         if read_bytes(self.path)[1] != self._data:
-            raise ValueError(f"{self.name} has changed while its gap was filled: nothing is written")
+            raise ValueError(f"{self.name} has changed since it was read: nothing is written")
+
+    def _raw_offset(self, offset: int) -> int:
         # Every line end before the offset may be a character longer in the file.
         line, column = self.text.count("\n", 0, offset), offset - (self.text.rfind("\n", 0, offset) + 1)
-        at = sum(len(part) + 1 for part in self._raw.split("\n")[:line]) + column
-        whole = self._raw[:at] + _plain(text).replace("\n", self.newline) + self._raw[at:]
-        bom = BOM if self._data.startswith(BOM) else b""
-        _replace(Path(self.path), bom + whole.encode("utf-8"))
+        return sum(len(part) + 1 for part in self._raw.split("\n")[:line]) + column
+
+
+def _common(a: Iterable[str], b: Iterable[str]) -> int:
+    """How many characters two texts begin with together."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _plain(text: str) -> str:
@@ -96,16 +144,19 @@ def _plain(text: str) -> str:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Puts a new file in the place of one, with its permissions; a link stays a link to it."""
+    """Puts a new file in the place of one, with its permissions and owner; a link stays a link to it."""
     path = path.resolve()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    status = path.stat()
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)  # short: `path` may have a long name
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, mode)
+        os.chmod(name, stat.S_IMODE(status.st_mode))
+        if hasattr(os, "chown") and (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            with contextlib.suppress(PermissionError):  # only root may give a file away
+                os.chown(name, status.st_uid, status.st_gid)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
