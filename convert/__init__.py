@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapter.report import AdapterReport, inspect_adapter
 from .collect import CollectProgress, CollectReport, collect
 from .conversion import convert
 from .inspection.diff import FileDiff, compare_files
@@ -9,6 +10,7 @@ from .inspection.inspect import FileReport, Finding, inspect_file
 from .writing import ConversionReport, ConvertProgress, Fallback
 
 __all__ = [
+    "AdapterReport",
     "CollectProgress",
     "CollectReport",
     "ConversionReport",
@@ -20,5 +22,6 @@ __all__ = [
     "collect",
     "compare_files",
     "convert",
+    "inspect_adapter",
     "inspect_file",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydiffgguf._arguments import int32
 
+from .adapter.opening import convert_adapter, is_adapter_source
 from .imatrix import Importance
 from .output import whole_or_nothing
 from .recipes import FLOAT_TYPES, Override, Recipe, TypeRules, recipe
@@ -35,25 +36,29 @@ def convert(
     src: str | Path,
     out: str | Path,
     *,
-    type: str = "q8_0",
+    type: str | None = None,
     tensor_types: Iterable[str] = (),
     imatrix: str | Path | None = None,
     name: str | None = None,
     allow_missing_tokenizer: bool = False,
     threads: int = 0,
+    region: str | None = None,
+    base: str | Path | None = None,
     progress: Callable[[ConvertProgress], None] | None = None,
 ) -> ConversionReport:
     """Converts `src` into the GGUF `out`: a checkpoint folder (config.json, safetensors, tokenizer files), or a GGUF
-    file, whose keys are kept and whose tensors get other types.
+    file, whose keys are kept and whose tensors get other types; or a PEFT adapter's folder (docs/ADAPTERS.md).
 
-    `type`: a recipe of docs/QUANTIZATION.md, "q8_0" by default. Those that llama.cpp has too give the types that it
-    gives, tensor by tensor; "dg4" is ours. 1-D tensors, norms and the router stay F32. A tensor whose rows do not
-    divide into a type's blocks gets the type that llama.cpp falls back to (see `fallbacks` of the report).
+    `type`: a recipe of docs/QUANTIZATION.md, "q8_0" by default; of an adapter "f32", "f16", "bf16" or "q8_0", by
+    default what its factors are stored in. Those that llama.cpp has too give the types that it gives, tensor by tensor;
+    "dg4" is ours. 1-D tensors, norms and the router stay F32. A tensor whose rows do not divide into a type's blocks
+    gets the type that llama.cpp falls back to (see `fallbacks` of the report).
     `tensor_types`: "PATTERN=TYPE", a regular expression searched for in tensor names and the ggml type they get
     instead; the first that matches counts, one that meets no tensor is an error. `imatrix`: an importance matrix, of
     `pydiffgguf imatrix` or of llama.cpp's tool in its GGUF format. `name`: general.name, by default the folder's name,
     or what the GGUF has. `allow_missing_tokenizer`: a folder without tokenizer.json gives a file without the tokenizer
-    keys instead of an error. `threads` 0: all cores. `progress` is called often; what it raises ends the conversion.
+    keys instead of an error. `region`, `base`: of adapters alone, as in
+    `convert_adapter`. `threads` 0: all cores. `progress` is called often; what it raises ends the conversion.
 
     The same input gives the same bytes, for any number of threads. Memory does not grow with the model. `out` appears
     only when it is whole; whatever ends the conversion early, Ctrl-C included, leaves an old `out` as it was and no
@@ -63,10 +68,17 @@ def convert(
     written (no room on the disk: errno ENOSPC), ModelFormatError for a broken source or importance matrix and
     UnsupportedError for a source of another kind, or a type that cannot be made of it.
     """
-    wanted = recipe(type)
+    src, out = Path(src), Path(out)
+    if is_adapter_source(src):
+        if list(tensor_types) or imatrix is not None or allow_missing_tokenizer:
+            raise ValueError("tensor_types, imatrix and allow_missing_tokenizer are for models, and this is an adapter")
+        model = None if base is None else Path(base)
+        return convert_adapter(src, out, type=type, region=region, name=name, base=model)
+    if region is not None or base is not None:
+        raise ValueError("region and base are for adapters, and this is none")
+    wanted = recipe(type or "q8_0")
     overrides = [Override.parse(text) for text in tensor_types]
     int32("threads", threads)
-    src, out = Path(src), Path(out)
     importance = None if imatrix is None else Importance.load(Path(imatrix))
 
     def write(source: Source, keys: Keys, notes: list[str]) -> ConversionReport:

@@ -220,26 +220,34 @@ def _add_convert(subparsers: Any) -> None:
     sub = _command(
         subparsers,
         "convert",
-        "make a GGUF file from a checkpoint, or give a GGUF file other types",
+        "make a GGUF file from a checkpoint or an adapter, or give a GGUF file other types",
         commands.convert,
         "pydiffgguf convert diffusiongemma-26B-A4B-it -o model.gguf",
         "pydiffgguf convert hf:google/diffusiongemma-26B-A4B-it -o model.gguf --type dg4",
         "pydiffgguf convert model-bf16.gguf -o small.gguf --type q4_k_m --imatrix imatrix.gguf",
+        "pydiffgguf convert my-lora/ -o my-lora.gguf",
         "pydiffgguf convert model-bf16.gguf -o mine.gguf --type q4_k_m --tensor-type 'ffn_.*_exps=iq4_nl'",
     )
     sub.add_argument(
         "source",
         metavar="SRC",
-        help="a folder with config.json and safetensors, or hf:OWNER/REPO; a GGUF file, or hf:OWNER/REPO:PATTERN",
+        help="a folder with config.json and safetensors, or hf:OWNER/REPO; a GGUF file, or hf:OWNER/REPO:PATTERN; the "
+        "folder of a PEFT adapter",
     )
     sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="appears only when it is whole")
     sub.add_argument(
         "--type",
         metavar="TYPE",
-        default="q8_0",
         help="f32, f16, bf16, q8_0 (default), q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, iq4_nl, iq4_xs, q3_k_m, q2_k "
-        "or mxfp4, tensor by tensor what llama.cpp gives; dg4, 4.6 bits a weight, is made for this model",
+        "or mxfp4, tensor by tensor what llama.cpp gives; dg4, 4.6 bits a weight, is made for this model; of an "
+        "adapter f32, f16, bf16 or q8_0 (as it is stored)",
     )
+    sub.add_argument(
+        "--region",
+        choices=("decoder", "encoder", "both"),
+        help="of an adapter: one set alone, or what its one set acts in",
+    )
+    sub.add_argument("--base", metavar="MODEL", help="of an adapter: a GGUF model of the kind that it was trained on")
     sub.add_argument(
         "--tensor-type",
         action="append",
@@ -285,8 +293,10 @@ def _add_inspect(subparsers: Any) -> None:
         "pydiffgguf inspect model.gguf --tensors --json",
         "pydiffgguf inspect model.gguf --fit 16GB --ctx 32768",
         "pydiffgguf inspect --diff a.gguf b.gguf --data",
+        "pydiffgguf inspect my-lora/ --base model.gguf",
     )
-    sub.add_argument("file", metavar="FILE", nargs="?", help=MODEL_HELP)
+    sub.add_argument("file", metavar="FILE", nargs="?", help=f"{MODEL_HELP}; an adapter's folder or file")
+    sub.add_argument("--base", metavar="MODEL", help="of an adapter: say what of it does not fit this model")
     sub.add_argument(
         "--diff", nargs=2, metavar=("A", "B"), help="compare two files, in place of FILE: keys and tensors"
     )

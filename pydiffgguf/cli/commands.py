@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 #: Sampling options of the Python interface, as flags: name, type, what it does.
@@ -191,7 +192,7 @@ def convert(args: argparse.Namespace) -> int:
     from pydiffgguf.cli.terminal import conversion_progress
     from pydiffgguf.convert import convert
     from pydiffgguf.convert.output import human
-    from pydiffgguf.hub import resolve_source
+    from pydiffgguf.hub import resolve_model, resolve_source
 
     source = resolve_source(args.source)
     with conversion_progress(sys.stderr) as progress:
@@ -204,6 +205,8 @@ def convert(args: argparse.Namespace) -> int:
             threads=args.threads or 0,
             name=args.name,
             allow_missing_tokenizer=args.allow_missing_tokenizer,
+            region=args.region,
+            base=None if args.base is None else resolve_model(args.base),
             progress=progress,
         )
     types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
@@ -240,6 +243,7 @@ def imatrix(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
+    from pydiffgguf.convert.adapter.opening import is_adapter_source
     from pydiffgguf.convert.inspection import fit
     from pydiffgguf.convert.inspection.inspect import inspect_file
     from pydiffgguf.convert.inspection.report import render, to_dict
@@ -251,8 +255,13 @@ def inspect(args: argparse.Namespace) -> int:
         return inspect_diff(args)
     if args.data:
         args.command.error("--data goes with --diff")
+    path = resolve_model(args.file)
+    if is_adapter_source(path):
+        return inspect_adapter(args, path)
+    if args.base is not None:
+        args.command.error(f"--base is for adapters, and {args.file} is none")
     device = None if args.fit is None else fit.parse_size(args.fit)
-    report = inspect_file(resolve_model(args.file), n_ctx=args.ctx, type_kv=args.type_kv or "f16")
+    report = inspect_file(path, n_ctx=args.ctx, type_kv=args.type_kv or "f16")
     plan = None if device is None else fit.plan(report, device)
     if args.json:
         out = to_dict(report, tensors=args.tensors)
@@ -261,6 +270,20 @@ def inspect(args: argparse.Namespace) -> int:
         _print_rich(render(report, tensors=args.tensors))
         if plan is not None:
             _print_rich(fit.render(plan))
+    return 0
+
+
+def inspect_adapter(args: argparse.Namespace, path: Path) -> int:
+    from pydiffgguf.convert.adapter.report import inspect_adapter, render
+    from pydiffgguf.hub import resolve_model
+
+    if args.tensors or any(value is not None for value in (args.ctx, args.type_kv, args.fit)):
+        args.command.error("--tensors, --ctx, --type-kv and --fit do not go with an adapter")
+    report = inspect_adapter(path, base=None if args.base is None else resolve_model(args.base))
+    if args.json:
+        _print_json(report.to_dict())
+    else:
+        _print_rich(render(report))
     return 0
 
 

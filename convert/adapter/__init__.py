@@ -1,0 +1,1 @@
+"""Low-rank adapters: PEFT folders and GGUF files as one checked table."""
