@@ -379,8 +379,7 @@ def pinned_loop(
     takes no part in the entropy budget, the mean entropy or the stability test, and feeds itself as a one-hot to the
     self-conditioning. It reports accepted False, entropy 0 and its id as the argmax.
     allowed: row -> the only ids that it may take: all others have logits of -inf before anything else is done with
-    them. Of n such ids a renoised row gets number id * n // V, so that it stays uniform. The first canvas is taken as
-    it is handed in.
+    them. A renoised row gets what was drawn all the same, or its only id. The first canvas is taken as it is handed in.
     """
     sampling = sampling or Sampling()
     first = noise.canvas(canvas_index)
@@ -399,7 +398,8 @@ def pinned_loop(
             kept = processed[row, list(ids)]
             processed[row] = -torch.inf
             processed[row, list(ids)] = kept
-            fresh[row] = ids[int(fresh[row]) * len(ids) // processed.shape[-1]]
+            if len(ids) == 1:
+                fresh[row] = ids[0]
         argmax = torch.where(free, processed.argmax(-1), pins)
         entropy = torch.where(free, entropy_of(processed), 0.0)
         drawn = inverse_cdf(processed.softmax(-1), noise.uniform(canvas_index, step))

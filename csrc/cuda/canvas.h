@@ -39,9 +39,7 @@ struct Canvas {
     const int32_t *pinned;
     const int32_t *watched;
     const int32_t *allowed_ends;
-    const int32_t *allowed_ids; // as the caller ordered them: renoise picks by place
-    const int32_t *sorted_ends; // the same ids, ascending, each once: draws go by id
-    const int32_t *sorted_ids;
+    const int32_t *allowed_ids; // each row's ascending and once: draws go by id
     // Draws that replace Philox's, [n_rows] each, or null.
     const double *uniform;
     const int32_t *renoise;
@@ -82,7 +80,7 @@ DG_HD double uniform(const Canvas &c, int32_t row) {
                      : draw_uniform(c.seed, c.canvas_index, static_cast<uint32_t>(c.step), static_cast<uint32_t>(row));
 }
 
-// The id of a row that is not accepted: a fresh one that the row may take, or its own where it is pinned.
+// The id of a row that is not accepted: RowRules::noise in csrc/sample/sampler.h.
 DG_HD int32_t renoise(const Canvas &c, int32_t row) {
     if (is_pinned(c, row)) {
         return c.pinned[row];
@@ -90,11 +88,10 @@ DG_HD int32_t renoise(const Canvas &c, int32_t row) {
     const int32_t id = c.renoise ? c.renoise[row]
                                  : draw_id(c.seed, c.canvas_index, static_cast<uint32_t>(c.step),
                                            static_cast<uint32_t>(row), Stream::RENOISE, c.n_vocab);
-    const int64_t n = range_size(c.allowed_ends, row);
-    return n > 0 ? c.allowed_ids[range_start(c.allowed_ends, row) + int64_t{id} * n / c.n_vocab] : id;
+    return range_size(c.allowed_ends, row) == 1 ? c.allowed_ids[range_start(c.allowed_ends, row)] : id;
 }
 
-static_assert(sizeof(Canvas) == 224, "what crosses to the host for each step");
+static_assert(sizeof(Canvas) == 208, "what crosses to the host for each step");
 
 struct CanvasShared {
     double entropy[MAX_ROWS];

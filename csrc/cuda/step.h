@@ -57,8 +57,8 @@ DG_HD void step_row(RowBlock &block, RowShared &s, const Step &step, int32_t ind
     in.pinned = is_pinned(c, row) ? c.pinned[row] : -1;
     in.wants_logprob = c.logprob != nullptr;
     in.watched = c.watched ? c.watched[row] : -1;
-    in.n_allowed = range_size(c.sorted_ends, row);
-    in.allowed = c.sorted_ids + range_start(c.sorted_ends, row);
+    in.n_allowed = range_size(c.allowed_ends, row);
+    in.allowed = c.allowed_ids + range_start(c.allowed_ends, row);
     in.keeps_logits = step.keeps_logits;
     const int64_t place = int64_t{index} * step.capacity;
     process_row(block, s, in, {step.tokens + place, step.probabilities + place, step.counts + index, step.capacity});

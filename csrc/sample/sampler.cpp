@@ -232,12 +232,11 @@ void check_noise(const dg_noise &noise, int32_t n_rows, int32_t n_vocab) {
     }
 }
 
-int32_t RowRules::admit(int32_t row, int32_t id, int32_t n_vocab) const {
+int32_t RowRules::noise(int32_t row, int32_t id) const {
     if (is_pinned(row)) {
         return pinned[row];
     }
-    const int64_t n = n_allowed(row);
-    return n > 0 ? allowed(row)[int64_t{id} * n / n_vocab] : id;
+    return n_allowed(row) == 1 ? *allowed(row) : id;
 }
 
 void check_rules(const RowRules &rules, int32_t n_rows, int32_t n_vocab) {
@@ -315,8 +314,7 @@ void finish_step(int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, c
     for (int32_t row = 0; row < n_rows; ++row) {
         const bool keeps_draw = out.accepted[row] != 0 && !rules.is_pinned(row);
         // A pinned row gets its own id here, as the last thing of every step.
-        out.canvas[row] =
-            keeps_draw ? scratch.draws[static_cast<size_t>(row)] : rules.admit(row, noise.renoise[row], n_vocab);
+        out.canvas[row] = keeps_draw ? scratch.draws[static_cast<size_t>(row)] : rules.noise(row, noise.renoise[row]);
     }
 }
 

@@ -93,7 +93,6 @@ Canvas DeviceLoop::make_canvas(const Start &start, int32_t first_row) {
     }
     const auto n = static_cast<size_t>(start.n_rows);
     const RowRules &rules = start.rules;
-    const size_t n_allowed = rules.allowed_ends ? static_cast<size_t>(rules.allowed_ends[n - 1]) : 0;
     std::vector<int32_t> sorted_ends;
     std::vector<int32_t> sorted_ids;
     sort_allowed(rules, start.n_rows, sorted_ends, sorted_ids);
@@ -108,10 +107,8 @@ Canvas DeviceLoop::make_canvas(const Start &start, int32_t first_row) {
     const size_t renoise = layout.add<int32_t>(n);
     const size_t pinned = layout.add<int32_t>(n);
     const size_t watched = layout.add<int32_t>(n);
-    const size_t allowed_ends = layout.add<int32_t>(n);
     const size_t ends = layout.add<int32_t>(n);
-    const size_t allowed_ids = layout.add<int32_t>(n_allowed);
-    const size_t ids = layout.add<int32_t>(n_allowed);
+    const size_t ids = layout.add<int32_t>(sorted_ids.size());
     memories_.push_back(std::make_unique<Memory>(device_, layout.size()));
     char *data = memories_.back()->data();
     uniform_.push_back(reinterpret_cast<double *>(data + uniform));
@@ -142,10 +139,8 @@ Canvas DeviceLoop::make_canvas(const Start &start, int32_t first_row) {
     c.pinned = copy(pinned, rules.pinned, n);
     c.watched = copy(watched, rules.watched, n);
     if (rules.allowed_ends) {
-        c.allowed_ends = copy(allowed_ends, rules.allowed_ends, n);
-        c.allowed_ids = copy(allowed_ids, rules.allowed_ids, n_allowed);
-        c.sorted_ends = copy(ends, sorted_ends.data(), n);
-        c.sorted_ids = copy(ids, sorted_ids.data(), sorted_ids.size());
+        c.allowed_ends = copy(ends, sorted_ends.data(), n);
+        c.allowed_ids = copy(ids, sorted_ids.data(), sorted_ids.size());
     }
     c.ids = target_.ids + first_row;
     device_.upload(c.ids, start.canvas, n * sizeof(int32_t));

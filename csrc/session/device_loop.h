@@ -1,5 +1,5 @@
 // What CanvasLoop (csrc/session/loop.h) carries from step to step, on a device: canvases, rules, entropies, decisions.
-// Between the forward passes nothing crosses to the host but each canvas's struct, 224 bytes with its Decision, and
+// Between the forward passes nothing crosses to the host but each canvas's struct, 208 bytes with its Decision, and
 // what somebody watches.
 //
 //

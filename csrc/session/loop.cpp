@@ -65,8 +65,8 @@ void CanvasLoop::start(Live &live, const dg_canvas_options &options) const {
         if (options.canvas) {
             live.canvas[row] = rules.is_pinned(i) ? rules.pinned[i] : options.canvas[i];
         } else {
-            live.canvas[row] = rules.admit(
-                i, draw_id(options.seed, options.canvas_index, 0, row, Stream::FIRST_CANVAS, c.n_vocab), c.n_vocab);
+            live.canvas[row] =
+                rules.noise(i, draw_id(options.seed, options.canvas_index, 0, row, Stream::FIRST_CANVAS, c.n_vocab));
         }
     }
     live.argmax = live.canvas;

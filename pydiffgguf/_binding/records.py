@@ -179,12 +179,12 @@ class RawStep(RawSample):
 class CanvasSpec:
     """One canvas of those that are denoised side by side; its arrays have `n_rows` entries.
 
-    `n_rows`: 1 to C; None: C. `pinned`: the id where a row is
-    fixed, -1 where it is free. `canvas`: the ids to start from; None for uniform random ones. `watched`: ids whose
-    log-probability every step reports, -1 for the argmax's; None: none are, which saves a pass over each row's logits.
-    `allowed`: row -> the only ids that it may take, at least one; random ids are mapped into the set. `seed` (64 bits)
-    and `canvas_index` (32 bits) key the draws. `quiet`: nobody looks at the rows on the way; the arrays of its steps
-    are empty but for the last one's, and need not leave a device.
+    `n_rows`: 1 to C; None: C. `pinned`: the id where a row is fixed, -1 where it is free. `canvas`: the ids to start
+    from; None for uniform random ones. `watched`: ids whose log-probability every step reports, -1 for the argmax's;
+    None: none are, which saves a pass over each row's logits. `allowed`: row -> the only ids that it may take, at least
+    one; noise ignores it, except a set of one. `seed` (64 bits) and `canvas_index` (32 bits) key the draws. `quiet`:
+    nobody looks at the rows on the way; the arrays of its steps are empty except the last one's, and need not leave a
+    device.
     """
 
     n_rows: int | None = None
