@@ -38,6 +38,7 @@ class FakeModel:
     opened: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     calls: ClassVar[list[tuple[str, Any, dict[str, Any]]]] = []
     closed: ClassVar[int] = 0
+    n_ctx = 512
 
     def __init__(self, path: Path, **options: Any) -> None:
         self.opened.append((str(path), options))
@@ -250,8 +251,62 @@ def test_chat_commands(
     assert out.count("/clear") >= 2
 
 
+def test_chat_takes_turns_back(
+    fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/retry asks again without the answer, /undo forgets both, /system changes the system turn, and the status line
+    says how much of the context is used."""
+    lines: list[str | BaseException] = ["/retry", "/undo", "one", "/retry", "two", "/undo", "/system S", "three"]
+    assert play_chat(monkeypatch, lines) == 0
+    contents = [[message["content"] for message in call[1]] for call in fake.calls]
+    assert contents == [["one"], ["one"], ["one", "a\nb", "two"], ["S", "one", "a\nb", "three"]]
+    out, _ = capsys.readouterr()
+    assert "nothing to answer again" in out
+    assert "nothing to take back" in out
+    assert "context 5 of 512" in " ".join(out.split())
+
+
+def test_a_message_of_several_lines(fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two fences, and as a terminal hands over what was pasted."""
+    lines: list[str | BaseException] = ['"""', "def f():", "    pass", '"""', '"""a', 'b"""', "pasted\n/clear"]
+    assert play_chat(monkeypatch, lines) == 0
+    assert [call[1][-1]["content"] for call in fake.calls] == ["def f():\n    pass", "a\nb", "pasted\n/clear"]
+
+
+def test_a_conversation_is_saved_and_goes_on(
+    fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file has the messages; a second save does not overwrite it, and what is not one is refused."""
+    path = tmp_path / "talk.json"
+    assert play_chat(monkeypatch, ["/save", "one", f"/save {path}", f"/save {path}"], "--system", "s") == 0
+    saved = json.loads(path.read_text(encoding="utf-8"))["messages"]
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    (tmp_path / "other.json").write_text('{"messages": [{"role": "user"}]}', encoding="utf-8")
+    assert play_chat(monkeypatch, [f"/load {tmp_path / 'other.json'}", f"/load {path}", "two"]) == 0
+    assert fake.calls[-1][1] == [*saved, {"role": "user", "content": "two"}]
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("/save needs a file's name", "File exists", "it is not a saved conversation"):
+        assert text in out
+
+
+def test_a_full_conversation_says_what_to_do(
+    fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a way out, and only where there is something to take back."""
+    scripts = iter([[Block("x", [260])], [ContextOverflowError("does not fit")]])
+    play = FakeModel._play
+
+    def next_script(self: FakeModel) -> Generator[Event, None, Generation]:
+        FakeModel.script = list(next(scripts))
+        return play(self)
+
+    monkeypatch.setattr(FakeModel, "_play", next_script)
+    assert play_chat(monkeypatch, ["one", "two"]) == 0
+    assert "The conversation is full: /undo takes back a turn" in capsys.readouterr().out
+
+
 def test_ctrl_c_stops_the_answer_only(fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was finished of it stays in the conversation; at the prompt, Ctrl-C leaves with 130."""
+    """What was finished of it stays in the conversation; at the prompt, Ctrl-C drops the line and nothing else."""
     scripts = iter([[Block("par", [260]), KeyboardInterrupt()], [KeyboardInterrupt()], [Block("x", [260])]])
     play = FakeModel._play
 
@@ -260,7 +315,7 @@ def test_ctrl_c_stops_the_answer_only(fake: type[FakeModel], monkeypatch: pytest
         return play(self)
 
     monkeypatch.setattr(FakeModel, "_play", next_script)
-    assert play_chat(monkeypatch, ["one", "two", "three", KeyboardInterrupt()]) == 130
+    assert play_chat(monkeypatch, ["one", "two", KeyboardInterrupt(), "three"]) == 0
     last = [message["content"] for message in fake.calls[-1][1]]
     assert last == ["one", "par", "three"]
     assert fake.closed == 1

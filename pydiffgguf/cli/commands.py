@@ -181,7 +181,7 @@ def _template_parts(args: argparse.Namespace) -> tuple[tuple[str, str] | None, d
 
 
 def chat(args: argparse.Namespace) -> int:
-    from pydiffgguf.cli.talk import Chat
+    from pydiffgguf.cli.chat import Chat
 
     with open_model(args) as model:
         options = generation_options(args)

@@ -1,10 +1,9 @@
-"""The commands ``generate``, ``infill`` and ``chat``: one answer, one gap, and a conversation."""
+"""The commands ``generate`` and ``infill``: one answer, one gap; and how a stream reaches the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
@@ -22,21 +21,15 @@ from pydiffgguf.cli.terminal import (
     is_live_terminal,
     summary,
 )
-from pydiffgguf.errors import DiffGGUFError
 
 if TYPE_CHECKING:
     from pydiffgguf.generate import Event, Generation
     from pydiffgguf.infill import Fill, Infill
     from pydiffgguf.model import DiffusionModel
 
-__all__ = ["Chat", "fill_template", "follow", "generate_once", "infill_once"]
+__all__ = ["aside", "fill_template", "follow", "generate_once", "infill_once", "make_output"]
 
 _Result = TypeVar("_Result")
-
-CHAT_HELP = """\
-/clear  forget the conversation, keep the system turn
-/help   this
-/exit   leave; so does Ctrl-D. Ctrl-C stops an answer"""
 
 
 def follow(
@@ -94,7 +87,7 @@ def generate_once(
         return 0
     result = follow(stream, make_output(model, live))
     if live and is_live_terminal(sys.stdout):
-        _aside(summary(result))
+        aside(summary(result))
     return 0
 
 
@@ -132,7 +125,7 @@ def infill_once(
         sys.stdout.flush()
         raise failure
     if not as_json and live and is_live_terminal(sys.stdout):
-        _aside(infill_summary([result]))
+        aside(infill_summary([result]))
     return 0
 
 
@@ -146,7 +139,7 @@ def fill_template(
     if as_json:
         print(json.dumps(fill_dict(result), allow_nan=False))
     elif live and is_live_terminal(sys.stdout):
-        _aside(infill_summary(result.gaps))
+        aside(infill_summary(result.gaps))
     return 0
 
 
@@ -219,100 +212,6 @@ def as_dict(result: Generation) -> dict[str, Any]:
     }
 
 
-def _aside(text: str) -> None:
+def aside(text: str) -> None:
+    """A line beside the conversation, dimmed where the terminal can."""
     Console(highlight=False, markup=False, soft_wrap=True).print(text, style="dim")
-
-
-class Chat:
-    """A conversation on stdin and stdout. Without a terminal every line of stdin is a turn, and the first error ends
-    it; on a terminal an error ends only its turn.
-
-    Args:
-        system: the system turn, or None.
-        options: keyword arguments of DiffusionModel.chat.
-    """
-
-    def __init__(
-        self, model: DiffusionModel, system: str | None, *, thinking: bool, live: bool, options: Mapping[str, Any]
-    ) -> None:
-        self._model = model
-        self._thinking = thinking
-        self._live = live
-        self._options = options
-        self._system = [] if system is None else [{"role": "system", "content": system}]
-        self._messages = list(self._system)
-        self._interactive = sys.stdin.isatty()
-
-    def run(self) -> int:
-        """Talks until /exit or the end of input; Ctrl-C at the prompt raises KeyboardInterrupt."""
-        if self._interactive:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  # input() then has line editing and history
-            _aside("/help lists the commands, /exit or Ctrl-D leaves")
-        while True:
-            try:
-                line = input("> " if self._interactive else "").strip()
-            except EOFError:
-                if self._interactive:
-                    print()
-                return 0
-            if line == "/exit":
-                return 0
-            if re.fullmatch(r"/[a-z]*", line):
-                self._command(line)
-            elif line:
-                self._turn(line)
-
-    def _command(self, line: str) -> None:
-        if line == "/clear":
-            self._messages = list(self._system)
-            _aside("the conversation is forgotten")
-        elif line == "/help":
-            print(CHAT_HELP)
-        else:
-            print(f"no such command: {line}\n{CHAT_HELP}")
-
-    def _turn(self, line: str) -> None:
-        output = _Recording(make_output(self._model, self._live))
-        turn = {"role": "user", "content": line}
-        try:
-            stream = self._model.stream_chat([*self._messages, turn], thinking=self._thinking, **self._options)
-            result = follow(stream, output)
-        except KeyboardInterrupt:
-            if not self._interactive:
-                raise
-            _aside("stopped")
-        except (DiffGGUFError, ValueError) as error:
-            if not self._interactive:
-                raise
-            print(f"error: {' '.join(str(error).split())}")
-            return
-        else:
-            if self._interactive:
-                _aside(summary(result))
-            output.text = result.text
-        # A stopped answer stays in the conversation as far as it was finished; without any, the turn did not happen.
-        if output.text:
-            self._messages += [turn, {"role": "assistant", "content": output.text}]
-
-
-class _Recording:
-    """An output that also remembers the text."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self.text = ""
-
-    def __enter__(self) -> _Recording:
-        self._output.__enter__()
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self._output.__exit__(*details)
-
-    def step(self, event: Any) -> None:
-        self._output.step(event)
-
-    def block(self, event: Any) -> None:
-        self.text += event.text
-        self._output.block(event)
