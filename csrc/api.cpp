@@ -4,6 +4,7 @@
 #include "base/error.h"
 #include "base/log_capture.h"
 #include "base/random.h"
+#include "cpu/levels.h"
 #include "file/quantize.h"
 #include "model/devices.h"
 #include "model/model.h"
@@ -54,6 +55,7 @@ void write_message(const char *message, char *err, size_t err_size) noexcept {
 template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) {
     write_message("", err, err_size);
     try {
+        dg::check_processor(); // before any code of ggml's
         dg::initialize_ggml();
         const dg::AbortGuard no_abort;
         body();
@@ -144,6 +146,11 @@ dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options
 }
 
 void dg_model_free(dg_model *model) { delete model; }
+
+const char *dg_model_cpu_level(const dg_model *model) {
+    const dg::Kernels *kernels = model->model->kernels();
+    return kernels ? kernels->level : "";
+}
 
 dg_config dg_model_config(const dg_model *model) { return model->model->config(); }
 
@@ -271,7 +278,7 @@ dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
     info.n_dims = ggml_n_dims(tensor);
     std::copy(tensor->ne, tensor->ne + 4, info.ne);
     info.n_bytes = ggml_nbytes(tensor);
-    info.kernel = dg::product_kernel(tensor->type);
+    info.kernel = dg::product_kernel(*model->model, tensor->type);
     return info;
 }
 

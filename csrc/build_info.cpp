@@ -2,12 +2,15 @@
 #include "diffgguf.h"
 
 #include "base/log_capture.h"
+#include "cpu/features.h"
+#include "cpu/levels.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
 
 #include <string>
+#include <vector>
 
 #ifndef DG_VERSION
 #    error "DG_VERSION is set by the build"
@@ -70,7 +73,32 @@ const char *dg_cpu_features(void) {
     return features.c_str();
 }
 
+const char *dg_cpu_missing(void) { return dg::missing_features(); }
+
+int32_t dg_n_cpu_levels(void) { return static_cast<int32_t>(dg::levels().size()); }
+
+dg_cpu_level dg_local_cpu_level(int32_t index) {
+    if (index < 0 || index >= dg_n_cpu_levels()) {
+        return {};
+    }
+    static const std::vector<std::string> lacks = [] {
+        std::vector<std::string> texts;
+        for (const dg::Level &level : dg::levels()) {
+            char text[256];
+            dg::name_features(level.needs & ~dg::processor_features(), text, sizeof text);
+            texts.emplace_back(text);
+        }
+        return texts;
+    }();
+    const dg::Level &level = dg::levels()[static_cast<size_t>(index)];
+    return {level.name, level.meaning, level.kernels != nullptr, dg::is_offered(level),
+            lacks[static_cast<size_t>(index)].c_str()};
+}
+
 int32_t dg_n_backends(void) {
+    if (*dg::missing_features()) {
+        return 0;
+    }
     dg::initialize_ggml();
     return static_cast<int32_t>(ggml_backend_reg_count());
 }
@@ -82,6 +110,9 @@ const char *dg_backend_name(int32_t index) {
 }
 
 int32_t dg_n_devices(void) {
+    if (*dg::missing_features()) {
+        return 0;
+    }
     dg::initialize_ggml();
     return static_cast<int32_t>(ggml_backend_dev_count());
 }

@@ -52,7 +52,7 @@
 
 /* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
  * run time compares it with dg_abi_version(). */
-#define DG_ABI_VERSION 6
+#define DG_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -121,6 +121,9 @@ typedef struct dg_model_options {
     const char *const *rpc; /* "host:port" of servers; one that does not answer: DG_ERROR_IO */
     int32_t n_rpc;
     dg_session_options expected; /* the session that "as many as fit" makes room for */
+    const char *cpu; /* the level of instructions that the CPU's own operators use, by its name (dg_local_cpu_level);
+                        NULL (default): the best that is compiled in and that this processor has. Any other that is
+                        not both: DG_ERROR_UNSUPPORTED */
 } dg_model_options;
 
 DG_API dg_model_options dg_model_options_default(void);
@@ -171,6 +174,9 @@ DG_API dg_status dg_model_open(dg_model **out, const char *path, const dg_model_
 
 /* Releases the caller's hold; sessions made from the model keep theirs. NULL is allowed. */
 DG_API void dg_model_free(dg_model *model);
+
+/* The level that its CPU operators use; "" where there is none, and ggml's do the work. As long as the library. */
+DG_API const char *dg_model_cpu_level(const dg_model *model);
 
 DG_API dg_config dg_model_config(const dg_model *model);
 DG_API dg_layer_config dg_model_layer(const dg_model *model, int32_t layer); /* zeros when out of range */
@@ -483,7 +489,24 @@ DG_API int32_t dg_abi_version(void);      /* DG_ABI_VERSION of the header that i
 DG_API const char *dg_ggml_version(void); /* of the ggml inside */
 DG_API const char *dg_compiler(void);
 DG_API const char *dg_build_flags(void);  /* the build type and the switches that were on, separated by spaces */
-DG_API const char *dg_cpu_features(void); /* those the CPU code was built with, comma-separated */
+DG_API const char *dg_cpu_features(void); /* those that ggml's code for the CPU was built with, comma-separated */
+/* What the library needs of a processor and this one lacks, comma-separated; "" if nothing. Where it is not "", every
+ * call that can fail gives DG_ERROR_UNSUPPORTED, and no other is to be made but those of this part. */
+DG_API const char *dg_cpu_missing(void);
+
+/* A level of a processor's instructions. The inner loops of the CPU's own operators are compiled for each. */
+typedef struct dg_cpu_level {
+    const char *name;    /* what dg_model_options.cpu takes */
+    const char *meaning; /* for people */
+    bool compiled;       /* else the compiler that built the library could not */
+    bool offered;        /* this processor has it */
+    const char *lacks;   /* what this processor lacks of it, comma-separated */
+} dg_cpu_level;
+
+/* All levels of this kind of processor, from the least to the best. Zeros when out of range. */
+DG_API int32_t dg_n_cpu_levels(void);
+DG_API dg_cpu_level dg_local_cpu_level(int32_t index);
+
 DG_API int32_t dg_n_backends(void);
 DG_API const char *dg_backend_name(int32_t index); /* NULL when out of range */
 /* This machine's devices, the CPU among them: name and memory are filled in. Zeros when out of range. */

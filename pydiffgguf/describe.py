@@ -21,7 +21,7 @@ def describe(name: str, model: NativeModel, memory: Memory, *, automatic: bool) 
         f"weights {memory.weights / 1e6:.1f} MB ({memory.weights_mapped / 1e6:.1f} mapped), cache "
         f"{memory.kv_cache / 1e6:.1f} MB, buffers {(memory.compute + memory.logits) / 1e6:.1f} MB"
         + ("" if devices else "; all on the CPU"),
-        f"products: {_kernels(model)}",
+        f"CPU level {model.cpu or 'none, ggml'}; products: {_kernels(model)}",
     ]
     for device in devices:
         where = f" ({device.endpoint})" if device.endpoint else ""

@@ -73,6 +73,8 @@ class DiffusionModel:
             are; "kernels": own ones, on CUDA (and, far slower than "host", on the CPU: for tests); "auto": the last
             of these that the main device has.
         type_kv: "f16", "f32", "bf16" or "q8_0".
+        cpu: the level of instructions that the CPU's own operators use, by the name that `pydiffgguf doctor` lists
+            ("avx2", say); None: the best that this processor has. Answers differ between levels by rounding.
         use_mmap: map the file instead of reading it into memory.
         verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
             logger "pydiffgguf".
@@ -80,8 +82,8 @@ class DiffusionModel:
     Raises:
         OSError: no such file, a directory, not readable; no RPC server at an address.
         ModelFormatError: not a GGUF of this architecture, or a broken one; says which key or tensor.
-        UnsupportedError: GPU layers where there is no device, kernels that the main one does not have, or a file that
-            needs what is not built.
+        UnsupportedError: GPU layers where there is no device, kernels that the main one does not have, a level that
+            the processor lacks, or a file that needs what is not built.
         DeviceError: an RPC server was lost; any later call may raise it too.
         ContextOverflowError: n_ctx below canvas + 1, or beyond the file's context_length.
         ValueError, TypeError: an option out of range or of the wrong type.
@@ -102,6 +104,7 @@ class DiffusionModel:
         rpc: Sequence[str] = (),
         sampler: str = "auto",
         type_kv: str = "f16",
+        cpu: str | None = None,
         use_mmap: bool = True,
         verbose: bool = False,
     ) -> None:
@@ -118,6 +121,7 @@ class DiffusionModel:
         self._native = NativeModel(
             path,
             use_mmap=use_mmap,
+            cpu=_level_name(cpu),
             n_gpu_layers=-1 if n_gpu_layers == "auto" else integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1),
             n_cpu_moe=n_cpu_moe,
             tensor_split=tensor_split or (),
@@ -171,6 +175,11 @@ class DiffusionModel:
     def metadata(self) -> Metadata:
         """The file's key-value pairs."""
         return self._native.metadata
+
+    @property
+    def cpu(self) -> str:
+        """The level of instructions that the CPU's own operators use; "" where the build has none."""
+        return self._native.cpu
 
     def tensors(self) -> list[TensorInfo]:
         """All tensors of the file, in its order."""
@@ -684,3 +693,13 @@ def _drain(stream: Generator[Event, None, _Result]) -> _Result:
         except StopIteration as end:
             result: _Result = end.value
             return result
+
+
+def _level_name(cpu: str | None) -> str:
+    if cpu is None:
+        return ""
+    if not isinstance(cpu, str):
+        raise TypeError(f"cpu must be a level's name or None, not {type(cpu).__name__}")
+    if not cpu or "\0" in cpu:
+        raise ValueError(f"cpu is {cpu!r}: it must be a level's name, as `pydiffgguf doctor` lists them, or None")
+    return cpu

@@ -37,27 +37,30 @@ def test_the_report_has_what_a_bug_report_needs(capsys: pytest.CaptureFixture[st
     if Path("/proc/cpuinfo").exists():
         assert report["cpu"] and report["memory"] > 2**28
     assert all(set(each) == {"what", "cure"} and all(each.values()) for each in report["off"])
-    if "GGML_NATIVE=ON" in report["build"]["flags"]:
-        assert not any("which the build does not use" in each["what"] for each in report["off"])
 
 
 def test_doctor_says_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build without this CPU's features, without a GPU, for debugging, with sanitizers, on an installed ggml."""
+    """A compiler too old for a level, no GPU, a debug build, sanitizers, an installed ggml."""
     from pydiffgguf._binding import functions
 
     flags = ["Debug", "PYDIFFGGUF_SYSTEM_GGML=ON", "PYDIFFGGUF_SANITIZE=address"]
-    build = {**functions.build_info(), "cpu_features": [], "backends": ["CPU"], "flags": flags}
+    levels = [{"name": "old", "compiled": True, "offered": True}, {"name": "new", "compiled": False, "offered": True}]
+    build = {**functions.build_info(), "cpu_levels": levels, "backends": ["CPU"], "flags": flags}
     monkeypatch.setattr(functions, "build_info", lambda: build)
-    monkeypatch.setattr(doctor, "_cpu_flags", lambda: {"avx2", "fma", "avx512f"})
     report = doctor.examine()
     found = "\n".join(f"{each['what']} -> {each['cure']}" for each in report["off"])
-    assert 'this CPU has avx2, fma, avx512, which the build does not use -> CMAKE_ARGS="-DGGML_NATIVE=ON"' in found
+    assert re.search(r"this CPU has new, which .+ could not compile -> build with a newer compiler", found)
     assert "no GPU backend is built in -> with a GPU, build with one of -DGGML_CUDA=ON (CUDA)" in found
     for text in ("the build type is Debug", "sanitizers (PYDIFFGGUF_SANITIZE=address)", "an installed ggml is used"):
         assert text in found
     assert "off:         no GPU backend" in doctor.render(report)
-    monkeypatch.setattr(functions, "build_info", lambda: {**build, "backends": ["CUDA", "RPC", "CPU"]})
-    assert "off:         CUDA is built in, but it finds no device" in doctor.render(doctor.examine())
+    assert re.search(r"CPU level +old; built in: old, new \(not compiled in\)", doctor.render(report))
+    monkeypatch.setattr(
+        functions, "build_info", lambda: {**build, "backends": ["CUDA", "RPC", "CPU"], "cpu_levels": []}
+    )
+    rendered = doctor.render(doctor.examine())
+    assert "off:         CUDA is built in, but it finds no device" in rendered
+    assert "compiles no kernels for the CPU" in rendered
 
 
 def test_doctor_names_the_cure_when_the_extension_is_broken(
@@ -73,10 +76,10 @@ def test_doctor_names_the_cure_when_the_extension_is_broken(
 
 
 def test_doctor_finds_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing package, an old one, a stale build, a build for another CPU, a missing demo model."""
+    """A missing package, an old one, a stale build, a missing demo model."""
     from pydiffgguf._binding import functions
 
-    build = {**functions.build_info(), "version": "0.0.0", "cpu_features": ["avx2", "amx_int8", "avx_nonsense"]}
+    build = {**functions.build_info(), "version": "0.0.0", "cpu_features": []}
     monkeypatch.setattr(functions, "build_info", lambda: build)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     real = doctor.version
@@ -88,5 +91,3 @@ def test_doctor_finds_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
     assert re.search(r'gguf 0.1 is too old -> pip install "gguf>=', found)
     assert "the compiled extension is version 0.0.0, the package" in found
     assert "the demo model is missing: " in found
-    if Path("/proc/cpuinfo").exists() and "avx" in Path("/proc/cpuinfo").read_text():
-        assert "avx_nonsense, which this CPU does not have" in found

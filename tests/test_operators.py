@@ -1,4 +1,4 @@
-"""The CPU's own operators (csrc/cpu/product.h, attention.h, soft.h) against ggml's, on nets of every kind of weights.
+"""The CPU's own operators (csrc/cpu) against ggml's, on nets of every kind of weights.
 
 ggml's operators serve devices and are what the own ones must agree with; parity with transformers is tested apart
 (tests/parity). Rows are compared by the norm of the difference over the norm of the row.
@@ -15,6 +15,7 @@ import pytest
 import shapes
 from gguf import GGUFReader, dequantize
 from gguf_rewrite import rewrite
+from levels import LEVELS
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
@@ -77,11 +78,12 @@ def two_passes(session: Session, n_rows: int = C) -> Rows:
     return np.concatenate([first, second])
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("n_batch", [7, 512])
-def test_float32_agrees_with_ggml(tmp_path: Path, n_batch: int) -> None:
+def test_float32_agrees_with_ggml(tmp_path: Path, level: str, n_batch: int) -> None:
     """Weights and cache in float32: what is left are orders of sums."""
     with (
-        DiffusionModel(write(tmp_path, "f32"), n_threads=1, type_kv="f32", n_batch=n_batch) as model,
+        DiffusionModel(write(tmp_path, "f32"), cpu=level, n_threads=1, type_kv="f32", n_batch=n_batch) as model,
         model.session() as own,
         model.session(ggml_operators=True) as ggml,
     ):
@@ -104,8 +106,12 @@ def test_a_cache_of_any_type_is_read_as_it_is(tmp_path: Path, type_kv: str, boun
         assert error < bound and error < 1.2 * ggmls
 
 
-@pytest.mark.parametrize("kind", (*QUANTIZED, "f16", "bf16", "iq4_nl", "q4_1", "q3_k"))
-def test_quantized_weights_are_those_of_the_file(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("level", "kind"),
+    [(level, kind) for level in LEVELS for kind in (*QUANTIZED, "f16")]
+    + [(LEVELS[-1], kind) for kind in ("bf16", "iq4_nl", "q4_1", "q3_k")],
+)
+def test_quantized_weights_are_those_of_the_file(tmp_path: Path, level: str, kind: str) -> None:
     """Against gguf-py's values of the same file. Products in float32 leave orders of sums; those in integers round
     activations to 8 bits, which costs at most what it costs ggml, and less than a misread scale or nibble would: a
     percent or two in most rows (a few choose another expert for it)."""
@@ -115,10 +121,13 @@ def test_quantized_weights_are_those_of_the_file(tmp_path: Path, kind: str) -> N
         for tensor in GGUFReader(path).tensors
     }
     rewrite(path, tmp_path / "exact.gguf", tensors=values)
-    with DiffusionModel(tmp_path / "exact.gguf", n_threads=1, type_kv="f32") as model, model.session() as session:
+    with (
+        DiffusionModel(tmp_path / "exact.gguf", cpu=level, n_threads=1, type_kv="f32") as model,
+        model.session() as session,
+    ):
         exact = two_passes(session)
     with (
-        DiffusionModel(path, n_threads=1, type_kv="f32") as model,
+        DiffusionModel(path, cpu=level, n_threads=1, type_kv="f32") as model,
         model.session() as own,
         model.session(ggml_operators=True) as ggml,
     ):
@@ -128,21 +137,23 @@ def test_quantized_weights_are_those_of_the_file(tmp_path: Path, kind: str) -> N
     assert error < 1.2 * ggmls
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ("f32", "q4_k", "q6_k"))
-def test_threads_change_no_bit(tmp_path: Path, kind: str) -> None:
+def test_threads_change_no_bit(tmp_path: Path, level: str, kind: str) -> None:
     """Which thread takes which rows, experts and heads is chance; what comes out is not."""
     results = []
     for n_threads in (1, 2, 3):
-        with DiffusionModel(write(tmp_path, kind), n_threads=n_threads) as model, model.session() as session:
+        with DiffusionModel(write(tmp_path, kind), cpu=level, n_threads=n_threads) as model, model.session() as session:
             results.append(two_passes(session))
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ("f32", "q8_0", "q4_k"))
-def test_a_row_has_the_same_bits_among_any_number_of_rows(tmp_path: Path, kind: str) -> None:
+def test_a_row_has_the_same_bits_among_any_number_of_rows(tmp_path: Path, level: str, kind: str) -> None:
     """Texts scored side by side and alone, one token and many: products, experts and attention give a row what it has
     alone."""
-    with DiffusionModel(write(tmp_path, kind), n_threads=1) as model, model.session(n_rows=4 * C) as session:
+    with DiffusionModel(write(tmp_path, kind), cpu=level, n_threads=1) as model, model.session(n_rows=4 * C) as session:
         session.encode(ids(40))
         texts = [ids(n, 100 + n) for n in (1, 2, 13, 33, C)]
         together = session.score(texts)
@@ -175,13 +186,14 @@ def signal_rows(rng: np.random.Generator) -> Rows:
     return z
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ("f32", "q8_0"))
-def test_the_signal_is_that_of_the_whole_vocabulary(tmp_path: Path, kind: str) -> None:
+def test_the_signal_is_that_of_the_whole_vocabulary(tmp_path: Path, level: str, kind: str) -> None:
     """Gathered and dense rows side by side against the product with the whole embedding. The signal's error is bounded
     by 1e-6; the net behind it adds its own rounding (5e-6 here in float32, as in the first test)."""
     signal = signal_rows(np.random.default_rng(4))
     with (
-        DiffusionModel(write(tmp_path, "f32"), n_threads=2, type_kv="f32") as model,
+        DiffusionModel(write(tmp_path, "f32"), cpu=level, n_threads=2, type_kv="f32") as model,
         model.session() as own,
         model.session(ggml_operators=True) as ggml,
     ):
@@ -193,10 +205,11 @@ def test_the_signal_is_that_of_the_whole_vocabulary(tmp_path: Path, kind: str) -
         assert worst(a, own.denoise(canvas)) > 0.01  # the signal matters
 
 
-def test_many_rows_of_one_expert_and_none_of_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_many_rows_of_one_expert_and_none_of_another(tmp_path: Path, level: str) -> None:
     """The same id everywhere: all rows go to the same experts, and the others get none."""
     with (
-        DiffusionModel(write(tmp_path, "f32"), n_threads=2, type_kv="f32", n_batch=300) as model,
+        DiffusionModel(write(tmp_path, "f32"), cpu=level, n_threads=2, type_kv="f32", n_batch=300) as model,
         model.session() as own,
         model.session(ggml_operators=True) as ggml,
     ):

@@ -2,20 +2,16 @@
 // three.
 #pragma once
 
-#include "cpu/tile.h"
+#include "cpu/kernels.h"
 #include "cpu/work.h"
 
 #include "ggml.h"
 
 namespace dg {
 
-#if DG_HAS_TILES
-
 // scale * (add + x / rms(x) * weight), row by row of x, which is contiguous. `weight` [x's row], or nullptr for ones;
 // `add` of x's shape, or nullptr for zeros and no scale; not without a weight.
-ggml_tensor *norm_op(ggml_context *ctx, WorkList &work, ggml_tensor *x, ggml_tensor *weight, ggml_tensor *add,
-                     float scale, float epsilon);
-
-#endif
+ggml_tensor *norm_op(ggml_context *ctx, const Kernels &kernels, WorkList &work, ggml_tensor *x, ggml_tensor *weight,
+                     ggml_tensor *add, float scale, float epsilon);
 
 } // namespace dg

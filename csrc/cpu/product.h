@@ -1,9 +1,9 @@
 // Matrix products and experts on the CPU, as ggml custom operators: weights are decoded where they lie in the file,
-// some rows at a time, and multiplied in float32 with blocks of columns (tile.h). Nothing is repacked at load and
-// activations are not quantized. Which thread computes what never changes a bit.
+// some rows at a time, and multiplied with blocks of columns, in float32 (kernels/tile.h) or in 8-bit integers
+// (kernels/int8.h). Nothing is repacked at load. Which thread computes what never changes a bit.
 #pragma once
 
-#include "cpu/tile.h"
+#include "cpu/kernels.h"
 #include "cpu/work.h"
 
 #include "ggml.h"
@@ -20,16 +20,12 @@ struct Operand {
     ggml_tensor *integers = nullptr; // column blocks, quantized
 };
 
-#if DG_HAS_TILES
-
-// Floats that each thread needs in the scratch tensor.
-int64_t product_scratch(int64_t n_embd, int64_t n_ff_exp);
-
 // Builds operators into one graph. `scratch`: F32 [floats of a thread, threads]; shared by all operators, since they
 // run one after the other.
 class ProductOps {
   public:
-    ProductOps(ggml_context *ctx, WorkList &work, ggml_tensor *scratch) : ctx_(ctx), work_(work), scratch_(scratch) {}
+    ProductOps(ggml_context *ctx, const Kernels &kernels, WorkList &work, ggml_tensor *scratch)
+        : ctx_(ctx), kernels_(kernels), work_(work), scratch_(scratch) {}
 
     // w [depth, n_out] times x -> [n_out, n]; softcapped where softcap > 0
     ggml_tensor *multiply(ggml_tensor *w, Operand &x, float softcap = 0.0f) const;
@@ -42,12 +38,12 @@ class ProductOps {
 
   private:
     ggml_context *ctx_;
+    const Kernels &kernels_;
     WorkList &work_;
     ggml_tensor *scratch_;
 
+    bool wants_int8(const ggml_tensor *w) const;
     ggml_tensor *blocks(Operand &x, bool int8) const;
 };
-
-#endif
 
 } // namespace dg

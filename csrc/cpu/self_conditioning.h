@@ -7,7 +7,7 @@
 // vocabulary at a time. Neither needs a transposed embedding.
 #pragma once
 
-#include "cpu/tile.h"
+#include "cpu/kernels.h"
 #include "cpu/work.h"
 
 #include "ggml.h"
@@ -16,23 +16,16 @@
 
 namespace dg {
 
-#if DG_HAS_TILES
-
-constexpr float SIGNAL_ERROR = 1e-6f;
-
-// Floats that each thread needs in the scratch tensor.
-int64_t soft_scratch(int64_t n_embd);
 // Tensors that soft_embedding_ops adds.
 int64_t soft_nodes(int64_t n_vocab);
 
 // The greatest length of an embedding row: what the error bound multiplies the mass left out with.
-float longest_row(const ggml_tensor *embedding, int32_t n_threads);
+float longest_row(const Kernels &kernels, const ggml_tensor *embedding, int32_t n_threads);
 
 // Adds to `graph`: logits [n_vocab, n] -> soft [n_embd, n], both views of rows. `longest`: longest_row's, read when the
 // graph runs.
-void soft_embedding_ops(ggml_context *ctx, ggml_cgraph *graph, WorkList &work, ggml_tensor *scratch,
-                        ggml_tensor *embedding, ggml_tensor *logits, ggml_tensor *soft, const float *longest);
-
-#endif
+void soft_embedding_ops(ggml_context *ctx, const Kernels &kernels, ggml_cgraph *graph, WorkList &work,
+                        ggml_tensor *scratch, ggml_tensor *embedding, ggml_tensor *logits, ggml_tensor *soft,
+                        const float *longest);
 
 } // namespace dg

@@ -2,6 +2,7 @@
 #include "model/model.h"
 
 #include "base/error.h"
+#include "cpu/levels.h"
 #include "file/gguf_keys.h"
 #include "file/names.h"
 
@@ -517,6 +518,7 @@ std::unique_ptr<const Devices> open_devices(const dg_model_options &options) {
 } // namespace
 
 Model::Model(const std::string &path, const dg_model_options &options) {
+    kernels_ = choose_kernels(options.cpu);
     files_ = std::make_unique<const GgufFiles>(path, options.use_mmap);
     devices_ = open_devices(options);
     const Devices::Turn turn(*devices_);

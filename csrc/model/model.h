@@ -3,6 +3,7 @@
 // Shapes are in ggml's order (ne[0] contiguous): a matrix [in, out] maps rows of `in` values to rows of `out`.
 #pragma once
 
+#include "cpu/kernels.h"
 #include "diffgguf.h"
 #include "file/gguf_files.h"
 #include "model/device_weights.h"
@@ -87,6 +88,8 @@ class Model {
     const GgufFiles &files() const { return *files_; }
     const Devices &devices() const { return *devices_; }
     const Placement &placement() const { return placement_; }
+    // What the CPU computes with, of the level that was chosen; nullptr: ggml's operators.
+    const Kernels *kernels() const { return kernels_; }
     // Bytes of weights on a device; what the CPU uses where it lies in the file is not among them.
     size_t weights_on(int32_t device) const { return placed_->bytes(device); }
     // Weights that one row of a pass is multiplied with.
@@ -97,6 +100,7 @@ class Model {
   private:
     friend class ModelReader;
 
+    const Kernels *kernels_ = nullptr;
     std::unique_ptr<const GgufFiles> files_;
     std::unique_ptr<const Devices> devices_;
     Placement placement_;

@@ -2,7 +2,6 @@
 
 #include "base/error.h"
 #include "cpu/attention.h"
-#include "cpu/int8.h"
 #include "cpu/norm.h"
 #include "cpu/product.h"
 #include "cpu/self_conditioning.h"
@@ -192,21 +191,17 @@ class PassBuilder {
 
     // scale * (add + x / rms(x) * weight); without a weight it is 1, without `add` neither that nor the scale counts.
     ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight = nullptr, ggml_tensor *add = nullptr, float scale = 1.0f) {
-#if DG_HAS_TILES
         if (own_operators()) {
-            return norm_op(ctx_, graph_.work, x, weight, add, scale, c_.norm_eps);
+            return norm_op(ctx_, *model_.kernels(), graph_.work, x, weight, add, scale, c_.norm_eps);
         }
-#endif
         x = ggml_rms_norm(ctx_, x, c_.norm_eps);
         x = weight ? ggml_mul(ctx_, x, weight) : x;
         x = add ? ggml_add(ctx_, add, x) : x;
         return scale == 1.0f ? x : ggml_scale(ctx_, x, scale);
     }
 
-#if DG_HAS_TILES
     bool own_operators() const { return io_.scratch && device_ == model_.devices().cpu(); }
-    ProductOps own() { return {ctx_, graph_.work, io_.scratch}; }
-#endif
+    ProductOps own() { return {ctx_, *model_.kernels(), graph_.work, io_.scratch}; }
 
     // Every product with a weight matrix goes through these three, or is one with the operators around it in gated_mlp
     // and experts. -> [n_out, n]
@@ -214,11 +209,9 @@ class PassBuilder {
         if (importance_) {
             importance_->watch(ctx_, graph_.nodes, weight, x.rows, nullptr);
         }
-#if DG_HAS_TILES
         if (own_operators()) {
             return own().multiply(weight, x, softcap);
         }
-#endif
         ggml_tensor *product = mark(ggml_mul_mat(ctx_, weight, x.rows), Part::PRODUCTS);
         if (softcap > 0.0f) {
             product = ggml_tanh_inplace(ctx_, ggml_scale_inplace(ctx_, product, 1.0f / softcap));
@@ -249,12 +242,10 @@ class PassBuilder {
 
     ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) {
         Operand in = {x, n_, nullptr, nullptr};
-#if DG_HAS_TILES
         if (own_operators() && !importance_) {
             Operand hidden = own().gated(gate, up, in);
             return own().multiply(down, hidden);
         }
-#endif
         ggml_tensor *gated = gelu_mul(multiply(gate, in), multiply(up, in));
         return multiply(down, gated);
     }
@@ -319,7 +310,6 @@ class PassBuilder {
 
     // q: [head_dim, n_head, n] -> [head_dim * n_head, n]. Scale 1: the norms of q and k take its place.
     ggml_tensor *attend(const Segment &s, const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) {
-#if DG_HAS_TILES
         if (own_operators()) {
             Visible visible;
             visible.first = pass_.first_position();
@@ -328,9 +318,9 @@ class PassBuilder {
             visible.window = l.sliding ? c_.sliding_window : 0;
             visible.causal = pass_.causal();
             visible.n_past = pass_.n_past;
-            return attention_op(ctx_, graph_.work, io_.scratch, q, cache.k, cache.v, l.n_head_kv, visible);
+            return attention_op(ctx_, *model_.kernels(), graph_.work, io_.scratch, q, cache.k, cache.v, l.n_head_kv,
+                                visible);
         }
-#endif
         ggml_tensor *k = read_cache(s, l, cache.k);
         ggml_tensor *v = read_cache(s, l, cache.v);
         if (v->type != GGML_TYPE_F32) {
@@ -435,11 +425,9 @@ class PassBuilder {
 
         ggml_tensor *h = norm(x, l.pre_ffw_norm_2);
         const Elsewhere expert_device(*this, model_.placement().experts[index]);
-#if DG_HAS_TILES
         if (own_operators() && !importance_) {
             return own().experts(h, selected, weights, l.gate_up_exps, l.gate_exps, l.up_exps, l.down_exps);
         }
-#endif
         h = ggml_reshape_3d(ctx_, h, c_.n_embd, 1, n_);
         ggml_tensor *gate = nullptr;
         ggml_tensor *up = nullptr; // both [n_ff_exp, n_used, n]
@@ -502,15 +490,9 @@ int32_t Pass::rows() const { return std::accumulate(segments.begin(), segments.e
 
 int32_t Pass::end() const { return end(*std::max_element(segments.begin(), segments.end())); }
 
-bool has_own_operators() { return DG_HAS_TILES != 0; }
-
-const char *product_kernel(ggml_type type) {
-#if DG_HAS_TILES
-    return has_int8_product(type) ? "8-bit integers" : "float32";
-#else
-    (void)type;
-    return "ggml";
-#endif
+const char *product_kernel(const Model &model, ggml_type type) {
+    const Kernels *kernels = model.kernels();
+    return !kernels ? "ggml" : kernels->has_int8_product(type) ? "8-bit integers" : "float32";
 }
 
 // Three slices: of the embedding's rows, of them transposed, and the hole that the sum of those before leaves.
@@ -519,17 +501,13 @@ size_t soft_embedding_bytes(const dg_config &c, int64_t n_rows) {
 }
 
 int64_t scratch_floats(const Model &model) {
-#if DG_HAS_TILES
-    int64_t n = product_scratch(model.config().n_embd, model.config().n_ff_exp);
-    n = std::max(n, soft_scratch(model.config().n_embd));
+    const Kernels &kernels = *model.kernels();
+    int64_t n = kernels.product_scratch(model.config().n_embd, model.config().n_ff_exp);
+    n = std::max(n, kernels.soft_scratch(model.config().n_embd));
     for (const LayerWeights &layer : model.weights().layers) {
-        n = std::max(n, attention_scratch(layer.head_dim));
+        n = std::max(n, kernels.attention_scratch(layer.head_dim));
     }
     return (n + 15) / 16 * 16; // each thread's part begins at a vector
-#else
-    (void)model;
-    return 0;
-#endif
 }
 
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
@@ -539,15 +517,13 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
 
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,
                            int32_t n_rows) {
-#if DG_HAS_TILES
     if (io.scratch && !io.coming && model.placement().head == model.devices().cpu()) {
         Graph own = make_graph(static_cast<size_t>(soft_nodes(model.config().n_vocab)));
-        soft_embedding_ops(own.context.get(), own.nodes, own.work, io.scratch, model.weights().token_embd,
-                           rows_of_io(own.context.get(), io.logits, first_logit, n_rows),
+        soft_embedding_ops(own.context.get(), *model.kernels(), own.nodes, own.work, io.scratch,
+                           model.weights().token_embd, rows_of_io(own.context.get(), io.logits, first_logit, n_rows),
                            rows_of_io(own.context.get(), io.soft, first_row, n_rows), &io.longest_embedding);
         return own;
     }
-#endif
     Graph graph = make_graph(soft_embedding_nodes(model.config()));
     ggml_context *ctx = graph.context.get();
     ggml_tensor *logits = rows_of_io(ctx, io.logits, first_logit, n_rows);

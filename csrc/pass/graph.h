@@ -92,11 +92,9 @@ struct Graph {
     WorkList work; // of its custom operators
 };
 
-// Whether the CPU's own operators are compiled in.
-bool has_own_operators();
-// What weights of a type are multiplied by then: "8-bit integers" or "float32"; "ggml" without them.
-const char *product_kernel(ggml_type type);
-// Floats of scratch memory that each thread needs for them.
+// What the CPU multiplies weights of a type by: "8-bit integers" or "float32"; "ggml" where it has no own operators.
+const char *product_kernel(const Model &model, ggml_type type);
+// Floats of scratch memory that each thread needs for its own operators.
 int64_t scratch_floats(const Model &model);
 
 // Bytes of intermediate tensors of a self-conditioning signal, at most, beside the probabilities that it is made of.

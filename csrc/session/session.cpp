@@ -94,7 +94,7 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
       n_batch_(batch_size(n_ctx_, options.n_batch)),
       n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
       n_rows_(row_count(model_->config(), options.n_rows)), type_kv_(cache_type(options.type_kv)),
-      own_operators_(has_own_operators() && !options.ggml_operators),
+      own_operators_(model_->kernels() && !options.ggml_operators),
       sampler_(resolve_sampler(*model_, options.sampler)) {
     if (n_threads_ == 0) {
         n_threads_ = default_threads(*model_);
@@ -522,11 +522,9 @@ void Session::condition_on_logits(int32_t n_rows) {
         return;
     }
     renew_in_fork();
-#if DG_HAS_TILES
     if (io_.scratch && io_.longest_embedding == 0.0f && is_head_here()) {
-        io_.longest_embedding = longest_row(model_->weights().token_embd, n_threads_);
+        io_.longest_embedding = longest_row(*model_->kernels(), model_->weights().token_embd, n_threads_);
     }
-#endif
     for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
         const int32_t n = std::min(canvas_pass(), n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {

@@ -14,6 +14,7 @@ from pydiffgguf._arguments import MAX_SEED, float_array, id_array, int32, intege
 from pydiffgguf._binding.library import call, ffi, fields_of, lib, pointer_to, text_of
 from pydiffgguf._binding.records import (
     BuildInfo,
+    CpuLevel,
     Float32Array,
     Float64Array,
     Int32Array,
@@ -241,5 +242,20 @@ def build_info() -> BuildInfo:
         "flags": text_of(lib.dg_build_flags()).split(),
         "backends": [text_of(lib.dg_backend_name(i)) for i in range(lib.dg_n_backends())],
         "devices": [_local_device(lib.dg_local_device(i)) for i in range(lib.dg_n_devices())],
-        "cpu_features": [feature for feature in text_of(lib.dg_cpu_features()).split(",") if feature],
+        "cpu_features": _words(text_of(lib.dg_cpu_features())),
+        "cpu_levels": [_cpu_level(lib.dg_local_cpu_level(i)) for i in range(lib.dg_n_cpu_levels())],
+    }
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _cpu_level(level: Any) -> CpuLevel:
+    return {
+        "name": text_of(level.name),
+        "meaning": text_of(level.meaning),
+        "compiled": level.compiled,
+        "offered": level.offered,
+        "lacks": _words(text_of(level.lacks)),
     }

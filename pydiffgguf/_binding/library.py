@@ -31,6 +31,13 @@ except ModuleNotFoundError as error:
         "of the checkout's folder, or use `pip install -e .`"
     ) from error
 
+if _missing := ffi.string(lib.dg_cpu_missing()).decode():
+    raise ImportError(
+        f"pydiffgguf was built for a processor with {_missing}, which this one lacks. Build it for any processor: "
+        "pip install --force-reinstall --no-cache-dir --no-binary pydiffgguf pydiffgguf, without GGML_NATIVE=ON in "
+        "CMAKE_ARGS"
+    )
+
 __all__ = [
     "EXCEPTIONS",
     "StrPath",

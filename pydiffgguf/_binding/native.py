@@ -133,7 +133,8 @@ class Metadata(Mapping[str, MetadataValue]):
 class NativeModel:
     """An opened GGUF file: immutable, shareable between threads and sessions.
 
-    `use_mmap` maps the file instead of reading it into memory. The other options say where the model lies: those of
+    `use_mmap` maps the file instead of reading it into memory. `cpu` names the level of instructions that the CPU's own
+    operators use ("": the best). The other options say where the model lies: those of
     dg_model_options in csrc/diffgguf.h. `expected`: options of the NativeSession that "as many as fit" makes room for.
 
     Raises OSError (FileNotFoundError, IsADirectoryError, PermissionError where it is one of them; also for an RPC
@@ -146,6 +147,7 @@ class NativeModel:
         path: StrPath,
         *,
         use_mmap: bool = True,
+        cpu: str = "",
         n_gpu_layers: int = 0,
         n_cpu_moe: int = 0,
         tensor_split: Sequence[float] = (),
@@ -156,6 +158,8 @@ class NativeModel:
     ) -> None:
         options, _split = placing_options(n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv)
         options.use_mmap = bool(use_mmap)
+        level = ffi.new("char[]", cpu.encode())
+        options.cpu = level
         if isinstance(rpc, str):
             raise TypeError('rpc is a string: it must be a list of "host:port"')
         servers = [ffi.new("char[]", server.encode()) for server in rpc]
@@ -175,6 +179,7 @@ class NativeModel:
             layers=tuple(LayerConfig(layer.sliding, layer.n_head_kv, layer.head_dim) for layer in layers),
         )
         self.sampling = Sampling(**fields_of(lib.dg_model_sampling(pointer), SAMPLING_FIELDS))
+        self.cpu = text_of(lib.dg_model_cpu_level(pointer))
         self.warnings = [text_of(lib.dg_model_warning(pointer, i)) for i in range(lib.dg_model_n_warnings(pointer))]
         self._metadata: Metadata | None = Metadata(pointer)
 

@@ -209,9 +209,21 @@ class LocalDevice(TypedDict):
     memory_total: int
 
 
+class CpuLevel(TypedDict):
+    """A level of a processor's instructions, which the CPU's own operators are compiled for. `compiled`: else the
+    compiler that built the library could not; `offered`: this processor has it; `lacks`: what it lacks of it."""
+
+    name: str
+    meaning: str
+    compiled: bool
+    offered: bool
+    lacks: list[str]
+
+
 class BuildInfo(TypedDict):
     """The C library's version and ABI number, the ggml and the compiler inside, the build type and the switches that
-    were on, the backends that were built in, and the CPU features that its code was built with."""
+    were on, the backends that were built in, the CPU features that ggml's code was built with, and the levels of
+    instructions that the CPU's own operators have."""
 
     version: str
     abi: int
@@ -221,3 +233,4 @@ class BuildInfo(TypedDict):
     backends: list[str]
     devices: list[LocalDevice]
     cpu_features: list[str]
+    cpu_levels: list[CpuLevel]

@@ -412,6 +412,7 @@ def add_model_options(sub: Any) -> None:
     )
     group.add_argument("--sampler", metavar="KIND", help="host, operators or kernels (auto: by the main device)")
     group.add_argument("--type-kv", metavar="TYPE", help="type of the cache: f16 (default), f32, bf16, q8_0")
+    group.add_argument("--cpu", metavar="LEVEL", help="instructions that the CPU uses, as doctor lists them (the best)")
     group.add_argument("--verbose", action="store_true", help="say on stderr what was opened and what it takes")
 
 

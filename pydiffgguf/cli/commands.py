@@ -56,6 +56,7 @@ def open_model(args: argparse.Namespace) -> Any:
         "rpc": args.rpc,
         "sampler": args.sampler,
         "type_kv": args.type_kv,
+        "cpu": args.cpu,
         "verbose": args.verbose or None,
     }
     given = {name: value for name, value in options.items() if value is not None}

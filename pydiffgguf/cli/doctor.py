@@ -29,12 +29,6 @@ PACKAGES = {
     "tokenizers": "tokenizers",
 }
 
-#: Features of a CPU that make the engine faster where it was built with them. AMX is none: CMakeLists.txt drops it.
-WORTH_HAVING = ("avx2", "fma", "f16c", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni")
-
-#: What /proc/cpuinfo calls the features whose name in the build differs.
-CPU_FLAGS = {"sse3": "pni", "avx512": "avx512f", "avx512_vbmi": "avx512vbmi"}
-
 #: Backends of ggml that compute on a GPU, and the switch that builds each.
 GPU_BACKENDS = {"CUDA": "GGML_CUDA", "ROCm": "GGML_HIP", "Vulkan": "GGML_VULKAN", "MTL": "GGML_METAL"}
 
@@ -123,12 +117,6 @@ def _build(own: str | None, problem: Any) -> dict[str, Any] | None:
         return None
     if own is not None and build["version"] != own:
         problem(f"the compiled extension is version {build['version']}, the package {own}", REINSTALL)
-    lacking = _lacking(build["cpu_features"])
-    if lacking:
-        problem(
-            f"built with {', '.join(lacking)}, which this CPU does not have: it will crash",
-            _rebuild("GGML_NATIVE"),
-        )
     return build
 
 
@@ -149,11 +137,14 @@ def _device_lacks(build: dict[str, Any], demo: Path, problem: Any) -> list[str] 
 def _off(build: dict[str, Any]) -> list[dict[str, str]]:
     """What this build leaves unused, or has on that costs speed."""
     off: list[dict[str, str]] = []
-    present, built = _cpu_flags(), {feature.lower() for feature in build["cpu_features"]}
-    unused = [name for name in WORTH_HAVING if CPU_FLAGS.get(name, name) in present and name not in built]
-    if unused:
-        what = f"this CPU has {', '.join(unused)}, which the build does not use"
-        off.append({"what": what, "cure": _rebuild("GGML_NATIVE")})
+    levels = build["cpu_levels"]
+    if not levels:
+        what = f"{build['compiler']} compiles no kernels for the CPU: ggml's operators do the work, slower"
+        off.append({"what": what, "cure": f"build with Clang or GCC: {REINSTALL} --no-binary pydiffgguf"})
+    left_out = [level["name"] for level in levels if level["offered"] and not level["compiled"]]
+    if left_out:
+        what = f"this CPU has {', '.join(left_out)}, which {build['compiler']} could not compile"
+        off.append({"what": what, "cure": f"build with a newer compiler: {REINSTALL} --no-binary pydiffgguf"})
     if not any(backend in GPU_BACKENDS for backend in build["backends"]):
         switches = ", ".join(f"-D{switch}=ON ({name})" for name, switch in GPU_BACKENDS.items())
         off.append({"what": "no GPU backend is built in", "cure": f"with a GPU, build with one of {switches}"})
@@ -172,10 +163,6 @@ def _off(build: dict[str, Any]) -> list[dict[str, str]]:
     return off
 
 
-def _rebuild(switch: str) -> str:
-    return f'CMAKE_ARGS="-D{switch}=ON" {REINSTALL} --no-binary pydiffgguf'
-
-
 def _cpu_info(key: str) -> str | None:
     """A line of /proc/cpuinfo; None where the system has none (all but Linux)."""
     try:
@@ -183,11 +170,6 @@ def _cpu_info(key: str) -> str | None:
     except OSError:
         return None
     return found[1].strip() if found else None
-
-
-def _cpu_flags() -> set[str]:
-    """The CPU's features as the system names them; none where it does not tell (all but Linux on x86)."""
-    return set((_cpu_info("flags") or "").split())
 
 
 def _cpu_name() -> str | None:
@@ -202,14 +184,18 @@ def _memory() -> int | None:
         return None
 
 
-def _lacking(features: list[str]) -> list[str]:
-    """Features of the build that this CPU lacks, as far as the system tells (Linux on x86)."""
-    present = _cpu_flags()
-    if not present:
-        return []
-    known = re.compile(r"(sse|ssse|avx|fma|f16c|bmi|amx)")
-    names = [feature.lower() for feature in features]
-    return [name for name in names if known.match(name) and CPU_FLAGS.get(name, name) not in present]
+def _levels(build: dict[str, Any]) -> str:
+    """The level in use, and of each other whether it is compiled in and what this processor lacks of it."""
+    usable = [level["name"] for level in build["cpu_levels"] if level["compiled"] and level["offered"]]
+    if not usable:
+        return "none: ggml's operators"
+
+    def state(level: dict[str, Any]) -> str:
+        if not level["compiled"]:
+            return f"{level['name']} (not compiled in)"
+        return level["name"] if level["offered"] else f"{level['name']} (this CPU lacks {', '.join(level['lacks'])})"
+
+    return f"{usable[-1]}; built in: {', '.join(state(level) for level in build['cpu_levels'])}"
 
 
 def _one_line(error: Exception) -> str:
@@ -239,7 +225,8 @@ def render(report: dict[str, Any]) -> str:
             ("backends", ", ".join(build["backends"])),
             ("devices", "; ".join(_device(device) for device in build["devices"])),
             *([] if lacks is None else [("they lack", "; ".join(lacks) or "nothing that the demo model needs")]),
-            ("CPU features", ", ".join(build["cpu_features"]) or "none beyond the baseline"),
+            ("CPU level", _levels(build)),
+            ("ggml's CPU", ", ".join(build["cpu_features"]) or "the baseline"),
         ]
     rows.append(("demo model", report["demo_model"] or "missing"))
     lines = [f"{name:<13}{value}" for name, value in rows]

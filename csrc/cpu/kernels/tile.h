@@ -6,35 +6,31 @@
 // the same bits alone and among others.
 #pragma once
 
+#include "cpu/kernels.h"
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-// Vectors are a language extension of Clang and GCC (from 12 on with named shuffles); other compilers leave the work to
-// ggml's own operators.
-#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
-#    define DG_HAS_TILES 1
-#else
-#    define DG_HAS_TILES 0
-#endif
+// Vectors are a language extension of Clang and GCC (from 9 on with conversions); with other compilers there are no
+// kernels, and ggml's own operators do the work.
 
-#if DG_HAS_TILES
-namespace dg {
+namespace dg::DG_LEVEL {
 
 // Rows times vectors are what the registers hold besides two vectors of x and a broadcast weight.
-#    if defined(__AVX512F__)
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
 constexpr int TILE_ROWS = 12;
-#    elif defined(__AVX__)
+#elif defined(__AVX__)
 constexpr int64_t LANES = 8;
 constexpr int TILE_ROWS = 6;
-#    elif defined(__aarch64__)
+#elif defined(__aarch64__)
 constexpr int64_t LANES = 4;
 constexpr int TILE_ROWS = 12;
-#    else
+#else
 constexpr int64_t LANES = 4;
 constexpr int TILE_ROWS = 6;
-#    endif
+#endif
 constexpr int64_t COLUMNS = 2 * LANES;
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
@@ -113,7 +109,10 @@ void unpack_columns(const float *block, int64_t depth, int64_t n, float *const *
 // Below this a term is 0 in float32; a softcap of 30 at t = 0.4 spans 150.
 constexpr float EXP_FLOOR = -87.0f;
 
-// exp(x) for EXP_FLOOR <= x <= 0, a vector at a time: see exp_negative.
+// What exp_lanes may be asked for; NaN stays NaN, which a maximum would lose.
+inline Lanes not_below_floor(Lanes x) { return x < EXP_FLOOR ? Lanes{} + EXP_FLOOR : x; }
+
+// exp(x) for EXP_FLOOR <= x <= 0, a vector at a time: see exp_negative. NaN gives NaN.
 inline Lanes exp_lanes(Lanes x) {
     constexpr float ROUND = 12582912.0f;
     const Lanes k = (x * 1.44269504088896341f + ROUND) - ROUND;
@@ -130,5 +129,4 @@ inline Lanes exp_lanes(Lanes x) {
     return p * scale;
 }
 
-} // namespace dg
-#endif
+} // namespace dg::DG_LEVEL

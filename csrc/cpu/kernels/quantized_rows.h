@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace dg {
+namespace dg::DG_LEVEL {
 
 // `n` values (a multiple of the type's block) of a row that begins at `data`. The types that big tensors have are
 // decoded here, the others by ggml, whose own code is built for no particular processor.
@@ -16,4 +16,4 @@ void decode(ggml_type type, const void *data, int64_t n, float *out);
 // for Q6_K. minima: one for each 32, of Q4_K and Q5_K.
 void unpack_quants(ggml_type type, const void *data, int64_t n, uint8_t *quants, float *scales, float *minima);
 
-} // namespace dg
+} // namespace dg::DG_LEVEL

@@ -3,28 +3,25 @@
 // a scale, as in Q8_0. Everything else is as in tile.h: column blocks, and sums in a fixed order.
 #pragma once
 
-#include "cpu/tile.h"
+#include "cpu/kernels/tile.h"
 
 #include "ggml.h"
 
 #include <cstddef>
 #include <cstdint>
 
-#if DG_HAS_TILES && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #    define DG_HAS_INT8 1
 #else
 #    define DG_HAS_INT8 0
 #endif
 
-#if DG_HAS_TILES
-namespace dg {
-
-constexpr int64_t GROUP = 32; // values that share a scale
+namespace dg::DG_LEVEL {
 
 // Whether weights of the type are multiplied as integers here.
 bool has_int8_product(ggml_type type);
 
-#    if DG_HAS_INT8
+#if DG_HAS_INT8
 
 // GROUP values of each column of a block.
 struct GroupColumns {
@@ -59,7 +56,6 @@ void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows
 void multiply_int8(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const GroupColumns *x,
                    float *out, bool narrow, bool add);
 
-#    endif
-
-} // namespace dg
 #endif
+
+} // namespace dg::DG_LEVEL

@@ -1,6 +1,6 @@
-#include "cpu/int8.h"
+#include "cpu/kernels/int8.h"
 
-#include "cpu/quantized_rows.h"
+#include "cpu/kernels/quantized_rows.h"
 
 #include <cmath>
 #include <type_traits>
@@ -9,11 +9,10 @@
 #    include <immintrin.h>
 #endif
 
-#if DG_HAS_TILES
-namespace dg {
+namespace dg::DG_LEVEL {
 
 bool has_int8_product(ggml_type type) {
-#    if DG_HAS_INT8
+#if DG_HAS_INT8
     switch (type) {
         case GGML_TYPE_Q8_0:
         case GGML_TYPE_Q4_0:
@@ -23,13 +22,13 @@ bool has_int8_product(ggml_type type) {
         case GGML_TYPE_Q6_K: return true;
         default: return false;
     }
-#    else
+#else
     (void)type;
     return false;
-#    endif
+#endif
 }
 
-#    if DG_HAS_INT8
+#if DG_HAS_INT8
 namespace {
 
 // What a type's quants are, seen as integers from 0 on.
@@ -150,11 +149,15 @@ void quantize_columns(const float *block, int64_t depth, GroupColumns *out) {
     for (int64_t k = 0; k < depth; k += GROUP, block += GROUP * COLUMNS, ++out) {
         for (int half = 0; half < 2; ++half) {
             const float *at = block + half * LANES;
-            __m512 most = _mm512_setzero_ps();
+            // As integers, magnitudes of floats have the same order, with NaN above infinity: neither is lost.
+            __m512i magnitude = _mm512_setzero_si512();
             for (int i = 0; i < GROUP; ++i) {
-                most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(at + i * COLUMNS)));
+                const __m512i bits = load_int(at + i * COLUMNS);
+                magnitude = _mm512_max_epi32(magnitude, _mm512_and_si512(bits, _mm512_set1_epi32(INT32_MAX)));
             }
-            const __m512 scale = _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127.0f));
+            const __m512 most = _mm512_castsi512_ps(magnitude);
+            const __m512 poison = _mm512_sub_ps(most, most); // 0, or NaN
+            const __m512 scale = _mm512_fmadd_ps(most, _mm512_set1_ps(1.0f / 127.0f), poison);
             const __mmask16 nonzero = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
             const __m512 inverse = _mm512_maskz_div_ps(nonzero, _mm512_set1_ps(127.0f), most);
             __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -201,7 +204,6 @@ void multiply_int8(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t 
     }
 }
 
-#    endif
-
-} // namespace dg
 #endif
+
+} // namespace dg::DG_LEVEL

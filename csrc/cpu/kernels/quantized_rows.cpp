@@ -1,4 +1,4 @@
-#include "cpu/quantized_rows.h"
+#include "cpu/kernels/quantized_rows.h"
 
 #include "ggml-cpu.h"
 
@@ -8,7 +8,7 @@
 #    include <immintrin.h>
 #endif
 
-namespace dg {
+namespace dg::DG_LEVEL {
 namespace {
 
 float half(const uint8_t *at) {
@@ -216,4 +216,4 @@ void unpack_quants(ggml_type type, const void *data, int64_t n, uint8_t *__restr
     }
 }
 
-} // namespace dg
+} // namespace dg::DG_LEVEL

@@ -1,21 +1,30 @@
-#include "cpu/tile.h"
+#include "cpu/kernels/tile.h"
 
-#if DG_HAS_TILES
-namespace dg {
+namespace dg::DG_LEVEL {
 namespace {
 
 typedef float Four __attribute__((vector_size(4 * sizeof(float))));
+typedef int32_t IntFour __attribute__((vector_size(4 * sizeof(int32_t))));
+
+// Lanes of two vectors, by number: those of b are 4 to 7. GCC has Clang's builtin from version 12 on only.
+template <int A, int B, int C, int D> Four shuffle(Four a, Four b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, A, B, C, D);
+#else
+    return __builtin_shuffle(a, b, IntFour{A, B, C, D});
+#endif
+}
 
 // Four vectors of four, mirrored at the diagonal.
 void transpose_four(Four (&v)[4]) {
-    const Four a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5);
-    const Four b = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
-    const Four c = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
-    const Four d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
-    v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-    v[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-    v[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-    v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+    const Four a = shuffle<0, 4, 1, 5>(v[0], v[1]);
+    const Four b = shuffle<2, 6, 3, 7>(v[0], v[1]);
+    const Four c = shuffle<0, 4, 1, 5>(v[2], v[3]);
+    const Four d = shuffle<2, 6, 3, 7>(v[2], v[3]);
+    v[0] = shuffle<0, 1, 4, 5>(a, c);
+    v[1] = shuffle<2, 3, 6, 7>(a, c);
+    v[2] = shuffle<0, 1, 4, 5>(b, d);
+    v[3] = shuffle<2, 3, 6, 7>(b, d);
 }
 
 } // namespace
@@ -74,5 +83,4 @@ void unpack_columns(const float *block, int64_t depth, int64_t n, float *const *
     }
 }
 
-} // namespace dg
-#endif
+} // namespace dg::DG_LEVEL

@@ -1,0 +1,132 @@
+// What the CPU's own operators run, as a table: the inner loops (kernels/) are compiled once for each level of a
+// processor's instructions, into a namespace of their own, and which table is used is decided when a model is opened
+// (levels.h). Everything outside of kernels/ is compiled for the build's floor.
+#pragma once
+
+#include "cpu/work.h"
+
+#include "ggml.h"
+
+#include <cstdint>
+
+namespace dg {
+
+// Activations stand in column blocks: `columns` columns side by side, a row of a block after the other (tile.h).
+struct Kernels {
+    const char *level;
+    int64_t columns;
+
+    // Whether weights of the type are multiplied as integers.
+    bool (*has_int8_product)(ggml_type type);
+    // Floats of memory that one column block takes, as floats or as integers.
+    int64_t (*block_floats)(int64_t depth, bool int8);
+    // Floats of scratch memory that each thread needs.
+    int64_t (*product_scratch)(int64_t n_embd, int64_t n_ff_exp);
+    int64_t (*attention_scratch)(int64_t head_dim);
+    int64_t (*soft_scratch)(int64_t n_embd);
+
+    // `n` values (a multiple of the type's block) of a row of weights that begins at `data` -> floats.
+    void (*decode)(ggml_type type, const void *data, int64_t n, float *out);
+
+    // Operators of a graph; `userdata` is the Work that is named beside each.
+    ggml_custom_op_t pack;     // PackWork
+    ggml_custom_op_t quantize; // Work
+    ggml_custom_op_t multiply; // MultiplyWork
+    ggml_custom_op_t gated;    // MultiplyWork
+    ggml_custom_op_t experts;  // ExpertsWork
+    ggml_custom_op_t combine;  // Work
+    ggml_custom_op_t norm;     // NormWork
+    ggml_custom_op_t attend;   // AttentionWork
+    ggml_custom_op_t look;     // SoftWork, as the others
+    ggml_custom_op_t weigh;
+    ggml_custom_op_t add;
+    ggml_custom_op_t finish;
+
+    int64_t column_blocks(int64_t n) const { return (n + columns - 1) / columns; }
+};
+
+// ------------------------------------------------------------------------------------------------------ products
+
+// Values that share a scale where activations are integers.
+constexpr int64_t GROUP = 32;
+// Columns of an expert that are one task.
+constexpr int64_t EXPERT_COLUMNS = 128;
+
+struct PackWork : Work {
+    bool int8 = false;
+};
+
+struct MultiplyWork : Work {
+    int64_t n = 0; // columns
+    bool int8 = false;
+    float softcap = 0.0f;
+};
+
+struct ExpertsWork : Work {
+    int64_t n_expert = 0;
+    int64_t n_ff = 0;
+    bool int8 = false; // what gate and up are multiplied with
+    bool int8_down = false;
+};
+
+// What the routing operator hands to the experts: who goes where, and in which pieces.
+struct Routes {
+    int32_t *n_tasks;
+    int32_t *tasks; // of three: expert, first in `order`, how many
+    int32_t *order; // assignments (row * n_used + place among the row's experts), those of one expert together
+
+    static int64_t most_tasks(int64_t n_expert, int64_t n_assigned) { return n_expert + n_assigned / EXPERT_COLUMNS; }
+    static int64_t size(int64_t n_expert, int64_t n_assigned) {
+        return 1 + 3 * most_tasks(n_expert, n_assigned) + n_assigned + n_expert + 1;
+    }
+    Routes(const ggml_tensor *t, int64_t n_expert, int64_t n_assigned)
+        : n_tasks(static_cast<int32_t *>(t->data)), tasks(n_tasks + 1),
+          order(tasks + 3 * most_tasks(n_expert, n_assigned)) {}
+};
+
+// --------------------------------------------------------------------------------------------------------- norms
+
+struct NormWork : Work {
+    float scale = 1.0f;
+    float epsilon = 0.0f;
+    bool weighted = false;
+    bool added = false;
+};
+
+// ----------------------------------------------------------------------------------------------------- attention
+
+// Which cache rows the rows of a segment see. Row i stands at position first + i; slot s of a cache of `slots` rows
+// holds the greatest position below `end` that maps to it (KvCache::position).
+struct Visible {
+    int32_t first = 0;
+    int32_t end = 0;
+    int32_t slots = 0;
+    int32_t window = 0;  // of a sliding layer, else 0
+    bool causal = false; // row i sees positions up to its own; else all rows see all up to the end
+    int32_t n_past = 0;  // not causal: the window counts back from here
+};
+
+struct AttentionWork : Work {
+    Visible visible;
+    int64_t n_head_kv = 0;
+};
+
+// --------------------------------------------------------------------------------------- self-conditioning signal
+
+// Tokens of the vocabulary whose weights stand ready at a time for rows that are too flat to gather.
+constexpr int64_t SOFT_CHUNK = 2048;
+
+struct SoftWork : Work {
+    const float *longest = nullptr;
+    int64_t first = 0; // of the vocabulary
+};
+
+// What a row's first look finds; for flat rows what the product needs.
+struct RowState {
+    float greatest;
+    float scale; // sqrt(n_embd) / sum
+    int32_t flat;
+    int32_t reserved;
+};
+
+} // namespace dg

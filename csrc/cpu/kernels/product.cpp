@@ -1,0 +1,344 @@
+#include "cpu/kernels/int8.h"
+#include "cpu/kernels/quantized_rows.h"
+#include "cpu/kernels/table.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace dg::DG_LEVEL {
+
+int64_t block_floats(int64_t depth, bool int8) {
+#if DG_HAS_INT8
+    if (int8) {
+        return depth / GROUP * static_cast<int64_t>(sizeof(GroupColumns) / sizeof(float));
+    }
+#else
+    (void)int8;
+#endif
+    return depth * COLUMNS;
+}
+
+namespace {
+
+// Weights of a row that are decoded at a time; a multiple of every type's block. 48 rows of them stay in the second
+// level's cache with the columns that they meet.
+constexpr int64_t DEPTH = 512;
+constexpr int64_t MOST_ROWS = 48;
+// Rows of decoded weights lie so far apart that they do not fall into the same cache sets.
+constexpr int64_t DECODED_ROW = DEPTH + 16;
+// Columns that a tile of outputs holds; weights are decoded once for so many.
+constexpr int64_t MOST_COLUMNS = 512;
+
+// A thread's decoded weights, as floats or as integers.
+#if DG_HAS_INT8
+constexpr int64_t DECODED = std::max(MOST_ROWS * DECODED_ROW, IntRows::floats(MOST_ROWS));
+#else
+constexpr int64_t DECODED = MOST_ROWS * DECODED_ROW;
+#endif
+constexpr int64_t TILE = MOST_ROWS * MOST_COLUMNS;
+
+struct Scratch {
+    float *decoded; // [MOST_ROWS, DECODED_ROW]
+    float *tile;    // column blocks of MOST_ROWS rows
+    float *x;       // an expert's columns
+    float *hidden;  // what its gate and up make of them
+};
+
+Scratch scratch_of(const ggml_tensor *scratch, int thread) {
+    auto *at =
+        reinterpret_cast<float *>(static_cast<char *>(scratch->data) + static_cast<size_t>(thread) * scratch->nb[1]);
+    return {at, at + DECODED, at + DECODED + TILE, nullptr};
+}
+
+// A matrix of weights, [depth, rows] in ggml's order.
+struct Matrix {
+    ggml_type type;
+    const char *data;
+    size_t row_bytes;
+    int64_t depth;
+
+    Matrix(const ggml_tensor *t, int64_t plane = 0, int64_t first_row = 0)
+        : type(t->type), data(static_cast<const char *>(t->data) + static_cast<size_t>(plane) * t->nb[2] +
+                              static_cast<size_t>(first_row) * t->nb[1]),
+          row_bytes(t->nb[1]), depth(t->ne[0]) {}
+};
+
+// Column blocks as the product of a type of weights wants them: floats, or groups of integers (int8.h).
+bool wants_int8(const ggml_tensor *w) { return has_int8_product(w->type) && w->ne[0] % GROUP == 0; }
+
+struct Columns {
+    const float *at; // block b at b * block_floats
+    int64_t n;
+    bool int8;
+};
+
+// Rows first .. first + rows - 1 of w times the columns -> out: block b [rows, COLUMNS] at b * out_block. rows: at most
+// MOST_ROWS.
+void multiply_rows(const Matrix &w, int64_t first, int64_t rows, const Columns &x, float *decoded, float *out,
+                   int64_t out_block) {
+    const int64_t x_block = block_floats(w.depth, x.int8);
+#if DG_HAS_INT8
+    const int64_t depth_at_once = x.int8 ? IntRows::DEPTH : DEPTH;
+    const IntRows integers(decoded, MOST_ROWS);
+#else
+    const int64_t depth_at_once = DEPTH;
+#endif
+    for (int64_t k = 0; k < w.depth; k += depth_at_once) {
+        const int64_t depth = std::min(depth_at_once, w.depth - k);
+        for (int64_t r = 0; r < rows; ++r) {
+            const char *at = w.data + static_cast<size_t>(first + r) * w.row_bytes + ggml_row_size(w.type, k);
+#if DG_HAS_INT8
+            if (x.int8) {
+                unpack_row(w.type, at, depth, integers, r);
+                continue;
+            }
+#endif
+            decode(w.type, at, depth, decoded + r * DECODED_ROW);
+        }
+        for (int64_t b = 0; b * COLUMNS < x.n; ++b) {
+            const bool narrow = x.n - b * COLUMNS <= LANES;
+            const float *block = x.at + b * x_block;
+#if DG_HAS_INT8
+            if (x.int8) {
+                multiply_int8(w.type, integers, rows, depth, reinterpret_cast<const GroupColumns *>(block) + k / GROUP,
+                              out + b * out_block, narrow, k > 0);
+                continue;
+            }
+#endif
+            multiply_block<true>({decoded, DECODED_ROW, 1}, rows, depth, block + k * COLUMNS, out + b * out_block,
+                                 COLUMNS, narrow, k > 0);
+        }
+    }
+}
+
+// Columns that lie anywhere -> a column block in the form that a product wants.
+void make_block(const float *const *columns, int64_t n, int64_t depth, bool int8, float *block) {
+#if DG_HAS_INT8
+    if (int8) {
+        auto *groups = reinterpret_cast<GroupColumns *>(block);
+        for (int64_t k = 0; k < depth; k += GROUP) {
+            const float *parts[COLUMNS];
+            float floats[GROUP * COLUMNS];
+            for (int64_t j = 0; j < n; ++j) {
+                parts[j] = columns[j] + k;
+            }
+            pack_columns(parts, n, GROUP, floats);
+            quantize_columns(floats, GROUP, groups++);
+        }
+        return;
+    }
+#else
+    (void)int8;
+#endif
+    pack_columns(columns, n, depth, block);
+}
+
+// exp(-|x|)
+Lanes exp_minus_abs(Lanes x) {
+    const Lanes negative = x < 0.0f ? x : -x;
+    return exp_lanes(not_below_floor(negative));
+}
+
+// gate[i] = gelu_tanh(gate[i]) * up[i], in float32: gelu_tanh(g) = g * sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)).
+void gelu_mul(float *gate, const float *up, int64_t n) {
+    const float a = 2.0f * std::sqrt(2.0f / 3.14159265358979f);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Lanes g = load(gate + i);
+        const Lanes z = g * (a + (a * 0.044715f) * (g * g));
+        const Lanes e = exp_minus_abs(z);
+        const Lanes sigmoid = (z < 0.0f ? e : Lanes{} + 1.0f) / (1.0f + e);
+        store(gate + i, g * sigmoid * load(up + i));
+    }
+}
+
+// x[i] = cap * tanh(x[i] / cap). Near 0 by the series, whose first term left out is below half an ulp there; elsewhere
+// (1 - e) / (1 + e) with e = exp(-2 |x| / cap), where 1 - e would lose bits near 0. Infinity becomes NaN, not the cap:
+// nothing after this could tell it from a logit.
+void apply_softcap(float *x, int64_t n, float cap) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Lanes y = load(x + i) / cap;
+        const Lanes e = exp_minus_abs(2.0f * y);
+        const Lanes far = (1.0f - e) / (1.0f + e);
+        const Lanes s = y * y;
+        Lanes p = s * -8.8632355e-3f + 2.1869488e-2f;
+        p = p * s - 5.3968254e-2f;
+        p = p * s + 1.3333334e-1f;
+        p = p * s - 3.3333334e-1f;
+        const Lanes near = y + y * (s * p);
+        const Lanes tanh = s < 0.09f ? near : (y < 0.0f ? -far : far);
+        store(x + i, cap * tanh + (y - y));
+    }
+}
+
+// Rows that a thread takes at a time: few enough that all threads end at about the same time.
+int64_t rows_of_task(int64_t n_rows, int n_threads) {
+    const int64_t share = n_rows / (3 * n_threads) / TILE_ROWS * TILE_ROWS;
+    return std::clamp<int64_t>(share, TILE_ROWS, MOST_ROWS / TILE_ROWS * TILE_ROWS);
+}
+
+} // namespace
+
+void run_pack(ggml_tensor *dst, int, int, void *userdata) {
+    auto &work = *static_cast<PackWork *>(userdata);
+    const ggml_tensor *x = dst->src[0];
+    take_tasks(work, dst->ne[1], 1, [&](int64_t block, int64_t) {
+        const float *columns[COLUMNS];
+        const int64_t n = std::min(COLUMNS, x->ne[1] - block * COLUMNS);
+        for (int64_t j = 0; j < n; ++j) {
+            columns[j] = row_of(x, block * COLUMNS + j);
+        }
+        make_block(columns, n, x->ne[0], work.int8, row_of(dst, block));
+    });
+}
+
+// Column blocks of floats -> the same as integers.
+void run_quantize(ggml_tensor *dst, int, int, void *userdata) {
+#if DG_HAS_INT8
+    const ggml_tensor *x = dst->src[0];
+    take_tasks(*static_cast<Work *>(userdata), dst->ne[1], 1, [&](int64_t block, int64_t) {
+        quantize_columns(row_of(x, block), x->ne[0] / COLUMNS, reinterpret_cast<GroupColumns *>(row_of(dst, block)));
+    });
+#else
+    (void)dst;
+    (void)userdata;
+#endif
+}
+
+void run_multiply(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
+    auto &work = *static_cast<MultiplyWork *>(userdata);
+    const Matrix w(dst->src[0]);
+    const ggml_tensor *x = dst->src[1];
+    const Scratch scratch = scratch_of(dst->src[2], thread);
+    take_tasks(work, dst->ne[0], rows_of_task(dst->ne[0], n_threads), [&](int64_t first, int64_t rows) {
+        for (int64_t column = 0; column < dst->ne[1]; column += MOST_COLUMNS) {
+            const int64_t n = std::min(MOST_COLUMNS, dst->ne[1] - column);
+            const int64_t tile_block = rows * COLUMNS;
+            multiply_rows(w, first, rows, {row_of(x, column / COLUMNS), n, work.int8}, scratch.decoded, scratch.tile,
+                          tile_block);
+            if (work.softcap > 0.0f) {
+                apply_softcap(scratch.tile, column_blocks(n) * tile_block, work.softcap);
+            }
+            for (int64_t b = 0; b * COLUMNS < n; ++b) {
+                float *columns[COLUMNS];
+                const int64_t in_block = std::min(COLUMNS, n - b * COLUMNS);
+                for (int64_t j = 0; j < in_block; ++j) {
+                    columns[j] = row_of(dst, column + b * COLUMNS + j) + first;
+                }
+                unpack_columns(scratch.tile + b * tile_block, rows, in_block, columns);
+            }
+        }
+    });
+}
+
+namespace {
+
+// Rows first .. of gelu_tanh(gate x) * (up x) -> out, column blocks.
+void gated_rows(const Matrix &gate, const Matrix &up, int64_t first, int64_t rows, const Columns &x,
+                const Scratch &scratch, float *out, int64_t out_block) {
+    const int64_t tile_block = rows * COLUMNS;
+    multiply_rows(gate, first, rows, x, scratch.decoded, out, out_block);
+    multiply_rows(up, first, rows, x, scratch.decoded, scratch.tile, tile_block);
+    for (int64_t b = 0; b * COLUMNS < x.n; ++b) {
+        gelu_mul(out + b * out_block, scratch.tile + b * tile_block, tile_block);
+    }
+}
+
+} // namespace
+
+void run_gated(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
+    const Matrix gate(dst->src[0]);
+    const Matrix up(dst->src[1]);
+    const ggml_tensor *x = dst->src[2];
+    const Scratch scratch = scratch_of(dst->src[3], thread);
+    const int64_t n_ff = dst->ne[0] / COLUMNS;
+    auto &work = *static_cast<MultiplyWork *>(userdata);
+    take_tasks(work, n_ff, rows_of_task(n_ff, n_threads), [&](int64_t first, int64_t rows) {
+        for (int64_t column = 0; column < work.n; column += MOST_COLUMNS) {
+            const int64_t n = std::min(MOST_COLUMNS, work.n - column);
+            gated_rows(gate, up, first, rows, {row_of(x, column / COLUMNS), n, work.int8}, scratch,
+                       row_of(dst, column / COLUMNS) + first * COLUMNS, dst->ne[0]);
+        }
+    });
+}
+
+// ----------------------------------------------------------------------------------------------------- experts
+
+// One expert at a time, from its rows' inputs to their outputs: dst [n_embd, n_used * n].
+void run_experts(ggml_tensor *dst, int thread, int, void *userdata) {
+    auto &work = *static_cast<ExpertsWork *>(userdata);
+    const ggml_tensor *x = dst->src[0];
+    const ggml_tensor *gate = dst->src[2];
+    const ggml_tensor *up = dst->src[3];
+    const ggml_tensor *down = dst->src[4];
+    const int64_t n_embd = x->ne[0];
+    const int64_t n_assigned = dst->ne[1];
+    const int64_t n_used = n_assigned / x->ne[1];
+    const Routes routes(dst->src[1], work.n_expert, n_assigned);
+    Scratch scratch = scratch_of(dst->src[5], thread);
+    scratch.hidden = scratch.x + std::max(n_embd, work.n_ff) * EXPERT_COLUMNS;
+    take_tasks(work, *routes.n_tasks, 1, [&](int64_t index, int64_t) {
+        const int32_t expert = routes.tasks[3 * index];
+        const int32_t *order = routes.order + routes.tasks[3 * index + 1];
+        const int64_t n = routes.tasks[3 * index + 2];
+        for (int64_t b = 0; b * COLUMNS < n; ++b) {
+            const float *columns[COLUMNS];
+            const int64_t in_block = std::min(COLUMNS, n - b * COLUMNS);
+            for (int64_t j = 0; j < in_block; ++j) {
+                columns[j] = row_of(x, order[b * COLUMNS + j] / n_used);
+            }
+            make_block(columns, in_block, n_embd, work.int8, scratch.x + b * block_floats(n_embd, work.int8));
+        }
+        const Matrix expert_gate(gate, expert);
+        const Matrix expert_up(up, expert, gate == up ? work.n_ff : 0);
+        const Matrix expert_down(down, expert);
+        for (int64_t first = 0; first < work.n_ff; first += MOST_ROWS) {
+            gated_rows(expert_gate, expert_up, first, std::min(MOST_ROWS, work.n_ff - first), {scratch.x, n, work.int8},
+                       scratch, scratch.hidden + first * COLUMNS, work.n_ff * COLUMNS);
+        }
+        Columns hidden = {scratch.hidden, n, work.int8_down};
+#if DG_HAS_INT8
+        for (int64_t b = 0; work.int8_down && b * COLUMNS < n; ++b) { // in place of x, which is used up
+            hidden.at = scratch.x;
+            quantize_columns(scratch.hidden + b * work.n_ff * COLUMNS, work.n_ff,
+                             reinterpret_cast<GroupColumns *>(scratch.x + b * block_floats(work.n_ff, true)));
+        }
+#endif
+        for (int64_t first = 0; first < n_embd; first += MOST_ROWS) {
+            const int64_t rows = std::min(MOST_ROWS, n_embd - first);
+            multiply_rows(expert_down, first, rows, hidden, scratch.decoded, scratch.tile, rows * COLUMNS);
+            for (int64_t b = 0; b * COLUMNS < n; ++b) {
+                float *columns[COLUMNS];
+                const int64_t in_block = std::min(COLUMNS, n - b * COLUMNS);
+                for (int64_t j = 0; j < in_block; ++j) {
+                    columns[j] = row_of(dst, order[b * COLUMNS + j]) + first;
+                }
+                unpack_columns(scratch.tile + b * rows * COLUMNS, rows, in_block, columns);
+            }
+        }
+    });
+}
+
+// dst [n_embd, n]: the outputs of each row's experts, in the order of their rank, times their weights.
+void run_combine(ggml_tensor *dst, int, int, void *userdata) {
+    const ggml_tensor *outputs = dst->src[0];
+    const ggml_tensor *weights = dst->src[1];
+    const int64_t n_used = weights->ne[0];
+    take_tasks(*static_cast<Work *>(userdata), dst->ne[1], 8, [&](int64_t first, int64_t n) {
+        for (int64_t row = first; row < first + n; ++row) {
+            float *sum = row_of(dst, row);
+            for (int64_t i = 0; i < n_used; ++i) {
+                const float weight = row_of(weights, row)[i];
+                const float *output = row_of(outputs, row * n_used + i);
+                for (int64_t k = 0; k < dst->ne[0]; ++k) {
+                    sum[k] = i == 0 ? weight * output[k] : sum[k] + weight * output[k];
+                }
+            }
+        }
+    });
+}
+
+int64_t product_scratch(int64_t n_embd, int64_t n_ff_exp) {
+    return DECODED + TILE + (std::max(n_embd, n_ff_exp) + n_ff_exp) * EXPERT_COLUMNS;
+}
+
+} // namespace dg::DG_LEVEL
