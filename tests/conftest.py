@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+
+# `python -m pytest` puts the checkout in front of sys.path, and its pydiffgguf/ hides the installed one, which has the
+# compiled module.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parents[1]]
 
 import pytest
 from places import PLACES, Place, place_of
@@ -14,8 +20,18 @@ from tiny_checkpoint import make_checkpoint
 
 from pydiffgguf.convert import convert
 
+#: Only the tests in parity/ need the reference; a run without it says so in its last lines.
+MISSING = [name for name in ("torch", "transformers") if find_spec(name) is None]
+collect_ignore = ["parity"] if MISSING else []
+
 # A shell's background job ignores Ctrl-C, and what it starts inherits that: tests that interrupt a child would wait.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if MISSING:
+        terminalreporter.section("not run")
+        terminalreporter.write_line(f"tests/parity: {' and '.join(MISSING)} missing (pip install -e '.[test]')")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import tiny_checkpoint
 
 import pydiffgguf
 from pydiffgguf import DiffusionModel, cli, demo_model_path
@@ -561,21 +560,6 @@ def test_bench_measures(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> 
     for flag in ("--repeat", "--prefill"):
         assert cli.main(["bench", str(tiny_gguf), flag, "0"]) == 2
         assert capsys.readouterr().err == f"pydiffgguf: error: {flag} is 0: at least 1\n"
-
-
-def test_bench_compares_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The checkpoint that the file was made from, timed in turns; another engine is bad usage."""
-    tiny_checkpoint.make_checkpoint(tmp_path / "c", tokenizer=True, num_hidden_layers=2)
-    assert cli.main(["convert", str(tmp_path / "c"), "-o", str(tmp_path / "x.gguf")]) == 0
-    arguments = ["bench", str(tmp_path / "x.gguf"), "--prefill", "20", "--repeat", "2", "-n", "4", "--steps", "3"]
-    capsys.readouterr()
-    assert cli.main([*arguments, "--json", "--compare", "transformers", str(tmp_path / "c")]) == 0
-    compared = json.loads(capsys.readouterr().out)["compare"]
-    for kind in ("prefill", "step"):
-        assert compared[kind] == pytest.approx(compared[f"{kind}_s"] / compared[f"transformers_{kind}_s"])
-    with pytest.raises(SystemExit) as usage:
-        cli.main([*arguments, "--compare", "vllm", str(tmp_path / "c")])
-    assert usage.value.code == 2
 
 
 def test_product_flop_counts_two_for_each_weight_a_row_meets() -> None:

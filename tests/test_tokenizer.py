@@ -1,4 +1,6 @@
-"""The tokenizer against transformers' own Gemma tokenizer, built from the same vocabulary and merges."""
+"""The tokenizer: what it decodes, what it takes for special, what it refuses.
+
+tests/parity/test_gemma_tokenizer.py compares its ids with those of transformers."""
 
 from __future__ import annotations
 
@@ -7,109 +9,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_vocabulary import BYTES, HOSTILE, IDS, MARKUP, small_vocabulary
 
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
 from pydiffgguf.text.tokenizer import Tokenizer
 
-BYTES = [f"<0x{value:02X}>" for value in range(256)]
-CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "</s>"]
-MARKUP = ["<|channel>", "<channel|>", "<|tool_response>", '<|"|>']
-USER_DEFINED = ["<table>"]
-SPECIAL_COUNT = len(CONTROL) + len(MARKUP)
-IDS = {"bos_id": 2, "eos_id": 1, "unk_id": 3, "pad_id": 0, "add_bos": True}
-
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog\n\nthe dog sleeps\n",
-    "def add(a, b):\n    return a + b\n\n\n    # the sum\n" * 3,
-    "naïve café naïve café 12345 1234 123\t\tthe the the",
-    "привет мир, привет " * 3,
-]
-
-HOSTILE = [
-    "",
-    " ",
-    "  the   dog    sleeps     ",
-    "\n\n\n\n the\n \n  \r\n\t",
-    "👩‍👩‍👧‍👦 🇩🇪 👍🏽 the",
-    "e\u0301 versus é, Å versus A\u030a, \u0301alone",
-    "שלום the عربى \u202ethe\u202c",
-    "中文 the 日本語 한국어",
-    "\x00\x01\x1b[31m\x7f\u0085\u2028\ufeff\ufffd",
-    "".join(chr(value) for value in range(256)),
-    "already \u2581 the\u2581dog \u2581\u2581",
-    "<bos>the<eos></s><turn|><|turn>model\nthe<|channel>thought\n<channel|>dog",
-    "<|channel><|channel>> <<bos>> <|turn <table></table> <0x41> <0xE2>",
-    '<|"|>quote<|"|> <mask><unk> <bos',
-    "the" * 2000,
-    "😀" * 300,
-    "\U0010ffff\ue000\u200b\u200d",
-]
-
 
 @pytest.fixture(scope="session")
 def parts() -> tuple[list[str], list[int], list[str]]:
-    """tokens, token types and merges of a small vocabulary, as a GGUF would hold them."""
-    import json
-
-    from tokenizers import Tokenizer as Rust
-    from tokenizers import models, normalizers, trainers
-
-    rust = Rust(models.BPE())
-    rust.normalizer = normalizers.Replace(" ", "\u2581")
-    rust.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=160, show_progress=False))
-    model = json.loads(rust.to_str())["model"]
-    head = [*CONTROL, *MARKUP, *USER_DEFINED, *BYTES]
-    learnt = sorted(model["vocab"], key=model["vocab"].get)
-    tokens = head + [token for token in learnt if token not in head]
-    types = [3] * len(CONTROL) + [4] * (len(MARKUP) + len(USER_DEFINED)) + [6] * 256
-    types += [1] * (len(tokens) - len(types))
-    return tokens, types, [" ".join(merge) for merge in model["merges"]]
+    return small_vocabulary()
 
 
 @pytest.fixture(scope="session")
 def tokenizer(parts: tuple[list[str], list[int], list[str]]) -> Tokenizer:
     return Tokenizer.from_gguf(*parts, **IDS)
-
-
-@pytest.fixture(scope="session")
-def reference(parts: tuple[list[str], list[int], list[str]]) -> Any:
-    """transformers' GemmaTokenizer over the same vocabulary."""
-    from tokenizers import AddedToken
-    from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
-
-    tokens, _, merges = parts
-    reference = GemmaTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ")) for merge in merges],
-        additional_special_tokens=[*CONTROL[5:], *MARKUP],
-    )
-    reference.add_tokens([AddedToken(text, normalized=False) for text in USER_DEFINED])
-    return reference
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_ids_equal_the_reference(tokenizer: Tokenizer, reference: Any, text: str) -> None:
-    """Specials in the text are matched as in transformers, and everything else merges to the same ids."""
-    assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
-    assert tokenizer.encode(text, add_bos=True) == [2, *tokenizer.encode(text)]
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_ids_without_specials_equal_the_reference(tokenizer: Tokenizer, reference: Any, text: str) -> None:
-    """special=False is transformers' split_special_tokens: no id of a special token can come out."""
-    ids = tokenizer.encode(text, special=False)
-    assert ids == reference.encode(text, add_special_tokens=False, split_special_tokens=True)
-    assert not tokenizer.special_ids.intersection(ids)
-
-
-@pytest.mark.parity
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=60))
-def test_any_text_gives_the_reference_ids(tokenizer: Tokenizer, reference: Any, text: str) -> None:
-    """Also for texts that nobody thought of."""
-    assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint
 from convert_files import Weights
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 
 @pytest.fixture(scope="module")

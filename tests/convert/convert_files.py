@@ -9,24 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
+from tiny_checkpoint import Floats
 
-Weights = dict[str, torch.Tensor]
-
-# A small config's text part, for tests that need no weights.
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "num_experts": 4,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 32,
-    "sliding_window": 8,
-}
+Weights = dict[str, Floats]
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -53,8 +38,3 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def write_safetensors(path: Path, header: dict[str, Any], body: bytes) -> None:
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + body)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_checkpoint
-from convert_files import Weights, edit_json, header_of, read_keys, write_safetensors
-from safetensors.torch import save_file
+from convert_files import Weights, edit_json, header_of, read_keys
+from tiny_checkpoint import write_safetensors, write_weights
 
 from pydiffgguf.convert import convert
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
@@ -240,9 +240,9 @@ def test_values_that_cannot_be_written_leave_no_file(
     copy: Path, weights: Weights, tmp_path: Path, value: float, kind: str, error: type[Exception], text: str
 ) -> None:
     """NaN in the checkpoint, or a value that the type would turn into infinity, ends the conversion and names it."""
-    changed = {name: tensor.clone() for name, tensor in weights.items()}
+    changed = {name: tensor.copy() for name, tensor in weights.items()}
     changed["model.decoder.layers.4.mlp.up_proj.weight"][5, 7] = value
-    save_file(changed, copy / "model.safetensors")
+    write_weights(copy / "model.safetensors", changed)
     with pytest.raises(error, match=rf"tiny: tensor 'model.*up_proj\.weight': a weight .*{text}"):
         convert(copy, tmp_path / "x.gguf", type=kind)
     assert not list(tmp_path.glob("x.gguf*"))

@@ -19,7 +19,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from convert_files import SHAPE, read_keys, write_safetensors
+from convert_files import read_keys
+from tiny_checkpoint import SMALL_TEXT_CONFIG, write_safetensors
 
 from pydiffgguf.convert import ConvertProgress, convert
 from pydiffgguf.convert.source.checkpoint import wanted_tensors
@@ -169,7 +170,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     config = {
         "model_type": "diffusion_gemma",
         "canvas_length": 8,
-        "text_config": SHAPE
+        "text_config": SMALL_TEXT_CONFIG
         | {"num_hidden_layers": 1, "vocab_size": 200_000, "hidden_size": 512, "moe_intermediate_size": 8192},
     }
     (tmp_path / "src").mkdir()

@@ -1,4 +1,4 @@
-"""What a converted file holds, against the dialect, the checkpoint, and gguf's and torch's own rounding."""
+"""What a converted file holds, against the dialect, the checkpoint, and gguf's own rounding."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import tiny_checkpoint
-import torch
 from convert_files import Weights, read_keys, read_tensors
+from safetensors.numpy import load_file
 
 from pydiffgguf.convert import convert
 from pydiffgguf.convert.recipes import RECIPES, TypeRules
@@ -155,52 +155,38 @@ def test_f32_tensors_are_the_checkpoints_values(source: Path, weights: Weights, 
     assert set(tensors) == {*sources, "rope_freqs.weight"}
     for name, source_name in sources.items():
         assert tuple(tensors[name].shape) == tuple(reversed(weights[source_name].shape)), name
-        np.testing.assert_array_equal(tensors[name].data, weights[source_name].numpy(), err_msg=name)
+        np.testing.assert_array_equal(tensors[name].data, weights[source_name], err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
 def test_rounded_tensors_are_the_known_rounding(source: Path, weights: Weights, tmp_path: Path, kind: str) -> None:
-    """F16 and BF16 as torch rounds them; Q8_0 as gguf's reference quantizes the whole tensor at once."""
+    """As gguf's reference rounds the whole tensor at once."""
     convert(source, tmp_path / "x.gguf", type=kind)
     tensors = read_tensors(tmp_path / "x.gguf")
     rounded = 0
     for name, source_name in expected_sources().items():
-        value = weights[source_name]
+        value = expected = weights[source_name]
+        if not ALWAYS_F32.search(name):
+            type_ = gguf.GGMLQuantizationType[kind.upper()]
+            expected = gguf.dequantize(gguf.quantize(value, type_), type_)
         got = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
-        if ALWAYS_F32.search(name):
-            expected = value.numpy()
-        elif kind == "q8_0":
-            expected = gguf.dequantize(
-                gguf.quantize(value.numpy(), gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
-            )
-        else:
-            expected = value.to(torch.float16 if kind == "f16" else torch.bfloat16).float().numpy()
         np.testing.assert_array_equal(got, expected, err_msg=name)
-        rounded += not np.array_equal(expected, value.numpy())
+        rounded += not np.array_equal(expected, value)
     assert rounded == 57
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_checkpoints_are_read_exactly(tmp_path: Path, dtype: str) -> None:
     """BF16 and F16 weights widen to F32 without loss."""
-    model = tiny_checkpoint.make_checkpoint(tmp_path / "src", dtype=dtype, num_hidden_layers=2)
+    tiny_checkpoint.make_checkpoint(tmp_path / "src", dtype=dtype, num_hidden_layers=2)
     convert(tmp_path / "src", tmp_path / "x.gguf", type="f32", allow_missing_tokenizer=True)
-    state = model.state_dict()
+    tiny_checkpoint.make_checkpoint(tmp_path / "float32", num_hidden_layers=2)
+    weights = load_file(tmp_path / "float32" / "model.safetensors")
     tensors = read_tensors(tmp_path / "x.gguf")
     for name, source_name in expected_sources(2, (1,)).items():
-        np.testing.assert_array_equal(tensors[name].data, state[source_name].numpy(), err_msg=name)
-
-
-def test_rope_freqs_give_the_references_frequencies(tmp_path: Path) -> None:
-    """theta^(-2i/d) / rope_freqs is the reference's inv_freq on full layers, with its zeros for the resting pairs."""
-    model = tiny_checkpoint.make_checkpoint(tmp_path / "src", num_hidden_layers=2, global_head_dim=40)
-    convert(tmp_path / "src", tmp_path / "x.gguf", type="q8_0", allow_missing_tokenizer=True)
-    freqs = read_tensors(tmp_path / "x.gguf")["rope_freqs.weight"].data
-    expected = model.model.decoder.rotary_emb.full_attention_inv_freq.numpy()
-    assert freqs.shape == (20,)
-    assert set(freqs.tolist()) == {1.0, float(np.float32(1e30))}
-    ours = 1e6 ** (-2.0 * np.arange(20) / 40) / freqs.astype(np.float64)
-    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-29)
+        bits = tiny_checkpoint.rounded(weights[source_name], dtype)
+        expected = (bits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else bits.astype(np.float32)
+        np.testing.assert_array_equal(tensors[name].data, expected, err_msg=name)
 
 
 def test_rows_that_do_not_divide_fall_back_and_are_listed(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from reference import Ids, Model
+from reference import Ids, Model, load_reference
 from tiny_checkpoint import make_checkpoint
 
 from pydiffgguf.convert import convert
@@ -174,13 +173,15 @@ def make_net(name: str, folder: Path, *, sc_scale: float = 1.0, seed: int = 0, s
     """
     checkpoint = folder / name
     shape = SHAPES[name]
-    model = make_checkpoint(
-        checkpoint, seed=seed, sc_scale=sc_scale, num_hidden_layers=len(shape["layer_types"]), **shape
+    make_checkpoint(
+        checkpoint,
+        seed=seed,
+        sc_scale=sc_scale,
+        sharpen=sharpen,
+        num_hidden_layers=len(shape["layer_types"]),
+        **shape,
     )
-    if sharpen != 1.0:
-        with torch.no_grad():
-            model.model.decoder.embed_tokens.weight.mul_(sharpen)
-        model.save_pretrained(checkpoint)
+    model = load_reference(checkpoint)
     return Net(name, model, checkpoint)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -105,6 +106,11 @@ class ReferenceCanvas:
     @property
     def tokens(self) -> Ids:
         return self.steps[-1].argmax
+
+
+def load_reference(checkpoint: Path) -> Model:
+    """A checkpoint folder as transformers' model, in float32 and in eval mode."""
+    return DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
 def ids_tensor(ids: Sequence[int] | Ids) -> torch.Tensor:
