@@ -14,14 +14,12 @@ from pydiffgguf.cli import demo
 
 
 def test_the_demo_shows_right_answers() -> None:
-    """Without arguments or network, in seconds: a question, a gap in a program, a Sudoku with its givens. The exit code
-    says whether all of it is right."""
+    """Without arguments or network, in seconds: a question, a gap in a program, a Sudoku with its givens."""
     process = subprocess.run(
         [sys.executable, "-m", "pydiffgguf", "demo"], capture_output=True, text=True, timeout=120, check=False
     )
-    right = "All answers are right." in process.stdout
-    error = "" if right else "pydiffgguf: error: an answer of the demo model is wrong\n"
-    assert (process.returncode, process.stderr) == (0 if right else 1, error)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.endswith("All answers are right.\n")
     assert demo.QUESTION in process.stdout
     assert f"\n{demo.ANSWER}\n" in process.stdout
     assert f"\n> {demo.BEFORE_GAP}...{demo.BEHIND_GAP}" in process.stdout
@@ -33,7 +31,7 @@ def test_the_demo_shows_right_answers() -> None:
 def test_the_demo_on_a_terminal() -> None:
     """The canvas is drawn for all three, the solved grid stays, the cursor is back."""
     child = Pty("demo")
-    assert child.wait() in (0, 1)
+    assert child.wait() == 0
     assert child.shown.count("\x1b[?25l") == child.shown.count("\x1b[?25h") == 3
     assert "10 free cells" in child.shown
 
