@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pydiffgguf.cli import commands
+from pydiffgguf.cli import commands, serve
 from pydiffgguf.cli.commands import SAMPLING
 from pydiffgguf.cli.parser import Parser, at_least, flag, flag_of_option, gap, gpu_layers, numbers, position, words
 
@@ -94,6 +94,7 @@ def _parser() -> Parser:
         _add_generate,
         _add_infill,
         _add_chat,
+        _add_serve,
         _add_convert,
         _add_imatrix,
         _add_inspect,
@@ -213,6 +214,21 @@ def _add_chat(subparsers: Any) -> None:
     sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
     sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
     _add_generation(sub)
+    add_model_options(sub)
+
+
+def _add_serve(subparsers: Any) -> None:
+    sub = _command(
+        subparsers,
+        "serve",
+        "answer programs over HTTP, as OpenAI's and llama-server's interfaces have it, and show a page",
+        serve.run,
+        "pydiffgguf serve model.gguf",
+        "pydiffgguf serve demo --port 8012",
+        "PYDIFFGGUF_API_KEY=secret pydiffgguf serve model.gguf --host 0.0.0.0 --allowed-host desk.lan",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    serve.add_arguments(sub)
     add_model_options(sub)
 
 

@@ -1,0 +1,313 @@
+"""One engine, many requests: a thread that makes every model call, one denoise step at a time, and chooses anew after
+each whose turn it is.
+
+A request's work is a generator: one ``next()`` is one denoise step, or one chunk of a prompt. So a keystroke runs
+inside a long chat, and what nobody waits for any longer ends after the step under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from pydiffgguf.server.errors import ApiError
+
+__all__ = ["Engine", "Job", "Kind", "Mailbox", "Outcome", "Why"]
+
+logger = logging.getLogger("pydiffgguf.server")
+
+#: Every so many steps the turn goes to a class that would have to wait.
+FAIR = 5
+
+
+class Kind(IntEnum):
+    """Whose turn comes first: the lowest."""
+
+    KEYSTROKE = 0
+    CHAT = 1
+    WARM_UP = 2
+
+
+class Why(IntEnum):
+    """Why a job ended before its work did."""
+
+    LEFT = 0  # the client has closed the connection
+    SUPERSEDED = 1  # the same client has asked anew
+    STOPPING = 2  # the server is
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: with a result, an exception, or before its end."""
+
+    result: Any = None
+    error: Exception | None = None
+    ended: Why | None = None
+
+
+class Mailbox:
+    """Events from the engine's thread to a coroutine. Of drafts only the newest is kept, everything else in order: a
+    slow reader loses drafts, and never text."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready = asyncio.Event()
+        self._lock = threading.Lock()
+        self._items: deque[tuple[bool, Any]] = deque()
+
+    def put(self, item: Any, draft: bool = False) -> None:
+        """From any thread. A draft replaces one that still waits as the last item."""
+        with self._lock:
+            was_empty = not self._items
+            if draft and self._items and self._items[-1][0]:
+                self._items.pop()
+            self._items.append((draft, item))
+        if was_empty:
+            try:
+                self._loop.call_soon_threadsafe(self._ready.set)
+            except RuntimeError:  # the loop has ended: nobody reads any longer
+                logger.debug("an event came after the end of the loop")
+
+    async def get(self, timeout: float | None = None) -> Any:
+        """The next item. Raises TimeoutError where none comes within `timeout` seconds."""
+        while True:
+            with self._lock:
+                if self._items:
+                    return self._items.popleft()[1]
+                self._ready.clear()
+            try:
+                await asyncio.wait_for(self._ready.wait(), timeout)
+            except asyncio.TimeoutError:  # not the built-in's name before Python 3.11
+                raise TimeoutError from None
+
+
+@dataclass(eq=False)
+class Job:
+    """One request's work.
+
+    Args:
+        work: not begun; every ``next()`` makes a step.
+        kind: its class.
+        mailbox: gets every event of `work` that `wanted` lets through, and the Outcome last.
+        client: who asks; None for nobody in particular.
+        supersedes: ends older jobs of the same client that supersede, too.
+        finish_early: makes `work` end soon with a result of what there is, from any thread.
+    """
+
+    work: Generator[Any, None, Any]
+    kind: Kind
+    mailbox: Mailbox
+    client: str | None = None
+    supersedes: bool = False
+    wanted: Callable[[Any], bool | None] = lambda event: None
+    finish_early: Callable[[], None] | None = None
+    steps: int = 0
+    number: int = 0
+    ended: Why | None = None
+    done: bool = field(default=False)
+
+
+class Engine:
+    """The thread and its queue.
+
+    Args:
+        sessions: jobs that may be under way together. With two or more, chats leave the last one to keystrokes.
+        queue: jobs that may wait besides.
+        on_step: told the seconds of every step, on the engine's thread.
+    """
+
+    def __init__(self, sessions: int, queue: int, on_step: Callable[[float], None] = lambda seconds: None) -> None:
+        self._sessions = sessions
+        self._queue = queue
+        self._on_step = on_step
+        self._changed = threading.Condition()
+        self._waiting: list[Job] = []
+        self._running: list[Job] = []
+        self._calls: deque[Callable[[], None]] = deque()
+        self._turn = 0
+        self._number = 0
+        self._stopping = False
+        self._closed = False
+        self.cancelled = 0
+        self.superseded = 0
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------------ from any thread
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs a function on the engine's thread, between two steps."""
+        with self._changed:
+            self._calls.append(function)
+            self._changed.notify()
+
+    def submit(self, job: Job) -> None:
+        """Takes a job, or raises ApiError: 429 where the queue is full, 503 while the server stops."""
+        with self._changed:
+            if self._stopping:
+                raise ApiError(503, "the server is shutting down", headers={"retry-after": "10"})
+            for older in [*self._waiting, *self._running]:
+                if self._ends(job, older):
+                    self._end(older, Why.SUPERSEDED)
+            self._number += 1
+            job.number = self._number
+            if self._fits(job):
+                self._running.append(job)
+            elif len(self._waiting) < self._queue:
+                self._waiting.append(job)
+            else:
+                raise ApiError(
+                    429,
+                    f"the queue is full: {len(self._waiting)} requests wait",
+                    headers={"retry-after": str(min(60, 1 + len(self._waiting) // 8))},
+                )
+            self._changed.notify()
+
+    def end(self, job: Job, why: Why) -> None:
+        """Ends a job: at once where it waits, else after the step under way."""
+        with self._changed:
+            self._end(job, why)
+
+    def stop(self) -> None:
+        """Takes no more jobs."""
+        with self._changed:
+            self._stopping = True
+
+    def end_all(self) -> None:
+        """Ends what waits and what runs, which answers with what it has."""
+        with self._changed:
+            for job in [*self._waiting, *self._running]:
+                self._end(job, Why.STOPPING)
+
+    def close(self, timeout: float) -> None:
+        """Ends the thread after the step under way; waits so many seconds for it."""
+        with self._changed:
+            self._stopping = self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    # --------------------------------------------------------------------------------------------- with the lock held
+
+    def _ends(self, job: Job, older: Job) -> bool:
+        if older.kind == Kind.WARM_UP:
+            return job.kind != Kind.WARM_UP or job.client == older.client
+        return job.supersedes and older.supersedes and job.client == older.client and job.kind != Kind.WARM_UP
+
+    def _end(self, job: Job, why: Why) -> None:
+        if job.done or job.ended is not None:
+            return
+        job.ended = why
+        if why == Why.SUPERSEDED:
+            self.superseded += 1
+        elif why == Why.LEFT:
+            self.cancelled += 1
+        if job in self._waiting:
+            self._waiting.remove(job)
+            job.done = True
+            job.work.close()  # not begun: nothing of it runs
+            job.mailbox.put(Outcome(ended=why))
+        else:
+            self._changed.notify()
+
+    def _fits(self, job: Job) -> bool:
+        if len(self._running) >= self._sessions:
+            return False
+        slow = sum(running.kind != Kind.KEYSTROKE for running in self._running)
+        return job.kind == Kind.KEYSTROKE or slow < max(1, self._sessions - 1)
+
+    def _admit(self) -> None:
+        for job in sorted(self._waiting, key=self._rank):
+            if self._fits(job):
+                self._waiting.remove(job)
+                self._running.append(job)
+
+    @staticmethod
+    def _rank(job: Job) -> tuple[int, int, int]:
+        """Lowest class first; of keystrokes the newest, of chats the one with the fewest steps, then the oldest."""
+        if job.kind == Kind.KEYSTROKE:
+            return (job.kind, -job.number, 0)
+        return (job.kind, job.steps, job.number)
+
+    def _next(self) -> Job | None:
+        """Whose turn it is."""
+        if not self._running:
+            return None
+        first = min(self._running, key=self._rank)
+        self._turn += 1
+        if self._turn % FAIR == 0:
+            lower = [job for job in self._running if job.kind != first.kind]
+            if lower:
+                return min(lower, key=self._rank)
+        return first
+
+    # --------------------------------------------------------------------------------------------- the engine's thread
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or self._running or self._closed)
+                if self._closed:
+                    jobs = [*self._waiting, *self._running]
+                    self._waiting.clear()
+                    break
+                call = self._calls.popleft() if self._calls else None
+                job = None if call else next((job for job in self._running if job.ended is not None), self._next())
+            if call is not None:
+                try:
+                    call()
+                except Exception:
+                    logger.exception("a call on the engine's thread failed")
+            elif job is not None:
+                self._advance(job)
+        for job in jobs:
+            job.work.close()
+            job.done = True
+            job.mailbox.put(Outcome(ended=Why.STOPPING))
+
+    def _advance(self, job: Job) -> None:
+        outcome: Outcome | None = None
+        if job.ended == Why.STOPPING and job.finish_early is not None:
+            job.finish_early()
+        elif job.ended is not None:
+            outcome = Outcome(ended=job.ended)
+            try:
+                job.work.close()
+            except Exception as error:
+                outcome = Outcome(error=error)
+        if outcome is None:
+            began = time.monotonic()
+            try:
+                event = next(job.work)
+            except StopIteration as end:
+                outcome = Outcome(result=end.value, ended=job.ended)
+            except Exception as error:
+                outcome = Outcome(error=error)
+            else:
+                job.steps += 1
+                self._on_step(time.monotonic() - began)
+                draft = job.wanted(event)
+                if draft is not None:
+                    job.mailbox.put(event, draft)
+        if outcome is not None:
+            with self._changed:
+                job.done = True
+                self._running.remove(job)
+                self._admit()
+            job.mailbox.put(outcome)

@@ -1,0 +1,93 @@
+"""What a request can be refused with, and which of the library's exceptions means which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydiffgguf.errors import (
+    ContextOverflowError,
+    DeviceError,
+    DiffGGUFError,
+    ModelFormatError,
+    OutOfMemoryError,
+    UnsupportedError,
+)
+
+__all__ = ["ApiError", "from_exception", "overflow"]
+
+#: The ``type`` of an error that names none, by status.
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    422: "json_unmet_error",
+    429: "overloaded_error",
+    500: "server_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An answer other than 200.
+
+    Args:
+        message: one line; nothing of a path on this machine.
+        param: the field at fault.
+        headers: further ones of the answer.
+        extra: further keys beside ``message``.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = " ".join(message.split())
+        self.type = type or TYPES.get(status, "invalid_request_error")
+        self.param = param
+        self.headers = dict(headers or {})
+        self.extra = dict(extra or {})
+
+    def body(self) -> dict[str, Any]:
+        """The answer, in the shape of OpenAI's errors."""
+        error = {"code": self.status, "message": self.message, "type": self.type, "param": self.param}
+        return {"error": {**error, **self.extra}}
+
+
+def overflow(n_prompt: int, room: int, n_ctx: int) -> ApiError:
+    """A prompt that does not fit. The sentence is the one that agents look for to shorten their history."""
+    return ApiError(
+        400,
+        f"request ({n_prompt} tokens) exceeds the available context size ({room} tokens), try increasing it",
+        type="exceed_context_size_error",
+        extra={"n_prompt_tokens": n_prompt, "n_ctx": n_ctx},
+    )
+
+
+def from_exception(error: BaseException) -> ApiError:
+    """The answer that an exception of the library stands for. Anything unknown is a defect: 500, without its text."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextOverflowError):
+        return ApiError(400, str(error), type="exceed_context_size_error")
+    if isinstance(error, (ValueError, TypeError)):
+        return ApiError(400, str(error))
+    if isinstance(error, UnsupportedError):
+        return ApiError(501, str(error))
+    if isinstance(error, DeviceError):
+        return ApiError(503, str(error), headers={"retry-after": "60"})
+    if isinstance(error, (OutOfMemoryError, ModelFormatError)):
+        return ApiError(500, str(error))
+    if isinstance(error, DiffGGUFError):
+        return ApiError(500, f"the engine failed: {error}")
+    return ApiError(500, "a defect of the server; its log has the traceback")

@@ -1,0 +1,76 @@
+"""Drafts of a canvas as stream chunks that ordinary clients ignore."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pydiffgguf import DenoiseStep, DiffusionModel
+
+__all__ = ["Frames", "wanted"]
+
+#: At most so many drafts a second; the last of a block always goes out.
+PER_SECOND = 20
+
+
+def wanted(item: Any, frames: bool) -> bool | None:
+    """For a Job: which events of a generation reach the stream. True: as a draft, which may be dropped."""
+    _, event = item
+    if isinstance(event, DenoiseStep):
+        return True if frames else None
+    return False
+
+
+class Frames:
+    """Chooses the drafts that go out, and words them.
+
+    Args:
+        kind: None for no drafts, "text", or "tokens" for the canvas itself too.
+    """
+
+    def __init__(self, model: DiffusionModel, kind: str | None) -> None:
+        self._model = model
+        self._kind = kind
+        self._last = 0.0
+        self._held: DenoiseStep | None = None
+
+    def take(self, step: DenoiseStep) -> dict[str, Any] | None:
+        """What goes out for a step; None where one went out just now."""
+        now = time.monotonic()
+        if self._kind is None:
+            return None
+        if now - self._last < 1 / PER_SECOND:
+            self._held = step
+            return None
+        self._last, self._held = now, None
+        return self._words(step)
+
+    def flush(self) -> dict[str, Any] | None:
+        """The block is finished: its last draft, where it has not gone out."""
+        held, self._held = self._held, None
+        return None if held is None else self._words(held)
+
+    def _words(self, step: DenoiseStep) -> dict[str, Any]:
+        words: dict[str, Any] = {
+            "type": "diffusion_frame",
+            "block": step.canvas,
+            "step": step.step,
+            "total": step.total_steps,
+            "text": step.text,
+            "reasoning": getattr(step, "reasoning", ""),
+        }
+        if self._kind == "tokens":
+            piece = self._model.tokenizer.piece
+            words["diffusion"] = {
+                "tokens": [piece(token) for token in step.tokens.tolist()],
+                "accepted": _bits(step.accepted),
+                "entropy": [round(value, 4) for value in step.entropy.tolist()],
+                "elapsed_s": round(step.elapsed_s, 4),
+            }
+            if step.pinned is not None:
+                words["diffusion"]["pinned"] = _bits(step.pinned)
+        return words
+
+
+def _bits(values: Any) -> str:
+    return "".join("1" if value else "0" for value in values.tolist())

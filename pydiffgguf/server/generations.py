@@ -1,0 +1,243 @@
+"""What chat and completions share: the fields that say how to generate, generations one after the other, and what they
+cost."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydiffgguf import Generation
+from pydiffgguf.server.errors import ApiError
+from pydiffgguf.server.fields import Fields
+from pydiffgguf.server.settings import Settings
+
+__all__ = ["MAX_STOP", "MAX_STOPS", "Diffusion", "How", "Part", "Series", "seed_of", "timings", "usage"]
+
+MAX_STOPS, MAX_STOP = 32, 256
+MAX_GENERATIONS = 8
+SAMPLING = (
+    "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold", "max_steps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The field ``diffusion``: `frames` None, "text" or "tokens"; `sampling`: options of the Python interface;
+    `time_limit`: seconds, the server's or less."""
+
+    frames: str | None
+    sampling: dict[str, Any]
+    time_limit: float
+    extra: dict[str, Any]
+
+    @classmethod
+    def read(cls, fields: Fields, time_limit: float, *extra: str) -> Diffusion:
+        """Args: `extra`: further keys that are allowed, handed on as they are."""
+        given = Fields(fields.object("diffusion") or {}, "diffusion.")
+        frames = given.take("frames")
+        if frames not in (None, False, True, "tokens"):
+            raise given.wrong("frames", 'false, true or "tokens"', frames)
+        limit = given.number("time_limit_s")
+        if limit is not None and not limit > 0:
+            raise given.wrong("time_limit_s", "above 0", limit)
+        sampling = {name: given.take(name) for name in SAMPLING if name in given}
+        others = {name: given.take(name) for name in extra if name in given}
+        unknown = given.rest(strict=False)
+        if unknown:
+            names = ", ".join(("frames", *SAMPLING, "time_limit_s", *extra))
+            raise ApiError(400, f"diffusion has an unknown key; there are {names}", param="diffusion")
+        return cls(
+            "tokens" if frames == "tokens" else "text" if frames else None,
+            sampling,
+            time_limit if limit is None else min(limit, time_limit),
+            others,
+        )
+
+
+def seed_of(fields: Fields, default: int | None = None) -> int:
+    """The seed: absent, -1 and 4294967295 (llama-server's "random") draw one; other negatives count from 2^64. A
+    temperature of 0 asks for the same answer each time: seed 0."""
+    temperature = fields.peek("temperature")
+    seed = fields.integer("seed", -(2**63), 2**64 - 1)
+    if seed is None and default is None and temperature in (0, 0.0) and not isinstance(temperature, bool):
+        return 0
+    if seed is None and default is not None:
+        return default
+    if seed in (None, -1, 2**32 - 1):
+        return secrets.randbits(64)
+    return seed % 2**64
+
+
+@dataclass(frozen=True)
+class How:
+    """The fields that chat and completions have in common."""
+
+    max_tokens: int
+    warm_up: bool
+    stop: list[str]
+    seed: int
+    n: int
+    stream: bool
+    include_usage: bool
+    diffusion: Diffusion
+
+    @classmethod
+    def read(cls, fields: Fields, settings: Settings, limits: Sequence[str], default: int) -> How:
+        """Args: `limits`: names of the field that says how long the answer may be, the first present one counts."""
+        longest: int | None = None
+        for name in limits:
+            value = fields.integer(name, -1, 2**31 - 1)
+            if value == 0 and name != "n_predict":
+                raise fields.wrong(name, "at least 1, or -1", value)
+            longest = value if longest is None else longest
+        options = Fields(fields.object("stream_options") or {}, "stream_options.")
+        return cls(
+            max_tokens=min(default if longest in (None, -1, 0) else longest, settings.max_tokens),
+            warm_up=longest == 0,
+            stop=fields.strings("stop", MAX_STOPS, MAX_STOP),
+            seed=seed_of(fields),
+            n=fields.integer("n", 1, 4) or 1,
+            stream=fields.boolean("stream"),
+            include_usage=options.boolean("include_usage"),
+            diffusion=Diffusion.read(fields, settings.time_limit),
+        )
+
+    def seeds(self) -> list[int]:
+        """One for each of `n` choices."""
+        return [(self.seed + i) % 2**64 for i in range(self.n)]
+
+
+class Series:
+    """Generations one after the other, as one piece of work for the engine.
+
+    Args:
+        makers: each makes a stream of the Python interface, told the seconds that are left.
+        time_limit: seconds for all of them, counted from the first step.
+
+    Its work yields (index, event) and returns the list of results.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[float], Any]], time_limit: float) -> None:
+        if len(makers) > MAX_GENERATIONS:
+            raise ApiError(400, f"n x prompts is {len(makers)}, at most {MAX_GENERATIONS} are answered", param="n")
+        self._makers = makers
+        self._time_limit = time_limit
+        # The first is made here, off the engine: its arguments are checked before the request waits.
+        self._first = makers[0](time_limit)
+        self._current: Any = None
+        self._early = False
+
+    def work(self) -> Generator[tuple[int, Any], None, list[Any]]:
+        results = []
+        began = time.monotonic()
+        for index, make in enumerate(self._makers):
+            left = self._time_limit - (time.monotonic() - began)
+            if self._early or (index and left <= 0):
+                break
+            self._current = self._first if index == 0 else make(left)
+            try:
+                while True:
+                    try:
+                        event = next(self._current)
+                    except StopIteration as end:
+                        results.append(end.value)
+                        break
+                    yield index, event
+            finally:
+                self._current.close()
+        return results
+
+    def finish_early(self) -> None:
+        """Ends the generation under way with what there is."""
+        self._early = True
+
+
+# ------------------------------------------------------------------------------------------------------------- costs
+
+
+@dataclass(frozen=True)
+class Part:
+    """One answer and what it cost. `finished`: it came to its own end, and no limit cut it. `prompt`: tokens, of which
+    `cached` were not encoded anew. `steps`: of each block."""
+
+    text: str
+    finished: bool
+    prompt: int
+    cached: int
+    completion: int
+    prefill_s: float
+    denoise_s: float
+    steps: Sequence[int]
+    seed: int
+    reasoning: str = ""
+
+    @classmethod
+    def of(cls, result: Generation) -> Part:
+        """The answer that a generation is."""
+        stats = result.stats
+        return cls(
+            text=result.text,
+            finished=result.finish_reason == "stop",
+            prompt=stats.prompt_tokens,
+            cached=stats.reused_tokens,
+            completion=stats.generated_tokens,
+            prefill_s=stats.prefill_s,
+            denoise_s=stats.denoise_s,
+            steps=stats.steps,
+            seed=stats.seed,
+            reasoning=result.reasoning,
+        )
+
+    @classmethod
+    def of_warm_up(cls, result: Generation) -> Part:
+        """The empty answer to a request that only wants its prompt in the cache."""
+        return replace(cls.of(result), text="", reasoning="", finished=False, completion=0)
+
+    @property
+    def finish_reason(self) -> str:
+        """The SDK's types know no "cancelled": an answer that a limit or the server's end cut is one of "length"."""
+        return "stop" if self.finished else "length"
+
+
+def usage(parts: Sequence[Part]) -> dict[str, Any]:
+    """OpenAI's ``usage``; a prompt that was asked n times counts once for each."""
+    prompt, completion = sum(part.prompt for part in parts), sum(part.completion for part in parts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(part.cached for part in parts)},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def timings(parts: Sequence[Part], canvas: int) -> dict[str, Any]:
+    """Times under llama-server's names. Every number is finite: a null here breaks llama.vim's status line."""
+
+    def ratio(one: float, other: float) -> float:
+        return round(one / other, 3) if other > 0 else 0.0
+
+    cached, predicted = sum(part.cached for part in parts), sum(part.completion for part in parts)
+    prompt = sum(part.prompt for part in parts) - cached
+    prefill, denoise = sum(part.prefill_s for part in parts), sum(part.denoise_s for part in parts)
+    steps = [n for part in parts for n in part.steps]
+    return {
+        "cache_n": cached,
+        "prompt_n": prompt,
+        "prompt_ms": round(prefill * 1000, 3),
+        "prompt_per_token_ms": ratio(prefill * 1000, prompt),
+        "prompt_per_second": ratio(prompt, prefill),
+        "predicted_n": predicted,
+        "predicted_ms": round(denoise * 1000, 3),
+        "predicted_per_token_ms": ratio(denoise * 1000, predicted),
+        "predicted_per_second": ratio(predicted, denoise),
+        "diffusion": True,
+        "diffusion_blocks": len(steps),
+        "diffusion_steps": sum(steps),
+        "diffusion_canvas": canvas,
+        "diffusion_step_ms": ratio(denoise * 1000, sum(steps)),
+        "seed": parts[0].seed if parts else 0,
+    }

@@ -1,0 +1,151 @@
+"""What a client asks before it asks for text: health, models, properties, tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pydiffgguf.server.errors import ApiError
+from pydiffgguf.server.fields import Fields
+from pydiffgguf.server.service import Service, reply
+
+__all__ = ["Looking"]
+
+MAX_IDS = 2**20
+
+
+class Looking:
+    """The endpoints that take no engine time."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def health(self, request: Request) -> Response:
+        self._service.check_loaded()
+        return reply({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        """Two contracts in one body: OpenAI's ``data``, and ``models`` as the typed reads' client wants it."""
+        entries = [self._entry(name) for name in self._service.settings.aliases]
+        described = [
+            {"name": name, "description": "a DiffusionGemma model, served by pydiffgguf", "release_date": None}
+            for name in self._service.settings.aliases
+        ]
+        return reply({"object": "list", "data": entries, "models": described})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._service.settings.aliases:
+            raise ApiError(404, "there is no such model; /v1/models lists those that are", param="model")
+        return reply(self._entry(name))
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        model = self._service.model
+        config = model.config
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._service.created,
+            "owned_by": "pydiffgguf",
+            "meta": {
+                "n_ctx": model.n_ctx,
+                "n_ctx_train": config.n_ctx_train,
+                "n_vocab": config.n_vocab,
+                "n_embd": config.n_embd,
+                "size": sum(tensor.n_bytes for tensor in model.tensors()),
+            },
+        }
+
+    async def props(self, request: Request) -> Response:
+        model, settings = self._service.model, self._service.settings
+        template = model.chat_template or ""
+        tokenizer = model.tokenizer
+        sampling = model.sampling
+        return reply(
+            {
+                "default_generation_settings": {"n_ctx": model.n_ctx, "params": {}},
+                "total_slots": settings.sessions,
+                "model_alias": self._service.name,
+                "model_path": model.path.name,
+                "modalities": {"vision": False, "audio": False},
+                "chat_template": template,
+                "chat_template_caps": {
+                    "supports_tools": False,
+                    "supports_tool_calls": False,
+                    "supports_system_role": "system" in template,
+                },
+                "bos_token": "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
+                "eos_token": "" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id),
+                "build_info": self._service.fingerprint,
+                "is_sleeping": False,
+                "diffusion": {
+                    "canvas_length": model.config.canvas_length,
+                    **{name: getattr(sampling, name) for name in sampling.__dataclass_fields__},
+                    "infill_mode": str(model.metadata.get("diffusion.infill_mode", "auto")),
+                    "memory": self._memory(),
+                },
+            }
+        )
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes by kind, of one session."""
+        memory = self._service.model.memory()
+        return {name: int(getattr(memory, name)) for name in memory.__dataclass_fields__}
+
+    async def adapters(self, request: Request) -> Response:
+        self._service.check_loaded()
+        return reply([])
+
+    async def metrics(self, request: Request) -> Response:
+        engine = self._service.engine
+        text = self._service.metrics.text(
+            waiting=engine.waiting, running=engine.running, cancelled=engine.cancelled, superseded=engine.superseded
+        )
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    # --------------------------------------------------------------------------------------------------------- tokens
+
+    async def tokenize(self, request: Request) -> Response:
+        fields = await self._service.fields(request)
+        model = self._service.model
+        content = fields.string("content")
+        if content is None:
+            raise fields.refuse("content", '"content" is required')
+        bos, special = fields.boolean("add_special"), fields.boolean("parse_special", True)
+        pieces = fields.boolean("with_pieces")
+        headers = self._service.headers(fields)
+
+        def work() -> list[Any]:
+            ids = model.tokenize(content, add_bos=bos and model.tokenizer.add_bos, special=special)
+            return [{"id": i, "piece": model.tokenizer.piece(i)} for i in ids] if pieces else ids
+
+        return reply({"tokens": await self._service.text(work)}, headers)
+
+    async def detokenize(self, request: Request) -> Response:
+        fields = await self._service.fields(request)
+        model = self._service.model
+        ids = token_ids(fields, "tokens", model.config.n_vocab)
+        if ids is None:
+            raise fields.refuse("tokens", '"tokens" is required')
+        headers = self._service.headers(fields)
+        return reply({"content": await self._service.text(model.detokenize, ids)}, headers)
+
+
+def token_ids(fields: Fields, name: str, n_vocab: int) -> list[int] | None:
+    """A list of token ids; None without the field."""
+    ids = fields.items(name)
+    if ids is None:
+        return None
+    if len(ids) > MAX_IDS:
+        raise fields.wrong(name, f"at most {MAX_IDS} ids", f"{len(ids)} ids")
+    check_ids(fields, name, ids, n_vocab)
+    return ids
+
+
+def check_ids(fields: Fields, name: str, ids: list[Any], n_vocab: int) -> None:
+    """Raises ApiError unless all are ids of the vocabulary."""
+    for i, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < n_vocab:
+            raise fields.wrong(f"{name}[{i}]", f"a token id from 0 to {n_vocab - 1}", token)

@@ -1,0 +1,260 @@
+"""``/infill`` and ``/completion``: llama-server's own forms, which editors speak."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pydiffgguf import Block, DenoiseStep, Infill
+from pydiffgguf.server import fim
+from pydiffgguf.server.engine import Job, Kind, Mailbox
+from pydiffgguf.server.fields import Fields
+from pydiffgguf.server.frames import Frames, wanted
+from pydiffgguf.server.gaps import CUT_SUFFIX, DEFAULT_GAP, Asked
+from pydiffgguf.server.generations import MAX_STOP, MAX_STOPS, Diffusion, How, Part, Series, seed_of, timings
+from pydiffgguf.server.openai import plain_series, prompts_of, refuse_completion
+from pydiffgguf.server.service import EventStream, Service, client_of, count, reply
+
+__all__ = ["Native"]
+
+
+class Native:
+    """The endpoints."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def infill(self, request: Request) -> Response:
+        service = self._service
+        settings = service.settings
+        service.check_loaded()
+        fields = await service.fields(request)
+        fields.take("model")
+        sides = {name: fields.string(name) for name in ("input_prefix", "input_suffix")}
+        for name, text in sides.items():
+            if text is None:
+                raise fields.refuse(name, f'"{name}" is required')
+        prefix, suffix = str(sides["input_prefix"]), str(sides["input_suffix"])
+        # llama-server puts the line before the cursor behind the prefix, whatever its manual says.
+        prefix += fields.string("prompt") or ""
+        form = _Form.read(service, fields)
+        n_predict = fields.integer("n_predict", -1, 2**31 - 1)
+        asked = Asked(
+            gap=fim.Gap(prefix, suffix, _extra(fields)),
+            max_gap=min(DEFAULT_GAP if n_predict in (None, -1, 0) else n_predict, settings.infill_max),
+            n=_candidates(fields),
+            seed=seed_of(fields, default=0),
+            stop=fields.strings("stop", MAX_STOPS, MAX_STOP),
+            n_indent=fields.integer("n_indent", 0, 2**16) or 0,
+            ends=suffix.count("\n") < CUT_SUFFIX,
+            diffusion=Diffusion.read(fields, settings.infill_time_limit, "mode", "heal", "min_gap"),
+        )
+        stream = fields.boolean("stream")
+        headers = service.headers(fields)
+        if n_predict == 0:
+            return reply(form.only({"content": "", "stop": True, "timings": timings([], 0)}), headers)
+        return await self._fill(request, asked, form, stream, headers, supersedes=True)
+
+    async def completion(self, request: Request) -> Response:
+        """Text behind a prompt, or a gap where the prompt has a family's markers: all that Continue's provider for
+        llama.cpp uses."""
+        service = self._service
+        model, settings = service.model, service.settings
+        fields = await service.fields(request)
+        fields.take("model")
+        prompts = prompts_of(fields, model.config.n_vocab)
+        if len(prompts) != 1:
+            raise fields.refuse("prompt", "prompt: one at a time is answered here; /v1/completions takes several")
+        gap = fim.split(prompts[0]) if isinstance(prompts[0], str) else None
+        how = How.read(fields, settings, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
+        form = _Form.read(service, fields)
+        refuse_completion(fields, how)
+        headers = service.headers(fields)
+        if gap is not None:
+            return await self._fill(request, Asked.of(gap, how, settings), form, how.stream, headers, supersedes=False)
+        series = await service.text(plain_series, model, prompts, how, settings.time_limit)
+        job = Job(
+            series.work(),
+            Kind.CHAT,
+            Mailbox(),
+            wanted=lambda item: wanted(item, how.stream and how.diffusion.frames is not None),
+            finish_early=series.finish_early,
+        )
+
+        def whole(results: Sequence[Any]) -> dict[str, Any]:
+            parts = [Part.of(result) for result in results]
+            count(service, request, parts)
+            return form.of_part(parts[0])
+
+        if how.stream:
+            service.engine.submit(job)
+            return EventStream(service, job, lambda items: form.stream(items, how.diffusion.frames, whole), headers)
+        return reply(whole(await service.run(request, job)), headers)
+
+    async def _fill(
+        self, request: Request, asked: Asked, form: _Form, stream: bool, headers: dict[str, str], supersedes: bool
+    ) -> Response:
+        service = self._service
+        model = service.model
+        frames = asked.diffusion.frames
+        makers = [lambda left: asked.stream(model, left)]
+        series = await service.text(Series, makers, asked.diffusion.time_limit)
+        job = Job(
+            series.work(),
+            Kind.KEYSTROKE,
+            Mailbox(),
+            client=client_of(request),
+            supersedes=supersedes,
+            wanted=lambda item: wanted(item, stream and frames is not None),
+            finish_early=series.finish_early,
+        )
+
+        def objects(results: Sequence[Infill]) -> list[dict[str, Any]]:
+            [result] = results
+            part = asked.part(result)
+            count(service, request, [part])
+            return [form.of_gap(asked, result, part, i) for i in range(max(1, len(result.candidates)))]
+
+        if stream:
+            service.engine.submit(job)
+            events = lambda items: form.stream(items, frames, lambda results: objects(results)[0])  # noqa: E731
+            return EventStream(service, job, events, headers)
+        found = objects(await service.run(request, job))
+        return reply(found[0] if asked.n == 1 else found[: asked.n], headers)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a reply is worded. `fields`: those that are wanted; None for all."""
+
+    service: Service
+    fields: Sequence[str] | None
+    return_tokens: bool
+    slot: int
+
+    @classmethod
+    def read(cls, service: Service, fields: Fields) -> _Form:
+        slot = fields.peek("id_slot")  # left to be named as ignored: it chooses nothing
+        return cls(
+            service,
+            _response_fields(fields),
+            fields.boolean("return_tokens"),
+            slot if isinstance(slot, int) and not isinstance(slot, bool) else -1,
+        )
+
+    def of_gap(self, asked: Asked, result: Infill, part: Part, index: int) -> dict[str, Any]:
+        """The reply for one candidate."""
+        best = result.candidates[index] if index < len(result.candidates) else result
+        trimmed = asked.trim(best.text)
+        return self._object(
+            part,
+            index=index,
+            content=trimmed.text,
+            tokens_predicted=best.gap_tokens,
+            truncated=result.stats.dropped_tokens > 0,
+            stop_type=trimmed.kind if part.finished else "limit",
+            stopping_word=trimmed.word,
+            score=best.score if best.score > float("-inf") else 0.0,
+        )
+
+    def of_part(self, part: Part) -> dict[str, Any]:
+        """The reply for a text behind a prompt."""
+        return self._object(part, content=part.text, stop_type="eos" if part.finished else "limit")
+
+    def _object(self, part: Part, **values: Any) -> dict[str, Any]:
+        model = self.service.model
+        text = values["content"]
+        whole = {
+            "index": 0,
+            "content": text,
+            "tokens": model.tokenize(text, special=False) if self.return_tokens else [],
+            "id_slot": self.slot,
+            "stop": True,
+            "model": self.service.name,
+            "tokens_predicted": part.completion,
+            "tokens_evaluated": part.prompt,
+            "generation_settings": {"n_ctx": model.n_ctx, "seed": part.seed},
+            "prompt": "",
+            "has_new_line": "\n" in text,
+            "truncated": False,
+            "stop_type": "eos",
+            "stopping_word": "",
+            "tokens_cached": part.prompt,
+            "timings": timings([part], model.config.canvas_length),
+        }
+        return self.only({**whole, **values})
+
+    def only(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields that were asked for; ``timings/prompt_n`` under that very key."""
+        if self.fields is None:
+            return values
+        out: dict[str, Any] = {}
+        for name in self.fields:
+            value: Any = values
+            for part in name.split("/"):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if value is not None:
+                out[name] = value
+        return out
+
+    async def stream(self, items: AsyncIterator[Any], kind: str | None, whole: Any) -> AsyncIterator[Any]:
+        """Drafts, blocks as they are finished, then the whole reply with no content."""
+        frames = Frames(self.service.model, kind)
+        empty = {"content": "", "tokens": [], "stop": False}
+        sent = 0
+        async for item in items:
+            if isinstance(item, list):
+                if (draft := frames.flush()) is not None:
+                    yield {**empty, **draft}
+                last = whole(item)
+                rest = last.get("content", "")[sent:]
+                if rest:
+                    yield {**empty, "content": rest}
+                yield {**last, "content": "", "stop": True}
+            elif isinstance(item[1], DenoiseStep):
+                if (draft := frames.take(item[1])) is not None:
+                    yield {**empty, **draft}
+            elif isinstance(item[1], Block) and (draft := frames.flush()) is not None:
+                yield {**empty, **draft}
+
+
+# ------------------------------------------------------------------------------------------------------------ fields
+
+
+def _candidates(fields: Fields) -> int:
+    """The message's head is what llama.vscode looks for."""
+    given = {name: fields.take(name) for name in ("n_cmpl", "n")}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise fields.wrong(name, "an integer", value)
+        if not 1 <= value <= 4:
+            raise fields.refuse(name, f"Field '{name}': Value must be between 1 <= value <= 4, but got {value}")
+    return given["n_cmpl"] or given["n"] or 1
+
+
+def _extra(fields: Fields) -> tuple[tuple[str, str], ...]:
+    files = []
+    for i, item in enumerate(fields.items("input_extra") or []):
+        if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+            raise fields.wrong(f"input_extra[{i}]", 'an object with a string "text"', item)
+        name = item.get("filename")
+        if name is not None and not isinstance(name, str):
+            raise fields.wrong(f"input_extra[{i}].filename", "a string", name)
+        files.append((" ".join((name or "tmp").split()), item["text"]))
+    return tuple(files)
+
+
+def _response_fields(fields: Fields) -> list[str] | None:
+    names = fields.items("response_fields")
+    if names is None:
+        return None
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise fields.wrong(f"response_fields[{i}]", "a string", name)
+    return names

@@ -1,0 +1,256 @@
+"""The openai package, with its strict validation and without its retries, against the server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from serving import QUESTION, Running, running
+
+from pydiffgguf import DiffusionModel
+from pydiffgguf.model import demo_model_path
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with (
+        httpx.Client(trust_env=False) as http,
+        openai.OpenAI(
+            base_url=f"{server.url}/v1",
+            api_key="none",
+            max_retries=0,
+            _strict_response_validation=True,
+            http_client=http,
+        ) as one,
+    ):
+        yield one
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[DiffusionModel]:
+    """The same model without a server between."""
+    with DiffusionModel(demo_model_path(), n_threads=1) as one:
+        yield one
+
+
+def test_the_model_is_listed(client: openai.OpenAI) -> None:
+    """Under its name, which can also be asked for by itself."""
+    (entry,) = client.models.list().data
+    assert entry.id == "demo" and client.models.retrieve("demo").owned_by == "pydiffgguf"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
+
+
+def test_a_chat_is_what_the_python_interface_answers(client: openai.OpenAI, model: DiffusionModel) -> None:
+    """The same seed, the same text; any model name will do."""
+    answer = client.chat.completions.create(model="whatever", messages=QUESTION, seed=1)
+    expected = model.chat(QUESTION, seed=1)
+    (choice,) = answer.choices
+    assert choice.message.content == expected.text and choice.message.role == "assistant"
+    assert choice.finish_reason == "stop" == expected.finish_reason
+    assert answer.model == "demo" and answer.id.startswith("chatcmpl-") and abs(answer.created - time.time()) < 60
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == expected.stats.prompt_tokens
+    assert answer.usage.completion_tokens == expected.stats.generated_tokens
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_several_choices_have_seeds_of_their_own(client: openai.OpenAI, model: DiffusionModel) -> None:
+    """Choice i has the seed plus i."""
+    answer = client.chat.completions.create(model="", messages=QUESTION, seed=5, n=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert [c.message.content for c in answer.choices] == [model.chat(QUESTION, seed=5 + i).text for i in range(3)]
+
+
+@pytest.mark.parametrize("frames", [False, True, "tokens"])
+def test_a_stream_is_its_reply_in_pieces(client: openai.OpenAI, model: DiffusionModel, frames: Any) -> None:
+    """With drafts or without, which an ordinary client takes for empty pieces."""
+    chunks = list(
+        client.chat.completions.create(
+            model="",
+            messages=QUESTION,
+            seed=2,
+            stream=True,
+            n=2,
+            stream_options={"include_usage": True},
+            extra_body={"diffusion": {"frames": frames}},
+        )
+    )
+    assert len({(chunk.id, chunk.created, chunk.object) for chunk in chunks}) == 1
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 0
+    for index in range(2):
+        pieces = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == index]
+        assert pieces[0].delta.role == "assistant"
+        assert "".join(piece.delta.content or "" for piece in pieces) == model.chat(QUESTION, seed=2 + index).text
+        assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["stop"]
+    drafts = [chunk.model_extra for chunk in chunks if "type" in (chunk.model_extra or {})]
+    assert bool(drafts) == bool(frames)
+    for draft in drafts:
+        assert draft is not None and draft["type"] == "diffusion_frame" and 0 <= draft["step"] < draft["total"] == 48
+        if frames == "tokens":
+            canvas = draft["diffusion"]
+            assert len(canvas["tokens"]) == len(canvas["accepted"]) == len(canvas["entropy"]) == 64
+
+
+def test_the_stream_helper_takes_it(client: openai.OpenAI, model: DiffusionModel) -> None:
+    """chat.completions.stream() puts the pieces together again."""
+    with client.chat.completions.stream(model="", messages=QUESTION, seed=3) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == model.chat(QUESTION, seed=3).text
+
+
+def test_a_cut_answer_says_length(client: openai.OpenAI) -> None:
+    """By max_completion_tokens, which counts before max_tokens."""
+    answer = client.chat.completions.create(model="", messages=QUESTION, seed=1, max_completion_tokens=1, max_tokens=99)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None and answer.usage.completion_tokens == 1
+
+
+def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, model: DiffusionModel) -> None:
+    """In the reply and in the stream, which holds back what may be one."""
+    whole = model.chat(QUESTION, seed=1).text
+    stop = whole[1:]
+    for stream in (False, True):
+        answer: Any = client.chat.completions.create(
+            model="", messages=QUESTION, seed=1, stop=["", stop], stream=stream
+        )
+        if stream:
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        else:
+            text = answer.choices[0].message.content
+        assert text == whole[:1]
+
+
+def test_completions_take_text_lists_and_ids(client: openai.OpenAI, model: DiffusionModel) -> None:
+    """Every prompt gets n choices, counted on."""
+    ids = model.tokenize("def ", add_bos=True, special=False)
+    one = client.completions.create(model="", prompt="def ", seed=4, max_tokens=8)
+    assert one.choices[0].text == model.generate(ids, seed=4, max_tokens=8).text
+    assert client.completions.create(model="", prompt=ids, seed=4, max_tokens=8).choices[0].text == one.choices[0].text
+    many = client.completions.create(model="", prompt=["def ", "Tom "], seed=4, max_tokens=8, n=2)
+    assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
+    assert many.choices[0].text == one.choices[0].text
+    echoed = client.completions.create(model="", prompt="def ", seed=4, max_tokens=8, echo=True)
+    assert echoed.choices[0].text == "def " + one.choices[0].text
+
+
+def test_special_tokens_in_a_prompt_stay_text(client: openai.OpenAI, model: DiffusionModel) -> None:
+    """A completion's prompt cannot hold control tokens."""
+    prompt = "<turn|>\n<|turn>model\n"
+    answer = client.completions.create(model="", prompt=prompt, max_tokens=1, seed=1)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(model.tokenize(prompt, add_bos=True, special=False))
+
+
+def test_a_suffix_makes_a_gap(client: openai.OpenAI, model: DiffusionModel) -> None:
+    """Prompt and suffix are its sides; echo gives the whole."""
+    prefix, suffix = "def add(a, b):\n    return a", "\n"
+    expected = model.infill(prefix, suffix + "x", seed=1, max_gap=16).text
+    answer = client.completions.create(model="", prompt=prefix, suffix=suffix + "x", seed=1, max_tokens=16)
+    assert answer.choices[0].text == expected and answer.object == "text_completion"
+    whole = client.completions.create(model="", prompt=prefix, suffix=suffix + "x", seed=1, max_tokens=16, echo=True)
+    assert whole.choices[0].text == prefix + expected + suffix + "x"
+    # Strict validation refuses finish_reason null in these chunks, as it would OpenAI's own.
+    lax = client.with_options()
+    lax._strict_response_validation = False
+    chunks = list(lax.completions.create(model="", prompt=prefix, suffix="\nx", seed=1, max_tokens=16, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": "abc"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 5}, "n"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": ["x"] * 33}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"functions": [{}]}, "functions"),
+        ({"stream": "yes"}, "stream"),
+        ({"diffusion": {"nope": 1}}, "diffusion"),
+        ({"diffusion": {"frames": "all"}}, "diffusion.frames"),
+        ({"diffusion": {"time_limit_s": 0}}, "diffusion.time_limit_s"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_a_field_at_fault_is_named(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    """BadRequestError.param, and in the message."""
+    body = {"messages": QUESTION, **fields}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="", messages=body.pop("messages"), extra_body=body)
+    assert error.value.param == param and param.partition(".")[0] in str(error.value)
+
+
+def test_a_sampling_option_out_of_range_is_refused_before_the_queue(client: openai.OpenAI) -> None:
+    """As an HTTP error, for a stream as well."""
+    with pytest.raises(openai.BadRequestError, match="steps"):
+        client.chat.completions.create(
+            model="", messages=QUESTION, stream=True, extra_body={"diffusion": {"steps": -1}}
+        )
+
+
+def test_a_prompt_that_does_not_fit_says_so_in_numbers(client: openai.OpenAI) -> None:
+    """In the words that agents look for, before a stream begins."""
+    long = [{"role": "user", "content": "x " * 3000}]
+    with pytest.raises(
+        openai.BadRequestError, match=r"request \(\d+ tokens\) exceeds the available context size"
+    ) as error:
+        client.chat.completions.create(model="", messages=long, stream=True)  # type: ignore[call-overload]
+    body: Any = error.value.body
+    assert body["n_ctx"] == 2048 and body["n_prompt_tokens"] > 2000 and body["type"] == "exceed_context_size_error"
+
+
+def test_fields_without_effect_are_named(server: Running) -> None:
+    """In a header; with --strict-params they are refused."""
+    body = {"messages": QUESTION, "temperature": 0.1, "top_p": 1, "user": "me", "max_tokens": 1, "top_k": None}
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == 200 and answer.headers["x-ignored-params"] == "temperature, top_p, user"
+    with running(strict_params=True) as strict:
+        refused = strict.post("/v1/chat/completions", body)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "temperature"
+
+
+def test_temperature_zero_gives_the_same_answer_each_time(server: Running) -> None:
+    """No seed then means seed 0; otherwise every answer has a fresh one, which is told."""
+
+    def seed(**fields: Any) -> int:
+        answer = server.post("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 1, **fields})
+        return int(answer.json()["timings"]["seed"])
+
+    assert seed(temperature=0) == 0 and seed(seed=7) == 7 and seed(seed=-2) == 2**64 - 2
+    assert len({seed(), seed(seed=-1), seed(seed=4294967295)}) == 3
+
+
+def test_timings_are_finite_numbers(server: Running) -> None:
+    """A warm-up too, which encodes the prompt and answers with nothing."""
+    for fields in ({}, {"n_predict": 0}):
+        answer = server.post("/v1/chat/completions", {"messages": QUESTION, **fields}).json()
+        for name, value in answer["timings"].items():
+            assert isinstance(value, (int, float)) and value >= 0, name
+    assert answer["choices"][0]["message"]["content"] == "" and answer["choices"][0]["finish_reason"] == "length"
+    again = server.post("/v1/chat/completions", {"messages": QUESTION}).json()
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/rerank", "/props", "/slots"])
+def test_what_is_not_offered_says_so(server: Running, path: str) -> None:
+    """501, which no client repeats."""
+    answer = server.post(path, {"input": "x"})
+    assert answer.status_code == 501 and answer.json()["error"]["type"] == "not_supported_error"
+
+
+def test_unknown_paths_and_methods_are_told_apart(server: Running) -> None:
+    """404; 405 with what is allowed. Both in the shape of every error."""
+    assert server.client.get("/v2/models").json()["error"]["code"] == 404
+    answer = server.client.get("/v1/chat/completions")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST" and answer.json()["error"]["code"] == 405
