@@ -135,9 +135,8 @@ def test_a_key_may_come_from_the_environment() -> None:
     """Where no other user of the machine sees it in a list of processes."""
     os.environ["PYDIFFGGUF_API_KEY"] = "secret"
     try:
-        with serving() as (_, url):
-            with httpx.Client(base_url=url, trust_env=False) as client:
-                assert client.get("/v1/models").status_code == 401
-                assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        with serving() as (_, url), httpx.Client(base_url=url, trust_env=False) as client:
+            assert client.get("/v1/models").status_code == 401
+            assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
     finally:
         del os.environ["PYDIFFGGUF_API_KEY"]

@@ -180,7 +180,7 @@ def test_a_newer_keystroke_supersedes_its_clients_older_one() -> None:
         assert steps.engine.superseded == 2 and "old" in steps.closed
 
 
-def test_a_warm_up_gives_way_and_ends_nobody() -> None:
+def test_a_warm_up_gives_way() -> None:
     """To any real request, and to a newer warm-up of the same client."""
     with engine() as steps:
         first, second = (steps.job(name, Kind.WARM_UP, 9, "me", True) for name in ("first", "second"))
@@ -192,10 +192,16 @@ def test_a_warm_up_gives_way_and_ends_nobody() -> None:
         steps.go.release()  # a step of the first may have been under way
         assert outcome(first).ended == outcome(second).ended == Why.SUPERSEDED
         assert outcome(key).result == "k"
-        steps.engine.submit(chat := steps.job("c", Kind.CHAT, 2))
-        steps.engine.submit(steps.job("third", Kind.WARM_UP, 1, "me", True))
+
+
+def test_a_warm_up_ends_no_request() -> None:
+    """It waits for its turn."""
+    with engine() as steps:
+        chat, warm = steps.job("c", Kind.CHAT, 2, "me", True), steps.job("w", Kind.WARM_UP, 1, "me", True)
+        steps.engine.submit(chat)
+        steps.engine.submit(warm)
         steps.let(3)
-        assert outcome(chat).result == "c"
+        assert outcome(chat).result == "c" and outcome(warm).result == "w"
 
 
 def test_a_client_that_leaves_frees_its_place_within_a_step() -> None:
