@@ -164,7 +164,7 @@ def measure_step(path: Path) -> dict[str, Any]:
 def count_candidates(model: DiffusionModel, prompt: str, n_canvases: int) -> list[dict[str, Any]]:
     """For each step of the first canvas of an answer, over `n_canvases` seeds: how many tokens a row's softmax needs to
     be whole but for 2^-24 (csrc/cuda/row.h)."""
-    ids = model.chat_ids_of(prompt)
+    ids = model._engine.prompts.turn(prompt)
     n_vocab, canvas = model.config.n_vocab, model.config.canvas_length
     sampling = model.sampling
     by_step: dict[int, list[npt.NDArray[np.int64]]] = {}

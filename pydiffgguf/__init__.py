@@ -13,75 +13,88 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pydiffgguf.edit import Choice, Edit
-    from pydiffgguf.errors import (
-        CancelledError,
-        ContextOverflowError,
-        DeviceError,
-        DiffGGUFError,
-        ModelClosedError,
-        ModelFormatError,
-        OutOfMemoryError,
-        SessionBusyError,
-        UnsupportedError,
-    )
-    from pydiffgguf.generate import Block, DenoiseStep, Generation, Stats
-    from pydiffgguf.infill import Candidate, Fill, Infill, InfillStats
-    from pydiffgguf.model import DiffusionModel, ModelWarning, demo_model_path
-    from pydiffgguf.session import Canvas, CanvasBatch, CanvasSpec, Noise, Session, Step
-
-__all__ = [
-    "Block",
-    "CancelledError",
-    "Candidate",
-    "Canvas",
-    "CanvasBatch",
-    "CanvasSpec",
-    "Choice",
-    "ContextOverflowError",
-    "DenoiseStep",
-    "DeviceError",
-    "DiffGGUFError",
-    "DiffusionModel",
-    "Edit",
-    "Fill",
-    "Generation",
-    "Infill",
-    "InfillStats",
-    "ModelClosedError",
-    "ModelFormatError",
-    "ModelWarning",
-    "Noise",
-    "OutOfMemoryError",
-    "Session",
-    "SessionBusyError",
-    "Stats",
-    "Step",
-    "UnsupportedError",
-    "__version__",
-    "demo_model_path",
-]
-
+#: Module -> the public names that it holds: the one table of them. What follows it repeats the names in the form that
+#: type checkers read; a test compares the two.
 _HOME = {
-    "errors": (
-        "CancelledError",
-        "ContextOverflowError",
-        "DeviceError",
-        "DiffGGUFError",
-        "ModelClosedError",
-        "ModelFormatError",
-        "OutOfMemoryError",
-        "SessionBusyError",
-        "UnsupportedError",
+    "_binding.native": "Metadata",
+    "_binding.records": "CanvasSpec Device LayerConfig Memory ModelConfig RawStep Sampling TensorInfo Timings",
+    "edit": "Choice Edit",
+    "engine.call": "Stream",
+    "engine.options": (
+        "Cancel EditOptions FillOptions Gap GenerateOptions "
+        "InfillMode InfillOptions KvType ModelOptions Noise Prompt SamplerName SamplingOptions"
     ),
-    "edit": ("Choice", "Edit"),
-    "generate": ("Block", "DenoiseStep", "Generation", "Stats"),
-    "infill": ("Candidate", "Fill", "Infill", "InfillStats"),
-    "model": ("DiffusionModel", "ModelWarning", "demo_model_path"),
-    "session": ("Canvas", "CanvasBatch", "CanvasSpec", "Noise", "Session", "Step"),
+    "errors": (
+        "CancelledError ContextOverflowError DeviceError DiffGGUFError "
+        "ModelClosedError ModelFormatError OutOfMemoryError SessionBusyError UnsupportedError"
+    ),
+    "generate": "Block DenoiseStep Event FinishReason Generation Prefill Stats",
+    "infill": "Candidate Fill Infill InfillStats",
+    "model": "DiffusionModel ModelWarning demo_model_path",
+    "session": "Canvas CanvasBatch Session Step",
+    "text.document": "Document",
+    "text.tokenizer": "Tokenizer",
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__all__ = sorted([*_MODULE_OF, "__version__"])
+
+if TYPE_CHECKING:
+    from pydiffgguf._binding.native import Metadata as Metadata
+    from pydiffgguf._binding.records import CanvasSpec as CanvasSpec
+    from pydiffgguf._binding.records import Device as Device
+    from pydiffgguf._binding.records import LayerConfig as LayerConfig
+    from pydiffgguf._binding.records import Memory as Memory
+    from pydiffgguf._binding.records import ModelConfig as ModelConfig
+    from pydiffgguf._binding.records import RawStep as RawStep
+    from pydiffgguf._binding.records import Sampling as Sampling
+    from pydiffgguf._binding.records import TensorInfo as TensorInfo
+    from pydiffgguf._binding.records import Timings as Timings
+    from pydiffgguf.edit import Choice as Choice
+    from pydiffgguf.edit import Edit as Edit
+    from pydiffgguf.engine.call import Stream as Stream
+    from pydiffgguf.engine.options import Cancel as Cancel
+    from pydiffgguf.engine.options import EditOptions as EditOptions
+    from pydiffgguf.engine.options import FillOptions as FillOptions
+    from pydiffgguf.engine.options import Gap as Gap
+    from pydiffgguf.engine.options import GenerateOptions as GenerateOptions
+    from pydiffgguf.engine.options import InfillMode as InfillMode
+    from pydiffgguf.engine.options import InfillOptions as InfillOptions
+    from pydiffgguf.engine.options import KvType as KvType
+    from pydiffgguf.engine.options import ModelOptions as ModelOptions
+    from pydiffgguf.engine.options import Noise as Noise
+    from pydiffgguf.engine.options import Prompt as Prompt
+    from pydiffgguf.engine.options import SamplerName as SamplerName
+    from pydiffgguf.engine.options import SamplingOptions as SamplingOptions
+    from pydiffgguf.errors import CancelledError as CancelledError
+    from pydiffgguf.errors import ContextOverflowError as ContextOverflowError
+    from pydiffgguf.errors import DeviceError as DeviceError
+    from pydiffgguf.errors import DiffGGUFError as DiffGGUFError
+    from pydiffgguf.errors import ModelClosedError as ModelClosedError
+    from pydiffgguf.errors import ModelFormatError as ModelFormatError
+    from pydiffgguf.errors import OutOfMemoryError as OutOfMemoryError
+    from pydiffgguf.errors import SessionBusyError as SessionBusyError
+    from pydiffgguf.errors import UnsupportedError as UnsupportedError
+    from pydiffgguf.generate import Block as Block
+    from pydiffgguf.generate import DenoiseStep as DenoiseStep
+    from pydiffgguf.generate import Event as Event
+    from pydiffgguf.generate import FinishReason as FinishReason
+    from pydiffgguf.generate import Generation as Generation
+    from pydiffgguf.generate import Prefill as Prefill
+    from pydiffgguf.generate import Stats as Stats
+    from pydiffgguf.infill import Candidate as Candidate
+    from pydiffgguf.infill import Fill as Fill
+    from pydiffgguf.infill import Infill as Infill
+    from pydiffgguf.infill import InfillStats as InfillStats
+    from pydiffgguf.model import DiffusionModel as DiffusionModel
+    from pydiffgguf.model import ModelWarning as ModelWarning
+    from pydiffgguf.model import demo_model_path as demo_model_path
+    from pydiffgguf.session import Canvas as Canvas
+    from pydiffgguf.session import CanvasBatch as CanvasBatch
+    from pydiffgguf.session import Session as Session
+    from pydiffgguf.session import Step as Step
+    from pydiffgguf.text.document import Document as Document
+    from pydiffgguf.text.tokenizer import Tokenizer as Tokenizer
 
 
 def __getattr__(name: str) -> Any:

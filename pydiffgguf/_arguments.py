@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from operator import index
 from typing import Any
 
@@ -23,6 +24,20 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     if not low <= number <= high:
         raise ValueError(f"{name} is {number}: it must be from {low} to {high}")
     return number
+
+
+def seed_of(value: object) -> int:
+    """A seed as the caller gave it; for None and -1 a fresh one of 64 bits."""
+    if value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value == -1):
+        return secrets.randbits(64)
+    return integer("seed", value, 0, MAX_SEED)
+
+
+def flag(name: str, value: object) -> bool:
+    """Raises TypeError unless `value` is True or False: "no" and "false" would both be true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, but is {value!r:.60}")
+    return bool(value)
 
 
 def int32(name: str, value: object, low: int = 0) -> int:

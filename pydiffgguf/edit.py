@@ -7,22 +7,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pydiffgguf._arguments import MAX_SEED, integer, real
+from pydiffgguf._arguments import integer, real, seed_of
 from pydiffgguf._binding import functions
 from pydiffgguf._binding.records import Int32Array
 from pydiffgguf._log import logger
+from pydiffgguf.engine.call import Call, OutOfTime
+from pydiffgguf.engine.core import Engine
+from pydiffgguf.engine.options import Cancel
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.generate import Stats, encode_prompt
 from pydiffgguf.session import CanvasBatch, CanvasSpec, resolve_sampling
 from pydiffgguf.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from pydiffgguf.model import DiffusionModel
 
 __all__ = ["Choice", "Edit", "choose", "edit"]
 
@@ -48,15 +48,15 @@ class Choice(dict[str, dict[str, float]]):
         self.stats = stats
 
 
-def _prompt(model: DiffusionModel, before: Sequence[int]) -> tuple[list[int], int]:
+def _prompt(engine: Engine, before: Sequence[int]) -> tuple[list[int], int]:
     """What is encoded before a canvas, and how many tokens of the text's head n_ctx has no room for: they are the
     farthest from what is asked."""
-    tokenizer = model.tokenizer
+    tokenizer = engine.tokenizer
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = [*start, *before]
     if not ids:
         raise ValueError("nothing stands before the canvas, and this vocabulary has no bos token: begin with some text")
-    over = max(0, len(ids) - model.n_ctx + model.config.canvas_length)
+    over = max(0, len(ids) - engine.n_ctx + engine.config.canvas_length)
     return [*start, *before[over:]], over
 
 
@@ -81,46 +81,54 @@ def _check_spans(text: str, spans: object) -> list[tuple[int, int]]:
     return checked
 
 
-def edit(
-    model: DiffusionModel, text: str, spans: Sequence[tuple[int, int]], *, strength: float, seed: int, **sampling: Any
-) -> Edit:
-    """See `DiffusionModel.edit`."""
+def edit(engine: Engine, text: str, spans: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> Edit:
+    """See `DiffusionModel.edit`.
+
+    Args:
+        options: `EditOptions`; other names are not looked at.
+    """
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, not {type(text).__name__}")
     where = _check_spans(text, spans)
-    share = real("strength", strength)
+    share = real("strength", options.get("strength", 1.0))
     if not 0.0 < share <= 1.0:
         raise ValueError(f"strength is {share}: it must be in (0, 1]")
-    integer("seed", seed, 0, MAX_SEED)
-    options, limit = resolve_sampling(model.sampling, sampling)
-    deadline = None if limit is None else time.monotonic() + limit
-    ids, places = _cut(model.tokenizer, text, where)
+    seed = seed_of(options.get("seed", 0))
+    sampling, limit = resolve_sampling(engine.sampling, options)
+    call = Call(options.get("cancel"), limit)
+    call.begin()
+    ids, places = _cut(engine.tokenizer, text, where)
     given = ids.copy()
     stats = Stats(seed=seed, prompt_tokens=0)
     dropped = 0
     in_time = True
-    for first, end, free in _windows(places, len(ids), model.config.canvas_length):
+    for first, end, free in _windows(places, len(ids), engine.config.canvas_length):
         if not in_time:
             break
         spec = CanvasSpec(
             n_rows=end - first,
             pinned=np.where(free, -1, ids[first:end]).astype(np.int32),
-            canvas=_renoised(ids[first:end], free, share, seed, len(stats.steps), model.config.n_vocab),
+            canvas=_renoised(ids[first:end], free, share, seed, len(stats.steps), engine.config.n_vocab),
             seed=seed,
             canvas_index=len(stats.steps),
         )
-        prompt, dropped = _prompt(model, ids[:first].tolist())
-        with model.session_for(prompt) as session:
-            stats.prompt_tokens += len(prompt)
-            encode_prompt(session, prompt, stats)
-            batch = CanvasBatch(session, [spec], options)
-            while True:
-                began = time.monotonic()
-                [step] = batch.step()
-                stats.denoise_s += time.monotonic() - began
-                in_time = deadline is None or time.monotonic() < deadline
-                if step.finished or not in_time:
-                    break
+        prompt, dropped = _prompt(engine, ids[:first].tolist())
+        try:
+            with engine.pool.take(prompt, call) as session:
+                stats.prompt_tokens += len(prompt)
+                for _ in encode_prompt(session, prompt, stats, call):
+                    pass
+                batch = CanvasBatch(session, [spec], sampling)
+                while True:
+                    began = time.monotonic()
+                    [step] = batch.step()
+                    stats.denoise_s += time.monotonic() - began
+                    in_time = not call.late()
+                    if step.finished or not in_time:
+                        break
+        except OutOfTime:
+            in_time = False
+            break
         in_time = in_time or step.finished
         stats.steps.append(step.step + 1)
         stats.generated_tokens += int(free.sum())
@@ -130,12 +138,12 @@ def edit(
     for (start, stop), (row, end) in zip(where, places, strict=True):
         # A vocabulary that lacks characters has one token for all of them: what did not change is not read back.
         same = np.array_equal(ids[row:end], given[row:end])
-        texts.append(text[start:stop] if same else model.tokenizer.decode(ids[row:end].tolist(), skip_special=True))
+        texts.append(text[start:stop] if same else engine.tokenizer.decode(ids[row:end].tolist(), skip_special=True))
         result += text[at:start] + texts[-1]
         at = stop
     reason = "stop" if in_time else "length"
     if dropped:
-        logger.warning("edit: n_ctx %d had no room for %d tokens of the text's beginning", model.n_ctx, dropped)
+        logger.warning("edit: n_ctx %d had no room for %d tokens of the text's beginning", engine.n_ctx, dropped)
     logger.debug("edited: %s, %s", reason, stats)
     return Edit(result + text[at:], texts, reason, stats, dropped)
 
@@ -192,32 +200,40 @@ def _renoised(
 
 
 def choose(
-    model: DiffusionModel, template: str, slots: Mapping[str, Sequence[str]], *, draws: int, seed: int
+    engine: Engine,
+    template: str,
+    slots: Mapping[str, Sequence[str]],
+    *,
+    draws: int,
+    seed: int | None,
+    cancel: Cancel | None,
 ) -> Choice:
     """See `DiffusionModel.choose`."""
     if not isinstance(template, str):
         raise TypeError(f"template must be a str, not {type(template).__name__}")
     integer("draws", draws, 1, 1024)
-    integer("seed", seed, 0, MAX_SEED)
+    seed = seed_of(seed)
+    call = Call(cancel)
     found = _slots(template, slots)
-    tokenizer, canvas = model.tokenizer, model.config.canvas_length
+    tokenizer, canvas = engine.tokenizer, engine.config.canvas_length
     options = {name: [tokenizer.encode(option, special=False) for option in slots[name]] for name, _, _ in found}
     before = tokenizer.encode(template[: found[0][1]], special=False)
     between: list[list[int]] = []
     for i, (_, _, end) in enumerate(found):
         following = found[i + 1][1] if i + 1 < len(found) else None
         between.append(tokenizer.encode(template[end:following], special=False))
-    sampling = replace(model.sampling, max_steps=1)
+    sampling = replace(engine.sampling, max_steps=1)
     result: dict[str, dict[str, float]] = {}
-    prompt, over = _prompt(model, before)
+    prompt, over = _prompt(engine, before)
     if over:
         raise ContextOverflowError(
-            f"the text before the first slot has {len(prompt) + over} tokens, but n_ctx {model.n_ctx} leaves room for "
+            f"the text before the first slot has {len(prompt) + over} tokens, but n_ctx {engine.n_ctx} leaves room for "
             f"{len(prompt)} before a canvas of {canvas}; shorten it, or open the model with a larger n_ctx"
         )
     stats = Stats(seed=seed, prompt_tokens=len(prompt))
-    with model.session_for(prompt) as session:
-        encode_prompt(session, prompt, stats)
+    with engine.pool.take(prompt, call) as session:
+        for _ in encode_prompt(session, prompt, stats, call):
+            pass
         for asked, (name, _, _) in enumerate(found):
             scores: list[float] = []
             lengths = [len(options[other][0]) for other, _, _ in found]

@@ -6,20 +6,31 @@ stream, drained.
 
 from __future__ import annotations
 
-import bisect
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from pydiffgguf._binding.records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
+from pydiffgguf._arguments import integer, seed_of
+from pydiffgguf._binding.records import (
+    ArrayRecord,
+    BoolArray,
+    Float64Array,
+    Int32Array,
+    RawStep,
+    Sampling,
+)
 from pydiffgguf._log import logger
+from pydiffgguf.engine.call import Call, OutOfTime, Stream
+from pydiffgguf.engine.core import Engine
+from pydiffgguf.engine.options import Noise
+from pydiffgguf.engine.pool import common_head
 from pydiffgguf.errors import CancelledError, ContextOverflowError
-from pydiffgguf.session import CanvasBatch, CanvasSpec, Noise, Session
-from pydiffgguf.text.chat import CLOSE, OPEN, StopStrings, split_reasoning
-from pydiffgguf.text.tokenizer import Tokenizer
+from pydiffgguf.session import CanvasBatch, CanvasSpec, Session, resolve_sampling
+from pydiffgguf.text.chat import StopStrings
+from pydiffgguf.text.view import until_end
 
 __all__ = [
     "Block",
@@ -27,19 +38,29 @@ __all__ = [
     "Event",
     "FinishReason",
     "Generation",
-    "Request",
+    "Prefill",
     "Stats",
-    "TextView",
-    "common_head",
     "encode_prompt",
-    "run",
+    "stream_ids",
 ]
+
+DEFAULT_MAX_TOKENS = 256
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class DenoiseStep:
+class Prefill:
+    """The prompt is being read: `done` of its `total` tokens are in the cache. The first event of every call, and one
+    more after each n_batch tokens. `elapsed_s`: since the call began."""
+
+    done: int
+    total: int
+    elapsed_s: float = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenoiseStep(ArrayRecord):
     """One step of one canvas. `canvas` and `step` count from 0; `total_steps` is the most there can be.
 
     `tokens` int32 [C]: the argmax canvas. `accepted` bool [C], `entropy` float64 [C] in nats. `pinned` bool [C], or
@@ -53,8 +74,15 @@ class DenoiseStep:
     accepted: BoolArray
     entropy: Float64Array
     text: str
-    elapsed_s: float
+    elapsed_s: float = field(compare=False)
     pinned: BoolArray | None = None
+
+    def __repr__(self) -> str:
+        free = len(self.tokens) - (0 if self.pinned is None else int(self.pinned.sum()))
+        return (
+            f"DenoiseStep(canvas={self.canvas}, step={self.step + 1}/{self.total_steps}, {int(self.accepted.sum())} of "
+            f"{free} accepted, text={self.text!r}, {self.elapsed_s:.3f} s)"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +94,7 @@ class Block:
     tokens: list[int]
 
 
-Event = DenoiseStep | Block
+Event = Prefill | DenoiseStep | Block
 
 
 @dataclass
@@ -113,104 +141,83 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What `run` needs to know, checked by its maker."""
+class _Request:
+    """Checked arguments of a generation."""
 
-    prompt: Sequence[int]
+    prompt: list[int]
     max_tokens: int
     sampling: Sampling
-    time_limit_s: float | None
     stop: StopStrings
     seed: int
     noise: Noise | None
-    end_ids: frozenset[int]
-    watched: bool = True  # somebody looks at the steps; else no DenoiseStep is made
+    watched: bool  # somebody looks at the steps; else no DenoiseStep is made
 
 
-class TextView:
-    """How tokens read: answer and reasoning apart, structure left out. Without a tokenizer everything reads ""."""
+def stream_ids(
+    engine: Engine, prompt: list[int], options: Mapping[str, Any], *, watched: bool = True
+) -> Stream[Event, Generation]:
+    """A generation from token ids. Afterwards the session's prefix holds the prompt and every canvas except the last.
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = tokenizer
-        self._hidden: frozenset[int] = frozenset()
-        if tokenizer is not None:
-            channel = {tokenizer.token_id(OPEN), tokenizer.token_id(CLOSE)}
-            self._hidden = tokenizer.special_ids - channel
+    Args:
+        options: `GenerateOptions`; other names are not looked at.
+        watched: somebody takes the events; else there are no DenoiseSteps.
 
-    def split(self, tokens: Sequence[int]) -> tuple[str, str]:
-        """(reasoning, answer)"""
-        if self._tokenizer is None:
-            return "", ""
-        return split_reasoning(self._tokenizer.decode(token for token in tokens if token not in self._hidden))
-
-    def answer(self, tokens: Sequence[int]) -> str:
-        return self.split(tokens)[1]
-
-    def tokens_within(self, tokens: list[int], n_characters: int) -> list[int]:
-        """The longest head of `tokens` whose answer has at most so many characters."""
-        n = bisect.bisect_right(range(len(tokens) + 1), n_characters, key=lambda i: len(self.answer(tokens[:i])))
-        return tokens[: n - 1]
-
-
-def until_end(tokens: Sequence[int], end_ids: frozenset[int]) -> tuple[list[int], bool]:
-    """The tokens before the first end token, and whether there was one."""
-    for i, token in enumerate(tokens):
-        if token in end_ids:
-            return list(tokens[:i]), True
-    return list(tokens), False
-
-
-def run(session: Session, request: Request, view: TextView) -> Generator[Event, None, Generation]:
-    """Generates on a session, whose prefix may hold a head of the prompt already. Afterwards the prefix holds the
-    prompt and every canvas but the last.
-
-    Raises:
-        ContextOverflowError: the prompt and one canvas do not fit; the prefix is as it was.
+    Raises, before the first event, ValueError and TypeError for an option; at the first, ContextOverflowError when the
+    prompt and one canvas do not fit.
     """
-    began = time.monotonic()
-    deadline = None if request.time_limit_s is None else began + request.time_limit_s
+    sampling, time_limit = resolve_sampling(engine.sampling, options)
+    max_tokens = options.get("max_tokens")
+    request = _Request(
+        prompt=prompt,
+        max_tokens=integer("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, 1, 2**31 - 1),
+        sampling=sampling,
+        stop=StopStrings(options.get("stop") or ()),
+        seed=seed_of(options.get("seed")),
+        noise=options.get("noise"),
+        watched=watched,
+    )
+    call = Call(options.get("cancel"), time_limit)
+    return Stream(_run(engine, request, call), call)
+
+
+def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None, Generation]:
+    call.begin()
+    view, end_ids = engine.view, engine.prompts.end_ids
     stats = Stats(seed=request.seed, prompt_tokens=len(request.prompt))
     done: list[int] = []
     text = ""
     reason: FinishReason = "length"
     try:
-        if not encode_prompt(session, request.prompt, stats, deadline):
-            return Generation("", [], reason, stats)
-        canvas_index = 0
-        while True:
-            step = yield from _denoise(session, request, canvas_index, began, deadline, stats, view)
-            tokens, ended = until_end(step.argmax.tolist(), request.end_ids)
-            before, n_before = text, len(done)
-            done += tokens
-            if len(done) > request.max_tokens:
-                ended, done = False, done[: request.max_tokens]
-            text = view.answer(done)
-            stop_at = request.stop.find(text, max(0, len(before) - request.stop.overlap))
-            if stop_at is not None:
-                # A token that the stop string cuts in two is not counted; its characters before the cut are.
-                ended, done, text = True, view.tokens_within(done, stop_at), text[:stop_at]
-            stats.generated_tokens = len(done)
-            yield Block(text[len(before) :], done[n_before:])
-            if ended:
-                reason = "stop"
-                break
-            late = deadline is not None and time.monotonic() >= deadline
-            if len(done) >= request.max_tokens or late or not _fits_another(session):
-                break
-            _timed_encode(session, step.argmax, stats)
-            canvas_index += 1
+        with engine.pool.take(request.prompt, call) as session:
+            yield from encode_prompt(session, request.prompt, stats, call)
+            canvas_index = 0
+            while True:
+                step = yield from _denoise(engine, session, request, canvas_index, call, stats)
+                tokens, ended = until_end(step.argmax.tolist(), end_ids)
+                before, n_before = text, len(done)
+                done += tokens
+                if len(done) > request.max_tokens:
+                    ended, done = False, done[: request.max_tokens]
+                text = view.answer(done)
+                stop_at = request.stop.find(text, max(0, len(before) - request.stop.overlap))
+                if stop_at is not None:
+                    # A token that the stop string cuts in two is not counted; its characters before the cut are.
+                    ended, done, text = True, view.tokens_within(done, stop_at), text[:stop_at]
+                stats.generated_tokens = len(done)
+                yield Block(text[len(before) :], done[n_before:])
+                if ended:
+                    reason = "stop"
+                    break
+                if len(done) >= request.max_tokens or call.late() or not _fits_another(session):
+                    break
+                _timed_encode(session, step.argmax, stats)
+                canvas_index += 1
     except CancelledError:
         reason = "cancelled"
+    except OutOfTime:
+        reason = "length"
     logger.debug("generated: %s, %s", reason, stats)
     return Generation(text, done, reason, stats, view.split(done)[0])
-
-
-def common_head(session: Session, prompt: Int32Array) -> int:
-    """How many of the prompt's first tokens the session's prefix begins with."""
-    held = session.tokens()
-    n = min(len(held), len(prompt))
-    different = np.nonzero(held[:n] != prompt[:n])[0]
-    return int(different[0]) if different.size else n
 
 
 def _fits_another(session: Session) -> bool:
@@ -226,9 +233,12 @@ def _timed_encode(session: Session, ids: Sequence[int] | Int32Array, stats: Stat
         stats.prefill_s += time.monotonic() - began
 
 
-def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, deadline: float | None = None) -> bool:
-    """Brings the prefix to the prompt, keeping what they have in common. Without the whole prompt, at `deadline` (on
-    time.monotonic), it ends after the chunk under way and returns False."""
+def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, call: Call) -> Generator[Prefill, None, None]:
+    """Brings the prefix to the prompt, keeping what they have in common, n_batch tokens at a time.
+
+    Raises OutOfTime, after the chunk under way, when the call's time is over before the whole prompt is encoded;
+    ContextOverflowError, with the prefix as it was, when the prompt and one canvas do not fit; CancelledError.
+    """
     room = session.n_ctx - session.config.canvas_length
     if len(prompt) > room:
         raise ContextOverflowError(
@@ -241,25 +251,19 @@ def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, deadlin
     session.truncate(common)
     stats.prefill_s += time.monotonic() - began
     stats.reused_tokens += common
-    chunk = len(ids) if deadline is None else session.n_batch
-    for first in range(common, len(ids), max(chunk, 1)):
-        if deadline is not None and time.monotonic() >= deadline:
-            return False
-        _timed_encode(session, ids[first : first + chunk], stats)
-    return True
+    yield Prefill(common, len(ids), call.elapsed_s)
+    for first in range(common, len(ids), session.n_batch):
+        call.check()
+        _timed_encode(session, ids[first : first + session.n_batch], stats)
+        yield Prefill(min(first + session.n_batch, len(ids)), len(ids), call.elapsed_s)
 
 
 def _denoise(
-    session: Session,
-    request: Request,
-    canvas_index: int,
-    began: float,
-    deadline: float | None,
-    stats: Stats,
-    view: TextView,
+    engine: Engine, session: Session, request: _Request, canvas_index: int, call: Call, stats: Stats
 ) -> Generator[DenoiseStep, None, RawStep]:
     spec = CanvasSpec(seed=request.seed, canvas_index=canvas_index, quiet=not request.watched)
     batch = CanvasBatch(session, [spec], request.sampling, noise=request.noise)
+    view, end_ids = engine.view, engine.prompts.end_ids
     stats.steps.append(0)
     while True:
         step_began = time.monotonic()
@@ -268,7 +272,7 @@ def _denoise(
         stats.denoise_s += now - step_began
         stats.steps[-1] += 1
         if request.watched:
-            draft, _ = until_end(step.argmax.tolist(), request.end_ids)
+            draft, _ = until_end(step.argmax.tolist(), end_ids)
             yield DenoiseStep(
                 canvas_index,
                 step.step,
@@ -277,7 +281,7 @@ def _denoise(
                 step.accepted,
                 step.entropy,
                 view.answer(draft),
-                now - began,
+                now - call.began,
             )
-        if step.finished or (deadline is not None and now >= deadline):
+        if step.finished or (call.deadline is not None and now >= call.deadline):
             return batch.rows(0)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydiffgguf._arguments import int32, integer
+from pydiffgguf._arguments import flag, int32, integer, seed_of
 from pydiffgguf._binding.records import Sampling
 from pydiffgguf._log import logger
+from pydiffgguf.engine.call import Call, OutOfTime, Stream
+from pydiffgguf.engine.core import Engine
+from pydiffgguf.engine.options import Gap
 from pydiffgguf.errors import CancelledError
-from pydiffgguf.generate import DenoiseStep, FinishReason, Stats, encode_prompt
+from pydiffgguf.generate import DenoiseStep, FinishReason, Prefill, Stats, encode_prompt
 from pydiffgguf.layout import Layout, check_extra, lay_out, resolve_mode
-from pydiffgguf.search import Draft, Filled, Gap, SearchStats, fill_hole
+from pydiffgguf.search import Draft, Filled, SearchStats, fill_hole
 from pydiffgguf.session import resolve_sampling
 from pydiffgguf.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from pydiffgguf.model import DiffusionModel
 
 __all__ = ["Candidate", "Fill", "Infill", "InfillStats", "stream_fill", "stream_infill"]
 
@@ -138,27 +137,11 @@ class _Options:
     heal: bool
     ends: bool
     sampling: Sampling
-    deadline: float | None
-    began: float
 
 
-def check_options(
-    model: DiffusionModel,
-    *,
-    gap: Gap,
-    min_gap: int,
-    max_gap: int,
-    n: int,
-    extra: Sequence[tuple[str, str]],
-    seed: int,
-    mode: str,
-    heal: bool,
-    ends: bool,
-    sampling: dict[str, Any],
-) -> _Options:
+def _check(engine: Engine, options: Mapping[str, Any]) -> tuple[_Options, Call]:
     """Raises TypeError and ValueError as `DiffusionModel.infill` says."""
-    from pydiffgguf._arguments import MAX_SEED
-
+    gap = options.get("gap", "auto")
     if isinstance(gap, str):
         if gap != "auto":
             raise ValueError(f"gap is {gap!r}: it must be a number of tokens, or 'auto'")
@@ -166,48 +149,51 @@ def check_options(
         raise ValueError(
             "gap is 0: there is nothing to fill between prefix and suffix; give the number of tokens, or gap='auto'"
         )
-    min_gap, max_gap = int32("min_gap", min_gap), int32("max_gap", max_gap, 1)
+    min_gap, max_gap = int32("min_gap", options.get("min_gap", 0)), int32("max_gap", options.get("max_gap", 128), 1)
     if min_gap > max_gap:
         raise ValueError(f"min_gap is {min_gap}: it must be at most max_gap, {max_gap}")
     if not isinstance(gap, str) and min_gap > gap:
         raise ValueError(f"min_gap is {min_gap}, but the gap is to have {gap} tokens: leave it out, or give gap='auto'")
-    chosen, limit = resolve_sampling(model.sampling, sampling)
-    began = time.monotonic()
-    return _Options(
+    sampling, limit = resolve_sampling(engine.sampling, options)
+    file_mode, has_template = engine.native.metadata.get("diffusion.infill_mode"), bool(engine.prompts.template)
+    checked = _Options(
         gap=gap,
         min_gap=min_gap,
         max_gap=max_gap,
-        n=integer("n", n, 1, 64),
-        extra=check_extra(extra),
-        seed=integer("seed", seed, 0, MAX_SEED),
-        mode=resolve_mode(mode, model.metadata.get("diffusion.infill_mode"), bool(model.chat_template)),
-        heal=bool(heal),
-        ends=bool(ends),
-        sampling=chosen,
-        deadline=None if limit is None else began + limit,
-        began=began,
+        n=integer("n", options.get("n", 1), 1, 64),
+        extra=check_extra(options.get("extra", ())),
+        seed=seed_of(options.get("seed", 0)),
+        mode=resolve_mode(options.get("mode", "auto"), file_mode, has_template),
+        heal=flag("heal", options.get("heal", True)),
+        ends=flag("ends", options.get("ends", True)),
+        sampling=sampling,
     )
+    return checked, Call(options.get("cancel"), limit)
 
 
 def stream_infill(
-    model: DiffusionModel, prefix: str, suffix: str, **arguments: Any
-) -> Generator[DenoiseStep, None, Infill]:
-    """See `DiffusionModel.stream_infill`; the arguments are checked here, not at the first event."""
+    engine: Engine, prefix: str, suffix: str, options: Mapping[str, Any]
+) -> Stream[Prefill | DenoiseStep, Infill]:
+    """See `DiffusionModel.stream_infill`; the arguments are checked here, not at the first event.
+
+    Args:
+        options: `InfillOptions`; other names are not looked at.
+    """
     for name, text in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a str, not {type(text).__name__}")
-    options = check_options(model, **arguments)
-    if not suffix and options.gap == "auto":
+    checked, call = _check(engine, options)
+    if not suffix and checked.gap == "auto":
         raise ValueError(
             "the suffix is empty, so nothing tells how long the gap is: give gap=N, or use generate(prefix, raw=True)"
         )
-    layout = _lay_out(model, prefix, suffix, options)
-    return _run(model, layout, options)
+    layout = _lay_out(engine, prefix, suffix, checked)
+    return Stream(_one(engine, layout, checked, call), call)
 
 
-def _lay_out(model: DiffusionModel, prefix: str, suffix: str, options: _Options, later: Sequence[int] = ()) -> Layout:
+def _lay_out(engine: Engine, prefix: str, suffix: str, options: _Options, later: Sequence[int] = ()) -> Layout:
     return lay_out(
-        model.tokenizer,
+        engine.tokenizer,
         prefix,
         suffix,
         gap=options.gap,
@@ -215,24 +201,40 @@ def _lay_out(model: DiffusionModel, prefix: str, suffix: str, options: _Options,
         max_gap=options.max_gap,
         extra=options.extra,
         heal=options.heal,
-        canvas=model.config.canvas_length,
-        n_ctx=model.n_ctx,
-        chat=model.chat_ids_of if options.mode == "chat" else None,
+        canvas=engine.config.canvas_length,
+        n_ctx=engine.n_ctx,
+        chat=engine.prompts.turn if options.mode == "chat" else None,
         later=later,
         ends=options.ends,
     )
 
 
-def _run(model: DiffusionModel, layout: Layout, options: _Options) -> Generator[DenoiseStep, None, Infill]:
-    tokenizer = model.tokenizer
-    with model.session_for(layout.prompt) as session:
-        cost = Stats(seed=options.seed, prompt_tokens=len(layout.prompt))
-        stats = InfillStats(options.seed, options.mode, len(layout.prompt), 0, layout.dropped, 0.0)
-        last = ""
-        found: list[Filled] = []
-        reason: FinishReason = "stop"
-        try:
-            encode_prompt(session, layout.prompt, cost)
+def _one(
+    engine: Engine, layout: Layout, options: _Options, call: Call
+) -> Generator[Prefill | DenoiseStep, None, Infill]:
+    call.begin()
+    return (yield from _run(engine, layout, options, call))
+
+
+def _run(
+    engine: Engine, layout: Layout, options: _Options, call: Call
+) -> Generator[Prefill | DenoiseStep, None, Infill]:
+    tokenizer = engine.tokenizer
+    cost = Stats(seed=options.seed, prompt_tokens=len(layout.prompt))
+    stats = InfillStats(options.seed, options.mode, len(layout.prompt), 0, layout.dropped, 0.0)
+    last = ""
+    found: list[Filled] = []
+    reason: FinishReason = "stop"
+
+    def show(draft: Draft) -> DenoiseStep:
+        nonlocal last
+        event = _event(tokenizer, layout, draft, call)
+        last = event.text
+        return event
+
+    try:
+        with engine.pool.take(layout.prompt, call) as session:
+            yield from encode_prompt(session, layout.prompt, cost, call)
             drafts = fill_hole(
                 session,
                 layout.hole,
@@ -243,25 +245,19 @@ def _run(model: DiffusionModel, layout: Layout, options: _Options) -> Generator[
                 sampling=options.sampling,
                 stats=stats.search,
                 seed=options.seed,
-                deadline=options.deadline,
+                deadline=call.deadline,
             )
             with closing(drafts):  # before the session goes back to the pool
-                while True:
-                    try:
-                        draft = next(drafts)
-                    except StopIteration as end:
-                        found = end.value
-                        break
-                    event = _event(tokenizer, layout, draft, options.began)
-                    last = event.text
-                    yield event
-            if stats.search.out_of_time:
-                reason = "length"
-        except CancelledError:
-            reason = "cancelled"
-        stats.reused_tokens, stats.prefill_s = cost.reused_tokens, cost.prefill_s
+                found = yield from _shown(drafts, show)
+    except CancelledError:
+        reason = "cancelled"
+    except OutOfTime:
+        reason = "length"
+    if stats.search.out_of_time and reason == "stop":
+        reason = "length"
+    stats.reused_tokens, stats.prefill_s = cost.reused_tokens, cost.prefill_s
     if layout.dropped:
-        logger.warning("infill: n_ctx %d had no room for %d tokens of context", model.n_ctx, layout.dropped)
+        logger.warning("infill: n_ctx %d had no room for %d tokens of context", engine.n_ctx, layout.dropped)
     logger.debug("infilled: %s, %s", reason, stats)
     by_text: dict[str, Candidate] = {}  # other tokens may read the same: a word as typed and healed, say
     for filled in found:
@@ -270,6 +266,20 @@ def _run(model: DiffusionModel, layout: Layout, options: _Options) -> Generator[
     candidates = list(by_text.values())
     best = candidates[0] if candidates else Candidate(last, 0, float("-inf"), 0.0, False)
     return Infill(best.text, best.gap_tokens, best.score, candidates, reason, stats)
+
+
+def _shown(
+    drafts: Generator[Draft, None, list[Filled]], show: Callable[[Draft], DenoiseStep]
+) -> Generator[DenoiseStep, None, list[Filled]]:
+    """The drafts as events, and what they come to."""
+    found: list[Filled] = []
+
+    def whole() -> Generator[Draft, None, None]:
+        found.extend((yield from drafts))
+
+    for draft in whole():
+        yield show(draft)
+    return found
 
 
 def _text(tokenizer: Tokenizer, layout: Layout, tokens: Sequence[int]) -> str:
@@ -282,7 +292,7 @@ def _candidate(tokenizer: Tokenizer, layout: Layout, filled: Filled) -> Candidat
     return Candidate(text, filled.gap_tokens, filled.score, filled.confidence, filled.healed)
 
 
-def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, began: float) -> DenoiseStep:
+def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, call: Call) -> DenoiseStep:
     step = draft.step
     return DenoiseStep(
         draft.canvas,
@@ -292,7 +302,7 @@ def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, began: float) -> 
         step.accepted,
         step.entropy,
         _text(tokenizer, layout, draft.tokens),
-        time.monotonic() - began,
+        call.elapsed_s,
         draft.pinned,
     )
 
@@ -360,21 +370,26 @@ def literal(text: str) -> str:
     return _ESCAPED.sub(r"<\1", text)
 
 
-def stream_fill(model: DiffusionModel, template: str, **arguments: Any) -> Generator[DenoiseStep, None, Fill]:
+def stream_fill(engine: Engine, template: str, options: Mapping[str, Any]) -> Stream[Prefill | DenoiseStep, Fill]:
     """See `DiffusionModel.fill`. Gaps are filled from left to right: each sees the text before it, what was filled
     there included, and behind it the rest of the template, where later gaps are free rows of their own length, or of a
-    nominal one."""
-    options = check_options(model, gap="auto", n=1, **arguments)
-    markers = parse_template(template, options.min_gap, options.max_gap)
+    nominal one.
+
+    Args:
+        options: `FillOptions`; other names are not looked at.
+    """
+    checked, call = _check(engine, {**options, "gap": "auto", "n": 1})
+    markers = parse_template(template, checked.min_gap, checked.max_gap)
     if not template[markers[-1].end :] and markers[-1].gap == "auto":
         raise ValueError("the template ends with a gap, so nothing tells how long it is: write <gap len=N/>")
-    return _fill(model, template, markers, options)
+    return Stream(_fill(engine, template, markers, checked, call), call)
 
 
 def _fill(
-    model: DiffusionModel, template: str, markers: list[_Marker], options: _Options
-) -> Generator[DenoiseStep, None, Fill]:
-    encode = model.tokenizer.encode
+    engine: Engine, template: str, markers: list[_Marker], options: _Options, call: Call
+) -> Generator[Prefill | DenoiseStep, None, Fill]:
+    call.begin()
+    encode = engine.tokenizer.encode
     text = literal(template[: markers[0].start])
     gaps: list[Infill] = []
     costs: list[InfillStats] = []
@@ -388,7 +403,7 @@ def _fill(
             between = literal(template[here.end : after.start if after else None])
             later += [-1] * here.nominal + encode(between, special=False)
         mine = replace(options, gap=marker.gap, min_gap=marker.min_gap, max_gap=marker.max_gap)
-        infill = yield from _run(model, _lay_out(model, text, suffix, mine, later), mine)
+        infill = yield from _run(engine, _lay_out(engine, text, suffix, mine, later), mine, call)
         costs.append(infill.stats)
         if infill.finish_reason != "stop":
             reason = infill.finish_reason

@@ -15,14 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pydiffgguf.engine.options import Gap
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
-from pydiffgguf.search import Gap, Hole, suffix_rows
+from pydiffgguf.search import Hole, suffix_rows
 from pydiffgguf.text.tokenizer import Tokenizer
 
-__all__ = ["Layout", "Mode", "chat_message", "check_extra", "lay_out", "resolve_mode"]
-
-#: How a gap is put to the model; "auto" goes by the file.
-Mode = Literal["auto", "raw", "chat"]
+__all__ = ["Layout", "chat_message", "check_extra", "lay_out", "resolve_mode"]
 
 #: A word longer than so many tokens is not healed, nor one that takes more than a quarter of the canvas.
 MOST_HEAD = 4

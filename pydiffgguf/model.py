@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
-import threading
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from pydiffgguf._arguments import MAX_SEED, integer
+from pydiffgguf._arguments import flag, integer
 from pydiffgguf._binding.library import StrPath
 from pydiffgguf._binding.native import Metadata, NativeModel
 from pydiffgguf._binding.records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf._log import logger
 from pydiffgguf.describe import describe
 from pydiffgguf.edit import Choice, Edit, choose, edit
-from pydiffgguf.errors import ModelClosedError, ModelFormatError, UnsupportedError
-from pydiffgguf.generate import DenoiseStep, Event, Generation, Request, TextView, common_head, run
+from pydiffgguf.engine.call import Stream, drain
+from pydiffgguf.engine.core import Engine
+from pydiffgguf.engine.options import (
+    Cancel,
+    EditOptions,
+    FillOptions,
+    GenerateOptions,
+    InfillOptions,
+    KvType,
+    ModelOptions,
+    Prompt,
+    SamplerName,
+    SessionOptions,
+    check_names,
+)
+from pydiffgguf.generate import DenoiseStep, Event, Generation, Prefill, stream_ids
 from pydiffgguf.infill import Fill, Infill, stream_fill, stream_infill
-from pydiffgguf.search import Gap
-from pydiffgguf.session import Noise, Session, resolve_sampling
-from pydiffgguf.text.chat import StopStrings, render
-from pydiffgguf.text.tokenizer import Tokenizer, read_tokenizer
+from pydiffgguf.session import Session
+from pydiffgguf.text.tokenizer import Tokenizer
 
-__all__ = ["DiffusionModel", "ModelWarning", "Prompt", "demo_model_path"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-#: Text, or token ids that are used as they are.
-Prompt = str | Sequence[int]
-
-DEFAULT_MAX_TOKENS = 256
-
-_Result = TypeVar("_Result")
+__all__ = ["DiffusionModel", "ModelWarning", "demo_model_path"]
 
 
 class ModelWarning(UserWarning):
@@ -52,8 +56,8 @@ class DiffusionModel:
     """A DiffusionGemma GGUF file, opened.
 
     A model may be shared between threads. Each call that generates takes a session of its own from a small pool, so
-    calls at the same time do not meet; between calls the session keeps its prefix, and the next prompt is encoded from
-    where it differs.
+    calls at the same time do not meet. Between calls a session keeps its prefix; the next call takes the session that
+    has the most in common with its prompt, and encodes the prompt from where it differs.
 
     Args:
         path: the GGUF file; of a model in several (``NAME-00001-of-0000N.gguf``) the first, with the others beside it.
@@ -76,6 +80,9 @@ class DiffusionModel:
         cpu: the level of instructions that the CPU's own operators use, by the name that `pydiffgguf doctor` lists
             ("avx2", say); None: the best that this processor has. Answers differ between levels by rounding.
         use_mmap: map the file instead of reading it into memory.
+        n_sessions: how many prefixes are kept between calls, each with a cache and buffers of its own. Two let a chat
+            and an autocompleter take turns without reading their texts again; the second is made when it is needed.
+            More calls than that at a time wait for each other.
         verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
             logger "pydiffgguf".
 
@@ -102,23 +109,25 @@ class DiffusionModel:
         main_gpu: int | None = None,
         offload_kv: bool = True,
         rpc: Sequence[str] = (),
-        sampler: str = "auto",
-        type_kv: str = "f16",
+        sampler: SamplerName = "auto",
+        type_kv: KvType = "f16",
         cpu: str | None = None,
         use_mmap: bool = True,
+        n_sessions: int = 2,
         verbose: bool = False,
     ) -> None:
         if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
             raise ValueError(f'n_gpu_layers is {n_gpu_layers!r}: it must be "auto" or a number')
-        self._session_options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "n_ctx": 0 if n_ctx is None else integer("n_ctx", n_ctx, 1, 2**31 - 1),
             "n_batch": n_batch,
             "n_threads": 0 if n_threads is None else integer("n_threads", n_threads, 1, 512),
             "type_kv": type_kv,
             "sampler": sampler,
         }
+        integer("n_sessions", n_sessions, 1, 1024)
         self.path = Path(path)
-        self._native = NativeModel(
+        native = NativeModel(
             path,
             use_mmap=use_mmap,
             cpu=_level_name(cpu),
@@ -128,28 +137,23 @@ class DiffusionModel:
             main_gpu=-1 if main_gpu is None else integer("main_gpu", main_gpu, 0, 2**31 - 1),
             offload_kv=offload_kv,
             rpc=rpc,
-            expected=self._session_options,
+            expected=options,
         )
-        self._lock = threading.Lock()
-        self._idle: list[Session] = []
-        self._active: set[Session] = set()
-        self._verbose = verbose
-        self._announced: set[str] = set()
-        self._predicted = self._native.memory(**self._session_options)
-        self._tokenizer = read_tokenizer(self._native.metadata, self.config.n_vocab)
-        self._view = TextView(self._tokenizer)
+        name = self.path.name
+        self._predicted = native.memory(**options)
+        self._engine = Engine(native, name, options, n_sessions=n_sessions, verbose=verbose)
         logger.info("opened %s", self.path)
-        for line in describe(self.path.name, self._native, self._predicted, automatic=n_gpu_layers == "auto"):
+        for line in describe(name, native, self._predicted, automatic=n_gpu_layers == "auto"):
             logger.info("%s", line)
             if verbose:
                 print(f"pydiffgguf: {line}", file=sys.stderr)
-        for warning in self._native.warnings:
-            logger.warning("%s: %s", self.path.name, warning)
-            warnings.warn(f"{self.path.name}: {warning}", ModelWarning, stacklevel=2)
+        for warning in native.warnings:
+            logger.warning("%s: %s", name, warning)
+            warnings.warn(f"{name}: {warning}", ModelWarning, stacklevel=2)
 
     @classmethod
     def from_pretrained(
-        cls, repo_id: str, filename: str = "*.gguf", *, revision: str | None = None, **options: Any
+        cls, repo_id: str, filename: str = "*.gguf", *, revision: str | None = None, **options: Unpack[ModelOptions]
     ) -> DiffusionModel:
         """Opens a model of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there; of
         a split one all parts are.
@@ -169,410 +173,241 @@ class DiffusionModel:
     @property
     def config(self) -> ModelConfig:
         """The figures of the model, all read from the file."""
-        return self._native.config
+        return self._engine.native.config
 
     @property
     def metadata(self) -> Metadata:
         """The file's key-value pairs."""
-        return self._native.metadata
+        return self._engine.native.metadata
 
     @property
     def cpu(self) -> str:
         """The level of instructions that the CPU's own operators use; "" where the build has none."""
-        return self._native.cpu
+        return self._engine.native.cpu
 
     def tensors(self) -> list[TensorInfo]:
         """All tensors of the file, in its order."""
-        return self._native.tensors()
+        return self._engine.native.tensors()
 
     def devices(self) -> list[Device]:
         """The devices besides the CPU that the model may lie on, and what lies there, in the order in which a pass goes
         through them; the last one has the head. Empty for a model on the CPU."""
-        return self._native.devices()
+        return self._engine.native.devices()
 
-    def memory(self, **options: Any) -> Memory:
-        """Bytes by kind: those of the session that was made last, or what a session would take before there is one.
+    def memory(self, **options: Unpack[SessionOptions]) -> Memory:
+        """Bytes by kind: the weights, and what the sessions of this model's calls hold; before the first, what one will
+        take.
 
         Args:
-            options: n_ctx, n_batch, type_kv, n_rows of the session to predict; without any, the model's own.
+            options: n_ctx, n_batch, type_kv, n_rows of one session to predict, beside the model's own.
+
+        Raises TypeError for another option.
         """
-        self._check_open()
+        check_names("memory", options, SessionOptions)
+        self._engine.check_open()
         if options:
-            return self._native.memory(**{**self._session_options, **options})
-        with self._lock:
-            sessions = [*self._active, *self._idle]
-        return sessions[-1].memory if sessions else self._predicted
+            return self._engine.native.memory(**{**self._engine.session.options, **options})
+        return _together([session.memory for session in self._engine.pool.sessions()] or [self._predicted])
 
     # ---------------------------------------------------------------------------------------------------------- text
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises UnsupportedError when the file holds none."""
-        if self._tokenizer is None:
-            raise UnsupportedError(f"{self.path.name} holds no tokenizer: pass token ids instead of text")
-        return self._tokenizer
+        return self._engine.tokenizer
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = True) -> list[int]:
         """Ids of a text. `special` False: texts of special tokens are ordinary text."""
-        return self.tokenizer.encode(text, add_bos=add_bos, special=special)
+        return self._engine.tokenizer.encode(text, add_bos=add_bos, special=special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included; a character that is cut at the end is left out."""
-        return self.tokenizer.decode(ids)
+        return self._engine.tokenizer.decode(ids)
 
     @property
     def sampling(self) -> Sampling:
         """The file's sampler values, with the released defaults where it holds none."""
-        return self._native.sampling
+        return self._engine.sampling
 
     @property
     def n_ctx(self) -> int:
         """Positions of a session: prefix, finished canvases and the live canvas together."""
-        return self._native.n_ctx(**self._session_options)
-
-    def _prompt_ids(self, prompt: Prompt, raw: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError("the prompt is empty")
-            if raw or not self.chat_template:
-                return self.tokenize(prompt, add_bos=self.tokenizer.add_bos)
-            return self._chat_ids([{"role": "user", "content": prompt}], thinking=False)
-        ids = [integer(f"prompt[{i}]", token, 0, self.config.n_vocab - 1) for i, token in enumerate(prompt)]
-        if not ids:
-            raise ValueError("the prompt is empty")
-        return ids
+        return self._engine.n_ctx
 
     @property
     def chat_template(self) -> str | None:
         """The file's chat template, Jinja source; None where it has none. Raises ModelFormatError when it is no
         text."""
-        template = self.metadata.get("tokenizer.chat_template")
-        if template is not None and not isinstance(template, str):
-            raise ModelFormatError("key tokenizer.chat_template is not a string")
-        return template
-
-    def _chat_text(self, messages: Sequence[Mapping[str, str]], thinking: bool) -> str:
-        if not self.chat_template:
-            raise UnsupportedError(f"{self.path.name} holds no chat template: use generate() with raw text")
-        tokenizer = self.tokenizer
-        return render(
-            self.chat_template,
-            messages,
-            enable_thinking=thinking,
-            bos_token="" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
-            eos_token="" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id),
-        )
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        """Most templates write the bos token themselves; the model has never seen a prompt without one."""
-        bos = self.tokenizer.bos_id
-        return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
-
-    def _chat_ids(self, messages: Sequence[Mapping[str, str]], thinking: bool) -> list[int]:
-        return self._with_bos(self.tokenizer.encode(self._chat_text(messages, thinking)))
-
-    def chat_ids_of(self, content: str) -> list[int]:
-        """Ids of one user turn and the opening of the model's, in which special tokens that stand in `content` are
-        ordinary text: somebody's document cannot end the turn."""
-        place = "\ue000"  # private use: no template knows it
-        before, found, behind = self._chat_text([{"role": "user", "content": place}], False).partition(place)
-        if not found or place in behind:
-            raise UnsupportedError(
-                f"the chat template of {self.path.name} does not hold a user's turn once, as it stands"
-            )
-        encode = self.tokenizer.encode
-        return self._with_bos([*encode(before), *encode(content, special=False), *encode(behind)])
+        return self._engine.prompts.template
 
     # ---------------------------------------------------------------------------------------------------- generating
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        raw: bool = False,
-        noise: Noise | None = None,
-        **sampling: Any,
-    ) -> Generation:
+    def generate(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerateOptions]) -> Generation:
         """Text from a prompt.
 
         Args:
             prompt: a str is one user turn through the file's chat template (plain text where the file has none, or
                 with `raw`); token ids are used as they are, no bos added.
+            raw: leave out the chat template.
             max_tokens: cuts the result; None: 256, as the released generation config.
-            seed: 64 bits; the same seed gives the same text on one build and device, for any number of threads. None:
-                a fresh one, which `stats.seed` tells.
-            stop: strings that end the text before them.
+            seed: 64 bits; the same seed gives the same text on one build and device, for any number of threads. None
+                or -1: a fresh one, which `stats.seed` tells.
+            stop: a string, or several, that end the text before them.
             noise: draws handed in, in place of the seed's.
-            sampling: `steps`, `t_min`, `t_max`, `entropy_bound`, `stability_threshold`, `confidence_threshold`,
+            cancel: an object with `is_set()`, such as a threading.Event. Once it is true, the call ends with what there
+                is and finish_reason "cancelled".
+            options: also `steps`, `t_min`, `t_max`, `entropy_bound`, `stability_threshold`, `confidence_threshold`,
                 `max_steps`, `time_limit_s`; what is not given comes from the file, then from the released config.
 
         Raises:
             ContextOverflowError: the prompt does not fit.
             ValueError, TypeError: an empty prompt, an option out of range, an unknown option.
         """
-        ids = self._prompt_ids(prompt, raw)
-        return _drain(self._stream(ids, max_tokens, seed, stop, noise, sampling, watched=False))
+        return drain(self._generate("generate", prompt, raw, options, watched=False))
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        raw: bool = False,
-        noise: Noise | None = None,
-        **sampling: Any,
-    ) -> Generator[Event, None, Generation]:
-        """The same as `generate`, as events: a DenoiseStep after every step, a Block after every canvas. Closing the
-        iterator cancels; its return value (StopIteration.value) is the Generation. Bad arguments raise here, not at
-        the first event."""
-        return self._stream(self._prompt_ids(prompt, raw), max_tokens, seed, stop, noise, sampling)
+        self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerateOptions]
+    ) -> Stream[Event, Generation]:
+        """The same as `generate`, as events: Prefill while the prompt is read, a DenoiseStep after every step, a Block
+        after every canvas. The result is in the stream's `result`. Bad arguments raise here, not at the first event."""
+        return self._generate("stream", prompt, raw, options)
+
+    def astream(
+        self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerateOptions]
+    ) -> Stream[Event, Generation]:
+        """The same as `stream`, for ``async for`` (which takes the other streams as well): each event is computed on
+        another thread. Cancelling the task cancels the call, and no other."""
+        return self._generate("astream", prompt, raw, options)
+
+    def _generate(
+        self, call: str, prompt: Prompt, raw: bool, options: GenerateOptions, watched: bool = True
+    ) -> Stream[Event, Generation]:
+        check_names(call, options, GenerateOptions, also=("raw",))
+        self._engine.check_open()
+        return stream_ids(self._engine, self._engine.prompts.of(prompt, flag("raw", raw)), options, watched=watched)
 
     def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        thinking: bool = False,
-        max_tokens: int | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        noise: Noise | None = None,
-        **sampling: Any,
+        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """The model's answer to a conversation: dicts with role ("system", "user", "assistant") and content.
 
         `thinking` asks for the thought channel, which comes apart from the text as `reasoning`, and is never fed back:
-        thoughts in earlier answers are left out. The other arguments are `generate`'s.
+        thoughts in earlier answers are left out. The other options are `generate`'s.
         """
-        ids = self._chat_ids(messages, thinking)
-        return _drain(self._stream(ids, max_tokens, seed, stop, noise, sampling, watched=False))
+        return drain(self._chat("chat", messages, thinking, options, watched=False))
 
     def stream_chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        thinking: bool = False,
-        max_tokens: int | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        noise: Noise | None = None,
-        **sampling: Any,
-    ) -> Generator[Event, None, Generation]:
+        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False, **options: Unpack[GenerateOptions]
+    ) -> Stream[Event, Generation]:
         """The same as `chat`, as events; see `stream`."""
-        return self._stream(self._chat_ids(messages, thinking), max_tokens, seed, stop, noise, sampling)
+        return self._chat("stream_chat", messages, thinking, options)
 
-    def _stream(
+    def _chat(
         self,
-        ids: Sequence[int],
-        max_tokens: int | None,
-        seed: int | None,
-        stop: str | Sequence[str],
-        noise: Noise | None,
-        options: Mapping[str, Any],
+        call: str,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool,
+        options: GenerateOptions,
         watched: bool = True,
-    ) -> Generator[Event, None, Generation]:
-        self._check_open()
-        sampling, time_limit = resolve_sampling(self._native.sampling, options)
-        request = Request(
-            prompt=ids,
-            max_tokens=integer("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, 1, 2**31 - 1),
-            sampling=sampling,
-            time_limit_s=time_limit,
-            stop=StopStrings(stop),
-            seed=secrets.randbits(64) if seed is None else integer("seed", seed, 0, MAX_SEED),
-            noise=noise,
-            end_ids=self._end_ids(),
-            watched=watched,
-        )
-        return self._run(request)
-
-    def _run(self, request: Request) -> Generator[Event, None, Generation]:
-        with self.session_for(request.prompt) as session:
-            return (yield from run(session, request, self._view))
-
-    def _end_ids(self) -> frozenset[int]:
-        return frozenset() if self._tokenizer is None else self._tokenizer.end_ids
+    ) -> Stream[Event, Generation]:
+        check_names(call, options, GenerateOptions, also=("thinking",))
+        self._engine.check_open()
+        ids = self._engine.prompts.chat(messages, flag("thinking", thinking))
+        return stream_ids(self._engine, ids, options, watched=watched)
 
     # -------------------------------------------------------------------------------------------------------- infill
 
-    def infill(
-        self,
-        prefix: str,
-        suffix: str,
-        *,
-        gap: Gap = "auto",
-        min_gap: int = 0,
-        max_gap: int = 128,
-        n: int = 1,
-        extra: Sequence[tuple[str, str]] = (),
-        seed: int = 0,
-        mode: str = "auto",
-        heal: bool = True,
-        ends: bool = True,
-        **sampling: Any,
-    ) -> Infill:
+    def infill(self, prefix: str, suffix: str, **options: Unpack[InfillOptions]) -> Infill:
         """The text between a prefix and a suffix: prefix + result.text + suffix is the document.
 
         The prefix is encoded into the cache and kept, so that the next call with a longer one encodes only what is new;
-        gap and suffix stand on the canvas. docs/INFILL.md tells what happens.
+        gap and suffix stand on the canvas. docs/INFILL.md says what happens.
 
         Args:
             prefix, suffix: the text around the gap. Never changed; markup in it stays text.
-            gap: tokens of the gap, or "auto": lengths from `min_gap` to `max_gap` are tried, and the causal pass over
-                the fillings chooses.
-            n: how many ranked candidates are wanted; there may be fewer, as none has the text of another.
+            gap: tokens of the gap, or "auto" (the default): lengths from `min_gap` (0) to `max_gap` (128) are tried,
+                and the causal pass over the fillings chooses.
+            n: how many ranked candidates are wanted (1); there may be fewer, as none has the text of another.
             extra: (name, text) of other files, put before the prefix.
-            seed: keys all draws.
+            seed: keys all draws (0); None or -1: a fresh one.
             mode: "raw": the prefix as a document; "chat": the file with a marked hole in the user's turn, the answer
-                opened with the prefix's tail; "auto": what the file's key diffusion.infill_mode names, else chat where
-                the file has a chat template.
-            heal: let the gap's first token go on with the prefix's last word where the vocabulary has such tokens.
-            ends: the suffix reaches to the document's end; False where it was cut.
-            sampling: as in `generate`; `time_limit_s` returns the best so far.
+                opened with the prefix's tail; "auto" (the default): what the file's key diffusion.infill_mode names,
+                else chat where the file has a chat template.
+            heal: let the gap's first token go on with the prefix's last word where the vocabulary has such tokens
+                (True).
+            ends: the suffix reaches to the document's end (True); False where it was cut.
+            cancel: as in `generate`.
+            options: also `generate`'s sampling options; `time_limit_s` returns the best so far.
 
         Raises:
             ValueError, TypeError: a gap of 0, an empty suffix with gap="auto", an option out of range or unknown.
             ContextOverflowError: what cannot fit n_ctx, however much context is left out.
             UnsupportedError: the file holds no tokenizer.
         """
-        return _drain(
-            self.stream_infill(
-                prefix,
-                suffix,
-                gap=gap,
-                min_gap=min_gap,
-                max_gap=max_gap,
-                n=n,
-                extra=extra,
-                seed=seed,
-                mode=mode,
-                heal=heal,
-                ends=ends,
-                **sampling,
-            )
-        )
+        return drain(self._infill("infill", prefix, suffix, options))
 
     def stream_infill(
-        self,
-        prefix: str,
-        suffix: str,
-        *,
-        gap: Gap = "auto",
-        min_gap: int = 0,
-        max_gap: int = 128,
-        n: int = 1,
-        extra: Sequence[tuple[str, str]] = (),
-        seed: int = 0,
-        mode: str = "auto",
-        heal: bool = True,
-        ends: bool = True,
-        **sampling: Any,
-    ) -> Generator[DenoiseStep, None, Infill]:
-        """The same as `infill`, as events: a DenoiseStep after every denoise pass, of the candidate that looks best;
-        its `pinned` tells free rows from fixed ones, its `text` is the gap's draft. Closing the iterator cancels; its
-        return value is the Infill. Bad arguments raise here, not at the first event."""
-        self._check_open()
-        return stream_infill(
-            self,
-            prefix,
-            suffix,
-            gap=gap,
-            min_gap=min_gap,
-            max_gap=max_gap,
-            n=n,
-            extra=extra,
-            seed=seed,
-            mode=mode,
-            heal=heal,
-            ends=ends,
-            sampling=sampling,
-        )
+        self, prefix: str, suffix: str, **options: Unpack[InfillOptions]
+    ) -> Stream[Prefill | DenoiseStep, Infill]:
+        """The same as `infill`, as events: Prefill while the prompt is read, then a DenoiseStep after every denoise
+        pass, of the candidate that looks best; its `pinned` tells free rows from fixed ones, its `text` is the gap's
+        draft. The result is in the stream's `result`. Bad arguments raise here, not at the first event."""
+        return self._infill("stream_infill", prefix, suffix, options)
 
-    def fill(
-        self,
-        template: str,
-        *,
-        min_gap: int = 0,
-        max_gap: int = 128,
-        extra: Sequence[tuple[str, str]] = (),
-        seed: int = 0,
-        mode: str = "auto",
-        heal: bool = True,
-        ends: bool = True,
-        **sampling: Any,
-    ) -> Fill:
+    def _infill(
+        self, call: str, prefix: str, suffix: str, options: InfillOptions
+    ) -> Stream[Prefill | DenoiseStep, Infill]:
+        check_names(call, options, InfillOptions)
+        self._engine.check_open()
+        return stream_infill(self._engine, prefix, suffix, options)
+
+    def fill(self, template: str, **options: Unpack[FillOptions]) -> Fill:
         """Many gaps in one text, from left to right, each marked ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``
         or ``<gap len=3/>``; lengths in tokens. ``<\\gap/>`` stands for the text ``<gap/>``. Where an earlier gap is
         filled, later ones are free rows on the canvas.
 
-        The arguments are those of `infill`; `min_gap` and `max_gap` hold where a marker says nothing.
+        The options are those of `infill`; `min_gap` and `max_gap` hold where a marker says nothing.
 
         Raises ValueError for a template without a gap, one that ends with a gap of unknown length, two gaps that touch,
         an attribute that is unknown or contradicts another; and what `infill` raises.
         """
-        return _drain(
-            self.stream_fill(
-                template,
-                min_gap=min_gap,
-                max_gap=max_gap,
-                extra=extra,
-                seed=seed,
-                mode=mode,
-                heal=heal,
-                ends=ends,
-                **sampling,
-            )
-        )
+        return drain(self._fill("fill", template, options))
 
-    def stream_fill(
-        self,
-        template: str,
-        *,
-        min_gap: int = 0,
-        max_gap: int = 128,
-        extra: Sequence[tuple[str, str]] = (),
-        seed: int = 0,
-        mode: str = "auto",
-        heal: bool = True,
-        ends: bool = True,
-        **sampling: Any,
-    ) -> Generator[DenoiseStep, None, Fill]:
-        """The same as `fill`, as the events of one gap after the other; its return value is the Fill."""
-        self._check_open()
-        return stream_fill(
-            self,
-            template,
-            min_gap=min_gap,
-            max_gap=max_gap,
-            extra=extra,
-            seed=seed,
-            mode=mode,
-            heal=heal,
-            ends=ends,
-            sampling=sampling,
-        )
+    def stream_fill(self, template: str, **options: Unpack[FillOptions]) -> Stream[Prefill | DenoiseStep, Fill]:
+        """The same as `fill`, as the events of one gap after the other; the Fill is in the stream's `result`."""
+        return self._fill("stream_fill", template, options)
 
-    def edit(
-        self, text: str, spans: Sequence[tuple[int, int]], *, strength: float = 1.0, seed: int = 0, **sampling: Any
-    ) -> Edit:
+    def _fill(self, call: str, template: str, options: FillOptions) -> Stream[Prefill | DenoiseStep, Fill]:
+        check_names(call, options, FillOptions)
+        self._engine.check_open()
+        return stream_fill(self._engine, template, options)
+
+    def edit(self, text: str, spans: Sequence[tuple[int, int]], **options: Unpack[EditOptions]) -> Edit:
         """Spans of a text written anew, all else pinned. A span keeps its number of tokens.
 
         Args:
             spans: (start, end) in characters; they must not overlap.
-            strength: in (0, 1]: the share of a span's tokens that starts as random ids; the rest starts as it stands,
-                and may change as well.
+            strength: in (0, 1], 1 by default: the share of a span's tokens that starts as random ids; the rest starts
+                as it is, and may change as well.
+            seed: keys all draws (0); None or -1: a fresh one.
+            options: also `cancel`, and `generate`'s sampling options.
 
         Raises ValueError for spans that are empty, overlap or leave the text; TypeError for an unknown option;
-        CancelledError after `cancel()`.
+        CancelledError when it was cancelled.
         """
-        self._check_open()
-        return edit(self, text, spans, strength=strength, seed=seed, **sampling)
+        check_names("edit", options, EditOptions)
+        self._engine.check_open()
+        return edit(self._engine, text, spans, options)
 
-    def choose(self, template: str, slots: Mapping[str, Sequence[str]], *, draws: int = 4, seed: int = 0) -> Choice:
+    def choose(
+        self,
+        template: str,
+        slots: Mapping[str, Sequence[str]],
+        *,
+        draws: int = 4,
+        seed: int | None = 0,
+        cancel: Cancel | None = None,
+    ) -> Choice:
         """Probabilities of given options: a dict, for each slot, of option -> probability, which sum to 1 over the
         slot's options; its `stats` say what it cost.
 
@@ -582,15 +417,15 @@ class DiffusionModel:
 
         Raises ValueError for an unknown slot, one without options, a marker that is missing or stands twice;
         ContextOverflowError for slots that do not lie within one canvas, or text before them that does not fit into
-        n_ctx; CancelledError after `cancel()`.
+        n_ctx; CancelledError when it was cancelled.
         """
-        self._check_open()
-        return choose(self, template, slots, draws=draws, seed=seed)
+        self._engine.check_open()
+        return choose(self._engine, template, slots, draws=draws, seed=seed, cancel=cancel)
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
     def session(
-        self, *, n_rows: int | None = None, ggml_operators: bool = False, sampler: str | None = None
+        self, *, n_rows: int | None = None, ggml_operators: bool = False, sampler: SamplerName | None = None
     ) -> Session:
         """A session of its own, for tests, research and embedders; with the options that the model was opened with.
 
@@ -603,76 +438,28 @@ class DiffusionModel:
 
         Raises OutOfMemoryError when its cache or buffers are refused.
         """
-        self._check_open()
+        self._engine.check_open()
+        options: dict[str, Any] = {} if sampler is None else {"sampler": sampler}
         rows = 0 if n_rows is None else integer("n_rows", n_rows, self.config.canvas_length, 2**16)
-        options = self._session_options | ({} if sampler is None else {"sampler": sampler})
-        session = Session(self._native, **options, n_rows=rows, ggml_operators=ggml_operators)
-        logger.debug("session: n_ctx %d, %d threads, %s", session.n_ctx, session.n_threads, session.memory)
-        for line in session.fallbacks:
-            if line not in self._announced:
-                self._announced.add(line)
-                logger.warning("%s: %s: the CPU does it, slower", self.path.name, line)
-                if self._verbose:
-                    print(f"pydiffgguf: {line}: the CPU does it, slower", file=sys.stderr)
-        return session
-
-    @contextmanager
-    def session_for(self, prompt: Sequence[int]) -> Iterator[Session]:
-        """An idle session, the one that shares the longest head with the prompt, or a new one."""
-        ids = np.asarray(prompt, dtype=np.int32)
-        with self._lock:
-            self._check_open()
-            self._idle.sort(key=lambda session: common_head(session, ids))
-            session = self._idle.pop() if self._idle else None
-            if session is not None:
-                self._active.add(session)
-        if session is None:
-            session = self.session()
-            with self._lock:
-                self._active.add(session)
-        try:
-            self._check_open()  # close() cancels what it finds in _active: it may have looked while this one was made
-            yield session
-        finally:
-            with self._lock:
-                self._active.discard(session)
-                # One is kept for the next call; more would hold memory that nobody asked for.
-                keep = not self._idle and not self._native.closed
-                if keep:
-                    session._native.clear_cancel()
-                    self._idle.append(session)
-            if not keep:
-                session.close()
+        return self._engine.session(**options, n_rows=rows, ggml_operators=ggml_operators)
 
     def cancel(self) -> None:
-        """From any thread: what this model is generating ends within one operator of the graph, with finish_reason
-        "cancelled" and the canvases that were finished."""
-        # Under the lock: a session that has gone back to the pool meanwhile would carry the request into a later call.
-        with self._lock:
-            for session in self._active:
-                session.cancel()
+        """From any thread: all that this model is generating ends, with finish_reason "cancelled" and the canvases that
+        were finished. To end one call, use its stream's `cancel()` or its option `cancel`."""
+        self._engine.pool.cancel()
 
     # ---------------------------------------------------------------------------------------------------------- life
 
-    def _check_open(self) -> None:
-        if self._native.closed:
-            raise ModelClosedError(f"{self.path.name} is closed")
-
     @property
     def closed(self) -> bool:
-        return self._native.closed
+        return self._engine.native.closed
 
     def close(self) -> None:
         """Cancels what is running and lets go of the file. Idempotent; every later call raises ModelClosedError.
         Sessions made by `session()` go on until they are closed."""
-        with self._lock:
-            if not self._native.closed:
-                logger.info("closed %s", self.path)
-            self._native.close()
-            idle, self._idle = self._idle, []
-        self.cancel()
-        for session in idle:
-            session.close()
+        if not self.closed:
+            logger.info("closed %s", self.path)
+        self._engine.close()
 
     def __enter__(self) -> DiffusionModel:
         return self
@@ -686,15 +473,6 @@ class DiffusionModel:
         return f"<DiffusionModel {self.path.name}{' (closed)' if self.closed else ''}>"
 
 
-def _drain(stream: Generator[Event, None, _Result]) -> _Result:
-    while True:
-        try:
-            next(stream)
-        except StopIteration as end:
-            result: _Result = end.value
-            return result
-
-
 def _level_name(cpu: str | None) -> str:
     if cpu is None:
         return ""
@@ -703,3 +481,10 @@ def _level_name(cpu: str | None) -> str:
     if not cpu or "\0" in cpu:
         raise ValueError(f"cpu is {cpu!r}: it must be a level's name, as `pydiffgguf doctor` lists them, or None")
     return cpu
+
+
+def _together(parts: Sequence[Memory]) -> Memory:
+    """The memory of several sessions on one model: its weights are there once."""
+    sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Memory)}
+    once = {name: getattr(parts[0], name) for name in ("weights", "weights_mapped", "weights_on_devices")}
+    return Memory(**{**sums, **once})

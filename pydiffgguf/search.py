@@ -15,18 +15,15 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from pydiffgguf._binding.records import BoolArray, Float64Array, Int32Array, RawStep, Sampling
+from pydiffgguf.engine.options import Gap
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
-__all__ = ["Draft", "Filled", "Gap", "Hole", "SearchStats", "fill_hole", "suffix_rows"]
-
-#: Tokens of the gap, or "auto": to be found.
-Gap = int | Literal["auto"]
+__all__ = ["Draft", "Filled", "Hole", "SearchStats", "fill_hole", "suffix_rows"]
 
 #: Rows of suffix behind a gap whose length is being looked for, and tokens of it that the causal pass judges. More cost
 #: more and tell no more: the suffix's first words say whether the gap joins.

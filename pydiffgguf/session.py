@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from pydiffgguf._binding import functions
 from pydiffgguf._binding.library import StrPath
 from pydiffgguf._binding.native import NativeModel, NativeSession
 from pydiffgguf._binding.records import (
+    ArrayRecord,
     BoolArray,
     CanvasSpec,
     Float32Array,
@@ -30,6 +31,10 @@ from pydiffgguf._binding.records import (
     Sampling,
     Timings,
 )
+from pydiffgguf.engine.options import Noise, SamplingOptions, ScheduleOptions, check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "SAMPLING_OPTIONS",
@@ -43,22 +48,8 @@ __all__ = [
 ]
 
 
-class Noise(Protocol):
-    """Draws handed in by the caller in place of the built-in Philox ones. `c` counts canvases, `step` counts from 0 in
-    order of execution; all arrays have an entry for each row, C of them unless the canvas is shorter."""
-
-    def canvas(self, c: int) -> npt.ArrayLike:
-        """Ids of the first canvas: int32."""
-
-    def uniform(self, c: int, step: int) -> npt.ArrayLike:
-        """u of each row's inverse-CDF draw: float64 in [0, 1)."""
-
-    def renoise(self, c: int, step: int) -> npt.ArrayLike:
-        """Fresh ids for the rows that are not accepted: int32."""
-
-
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, eq=False, repr=False)
+class Step(ArrayRecord):
     """What the sampler made of one step; arrays with an entry for each row.
 
     `argmax` int32: the canvas that counts. `accepted` bool: whose draw was accepted; False on pinned rows, which take
@@ -72,8 +63,8 @@ class Step:
     canvas: Int32Array
 
 
-@dataclass(frozen=True)
-class Canvas:
+@dataclass(frozen=True, eq=False, repr=False)
+class Canvas(ArrayRecord):
     """A denoised canvas. `tokens` int32 [n_rows]: the last argmax canvas. `steps`: how many were made. `converged`: it
     was stable and confident before the steps (or the time) ran out. `trace`: one Step each, when asked for."""
 
@@ -91,16 +82,13 @@ SAMPLING_OPTIONS = (*(f.name for f in fields(Sampling)), "time_limit_s")
 
 def resolve_sampling(defaults: Sampling, options: Mapping[str, Any]) -> tuple[Sampling, float | None]:
     """The file's sampler values with the caller's over them, and the time limit. An option that is None counts as not
-    given.
+    given; those of `options` that are not the sampler's are not looked at.
 
     Raises:
-        TypeError: an unknown option, or a value of the wrong type.
+        TypeError: a value of the wrong type.
         ValueError: a value out of range; names the option, the value and the range.
     """
-    unknown = sorted(set(options) - set(SAMPLING_OPTIONS))
-    if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}; sampling options are {', '.join(SAMPLING_OPTIONS)}")
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: options[name] for name in SAMPLING_OPTIONS if options.get(name) is not None}
     time_limit = given.pop("time_limit_s", None)
     if time_limit is not None:
         if isinstance(time_limit, bool) or not isinstance(time_limit, (int, float, np.integer, np.floating)):
@@ -262,7 +250,7 @@ class Session:
         steps: int | None = None,
         pinned: npt.ArrayLike | None = None,
         canvas_index: int = 0,
-        **sampling: Any,
+        **sampling: Unpack[ScheduleOptions],
     ) -> Step:
         """The sampler alone on logits z float32 [C, V] (softcapped, before temperature); nothing is remembered.
 
@@ -272,6 +260,7 @@ class Session:
             steps: N of the temperature schedule; None for the file's.
             pinned: int32 [C], the id where a row is fixed, -1 where it is free.
         """
+        check_names("sample", sampling, SamplingOptions)
         options, _ = resolve_sampling(self._defaults, {"steps": steps, **sampling})
         raw = functions.sample(
             z,
@@ -296,7 +285,7 @@ class Session:
         canvas: npt.ArrayLike | None = None,
         watched: npt.ArrayLike | None = None,
         allowed: Mapping[int, npt.ArrayLike] | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Canvas:
         """Denoises one canvas behind the prefix, and appends nothing to it.
 
@@ -314,6 +303,7 @@ class Session:
         Raises ValueError when nothing is encoded yet, an option or a pin is out of range; TypeError for an unknown
         option.
         """
+        check_names("run_canvas", sampling, SamplingOptions)
         options, time_limit = resolve_sampling(self._defaults, sampling)
         spec = CanvasSpec(n_rows, pinned, canvas, watched, allowed, seed, canvas_index)
         batch = CanvasBatch(self, [spec], options, noise=noise)
@@ -332,6 +322,11 @@ class Session:
     def cancel(self) -> None:
         """From any thread: the call that is running, or else the next one that computes, raises CancelledError."""
         self._native.cancel()
+
+    def stop_when(self, wanted: Callable[[], bool] | None) -> None:
+        """From here on calls that compute raise CancelledError as soon as `wanted()` is true: they ask before they
+        begin, and about every 20 ms. None: they do not ask."""
+        self._native.stop_when(wanted)
 
     @property
     def closed(self) -> bool:

@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from streams import as_stream
 
 import pydiffgguf
-from pydiffgguf import DiffusionModel, cli, demo_model_path
+from pydiffgguf import DiffusionModel, Stream, cli, demo_model_path
 from pydiffgguf.cli import arguments as cli_arguments
 from pydiffgguf.cli import bench, talk
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
@@ -51,13 +52,13 @@ class FakeModel:
     def __exit__(self, *_: object) -> None:
         FakeModel.closed += 1
 
-    def stream(self, prompt: str, **options: Any) -> Generator[Event, None, Generation]:
+    def stream(self, prompt: str, **options: Any) -> Stream[Event, Generation]:
         self.calls.append(("stream", prompt, options))
-        return self._play()
+        return as_stream(self._play)
 
-    def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Generator[Event, None, Generation]:
+    def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Stream[Event, Generation]:
         self.calls.append(("stream_chat", [dict(message) for message in messages], options))
-        return self._play()
+        return as_stream(self._play)
 
     def _play(self) -> Generator[Event, None, Generation]:
         text = ""
@@ -383,11 +384,11 @@ def test_warnings_are_one_line(
 ) -> None:
     """Without the path and the line of source that Python adds."""
 
-    def warning(self: FakeModel, prompt: str, **_: Any) -> Generator[Event, None, Generation]:
+    def warning(self: FakeModel, prompt: str, **_: Any) -> Stream[Event, Generation]:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.warn("m.gguf: no encoder scalars", UserWarning, stacklevel=2)
-        return self._play()
+        return as_stream(self._play)
 
     monkeypatch.setattr(FakeModel, "stream", warning)
     assert cli.main(["generate", "m.gguf", "-p", "x"]) == 0
@@ -503,7 +504,7 @@ def test_generate_over_a_real_model(tiny_gguf: Path, capsys: pytest.CaptureFixtu
         (["--steps", "0"], "--steps is 0: ", 2),
         (["--t-min", "nan"], "--t-min is nan: ", 2),
         (["-n", "0"], "--max-tokens is 0: ", 2),
-        (["--seed", "-1"], "--seed is -1: ", 2),
+        (["--seed", "-2"], "--seed is -2: ", 2),
         (["--time-limit", "inf"], "--time-limit is inf: ", 2),
         (["--stop", ""], "--stop: an empty string", 2),
         (["--threads", "0"], "--threads is 0: ", 2),

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 from pseudo_terminal import Pty
+from streams import as_stream
 
 from pydiffgguf import DiffusionModel, cli, demo_model_path
 from pydiffgguf.cli import commands
-from pydiffgguf.generate import DenoiseStep
-from pydiffgguf.infill import Infill
 from pydiffgguf.text.document import Document, Position
 
 MODEL = str(demo_model_path())
@@ -139,7 +138,7 @@ def test_options_reach_the_library(
     calls: list[tuple[Any, ...]] = []
     whole = DiffusionModel.stream_infill
 
-    def record(self: DiffusionModel, *texts: str, **options: Any) -> Generator[DenoiseStep, None, Infill]:
+    def record(self: DiffusionModel, *texts: str, **options: Any) -> Any:
         calls.append((*texts, options))
         return whole(self, *texts, gap=1, mode="raw", max_steps=1)
 
@@ -279,9 +278,12 @@ def fail_while_denoising(error: type[BaseException]) -> Callable[[pytest.MonkeyP
     def spoil(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
         whole = DiffusionModel.stream_infill
 
-        def stream(self: DiffusionModel, *texts: str, **options: Any) -> Generator[DenoiseStep, None, Infill]:
-            yield next(whole(self, *texts, **options))
-            raise error("spoilt")
+        def stream(self: DiffusionModel, *texts: str, **options: Any) -> Any:
+            def play() -> Generator[Any, None, Any]:
+                yield next(whole(self, *texts, **options))
+                raise error("spoilt")
+
+            return as_stream(play)
 
         monkeypatch.setattr(DiffusionModel, "stream_infill", stream)
 

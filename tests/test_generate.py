@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from streams import busy, first_step, taken
 
 from pydiffgguf import (
     Block,
@@ -18,6 +19,7 @@ from pydiffgguf import (
     DiffusionModel,
     Generation,
     ModelClosedError,
+    Prefill,
     UnsupportedError,
 )
 
@@ -32,15 +34,6 @@ def model(tiny_gguf: Path) -> Iterator[DiffusionModel]:
 
 def plain_ids(model: DiffusionModel, n: int = 10) -> list[int]:
     return [2, *range(100, 100 + n - 1)]
-
-
-def drain(stream: Any) -> tuple[list[Any], Generation]:
-    events = []
-    while True:
-        try:
-            events.append(next(stream))
-        except StopIteration as end:
-            return events, end.value
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_does_not(model: DiffusionModel) -> None:
@@ -59,7 +52,7 @@ def test_a_seed_that_was_not_given_is_told_and_repeats_the_run(model: DiffusionM
 
 def test_generate_is_the_stream_drained(model: DiffusionModel) -> None:
     options: dict[str, Any] = {"seed": 3, "steps": 3, "max_tokens": 70}
-    events, streamed = drain(model.stream(plain_ids(model), **options))
+    events, streamed = taken(model.stream(plain_ids(model), **options))
     drained = model.generate(plain_ids(model), **options)
     assert (streamed.text, streamed.tokens, streamed.finish_reason) == (
         drained.text,
@@ -160,7 +153,7 @@ def test_a_bad_prompt_is_refused(model: DiffusionModel, prompt: Any) -> None:
         ({"confidence_threshold": "low"}, TypeError, "confidence_threshold"),
         ({"stability_threshold": -1}, ValueError, "stability_threshold is -1"),
         ({"max_tokens": 0}, ValueError, "max_tokens is 0"),
-        ({"seed": -1}, ValueError, "seed is -1"),
+        ({"seed": -2}, ValueError, "seed is -2"),
         ({"seed": 2**64}, ValueError, "seed is"),
         ({"time_limit_s": 0}, ValueError, "time_limit_s"),
         ({"stop": [""]}, ValueError, "stop"),
@@ -178,23 +171,20 @@ def test_a_bad_option_is_named_before_anything_runs(
 
 def test_closing_the_iterator_cancels_and_frees_the_session(model: DiffusionModel) -> None:
     stream = model.stream("Why?", seed=1, steps=1000, confidence_threshold=0.0)
-    next(stream)
+    first_step(stream)
     stream.close()
-    assert not model._active
+    assert not busy(model)
     assert model.generate("Why?", seed=1, steps=2, max_tokens=4).finish_reason in ("length", "stop")
 
 
 def test_cancel_ends_the_stream_with_what_was_finished(model: DiffusionModel) -> None:
     stream = model.stream(plain_ids(model), seed=1, steps=5, max_tokens=200, confidence_threshold=0.0)
     events = []
-    result = None
-    while result is None:
-        try:
-            events.append(next(stream))
-        except StopIteration as end:
-            result = end.value
+    for event in stream:
+        events += [] if isinstance(event, Prefill) else [event]
         if len(events) == 8:  # five steps and a block, then inside the second canvas
             model.cancel()
+    result = stream.result
     if result.finish_reason != "stop":
         assert result.finish_reason == "cancelled"
         assert result.tokens == [token for event in events if isinstance(event, Block) for token in event.tokens]
@@ -291,7 +281,7 @@ def test_nothing_is_printed_and_objects_die_quietly(tiny_gguf: Path, capfd: pyte
         warnings.simplefilter("error")
         model = DiffusionModel(tiny_gguf, n_ctx=256)
         stream = model.stream("Why?", seed=1, steps=3)
-        next(stream)
+        first_step(stream)
         del stream, model
         gc.collect()
     assert capfd.readouterr() == ("", "")

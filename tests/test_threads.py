@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from robustness import DEMO, cancel_at_random, collide, generate_in_threads, memory_over_rounds
+from streams import busy
 
 from pydiffgguf import DiffusionModel, Generation
 
@@ -102,14 +103,14 @@ def test_cancelling_a_task_ends_the_generation(model: DiffusionModel, delay: flo
         return time.monotonic() - began
 
     assert asyncio.run(main()) < 10
-    assert not model._active
+    assert not busy(model)
     assert model.generate("Why?", seed=1, steps=2, max_tokens=4).finish_reason in ("stop", "length")
 
 
 def test_a_timeout_of_asyncio_ends_the_generation(model: DiffusionModel) -> None:
     with pytest.raises((TimeoutError, asyncio.TimeoutError)):
         asyncio.run(asyncio.wait_for(generate(model, "Why?", seed=1, **ENDLESS), timeout=0.1))
-    assert not model._active
+    assert not busy(model)
 
 
 # --------------------------------------------------------------------------------------------------- callbacks, exit
@@ -118,16 +119,9 @@ def test_a_timeout_of_asyncio_ends_the_generation(model: DiffusionModel) -> None
 def test_cancel_from_inside_the_stream(model: DiffusionModel) -> None:
     """On the thread that is generating, between two of its events."""
     stream = model.stream("Why?", seed=1, **ENDLESS)
-    result = None
-    for _ in range(1000):
-        try:
-            next(stream)
-        except StopIteration as end:
-            result = end.value
-            break
+    for _ in stream:
         model.cancel()
-    assert result is not None
-    assert result.finish_reason == "cancelled"
+    assert stream.result.finish_reason == "cancelled"
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -186,7 +180,7 @@ def test_the_interpreter_ends_quietly_while_a_thread_generates(tiny_gguf: Path, 
         thread.start()
         time.sleep(0.3)
         stream = model.stream("hello", **options)
-        next(stream)
+        next(stream), next(stream), next(stream)
         if not daemon:
             model.cancel()
         """,

@@ -9,13 +9,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydiffgguf import Block, DenoiseStep, DiffusionModel, Generation, Infill
+from pydiffgguf import Block, DenoiseStep, DiffusionModel, Event, Generation, Infill, Stream
 
 __all__ = ["Draft", "Failed", "Filled", "Filler", "Message", "Opened", "Piece"]
 
@@ -88,7 +87,6 @@ class Filler:
     def __init__(self, path: Path, **options: Any) -> None:
         self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._model: DiffusionModel | None = None
         self._last: _Job | None = None
         self._count = 0
         # A daemon: a window that is closed while a large file is read does not wait for it.
@@ -105,9 +103,7 @@ class Filler:
     def cancel(self) -> None:
         """Ends what was asked for last: within one operator of the graph, or before it begins."""
         if self._last is not None:
-            self._last.cancelled.set()  # for a job that has not reached the engine
-        if self._model is not None:
-            self._model.cancel()
+            self._last.cancelled.set()
 
     def close(self) -> None:
         """Ends the thread; waits at most a second for it."""
@@ -124,7 +120,6 @@ class Filler:
             self.messages.put(Failed(None, str(error) or repr(error)))
             return
         with model:
-            self._model = model
             self.messages.put(Opened(path.name))
             while (job := self._jobs.get()) is not None:
                 if job.cancelled.is_set():
@@ -136,26 +131,19 @@ class Filler:
 
     def _fill(self, model: DiffusionModel, job: _Job) -> None:
         began = time.monotonic()
-        stream: Generator[DenoiseStep | Block, None, Infill | Generation]
+        stream: Stream[Event, Infill | Generation]
         if job.suffix:
-            stream = model.stream_infill(job.prefix, job.suffix)
+            stream = model.stream_infill(job.prefix, job.suffix, cancel=job.cancelled)
         else:
-            stream = model.stream(job.prefix, raw=True, max_tokens=TOKENS_AT_THE_END)
+            stream = model.stream(job.prefix, raw=True, max_tokens=TOKENS_AT_THE_END, cancel=job.cancelled)
         before = ""  # text of finished canvases
-        while True:
-            try:
-                event = next(stream)
-            except StopIteration as end:
-                result: Infill | Generation = end.value
-                break
-            if job.cancelled.is_set():
-                stream.close()
-                return
+        for event in stream:
             if isinstance(event, Block):
                 before += event.text
-            else:
+            elif isinstance(event, DenoiseStep):
                 pieces = [Piece(before, False), *_pieces(model, event)]
                 self.messages.put(Draft(job.number, pieces, event.step, event.total_steps))
+        result = stream.result
         seconds = time.monotonic() - began
         if isinstance(result, Infill):
             summary = f"{result.gap_tokens} tokens, {result.stats.candidates} candidates, {seconds:.1f} s"

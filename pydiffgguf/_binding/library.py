@@ -40,6 +40,7 @@ if _missing := ffi.string(lib.dg_cpu_missing()).decode():
 
 __all__ = [
     "EXCEPTIONS",
+    "Stop",
     "StrPath",
     "call",
     "check_readable",
@@ -71,6 +72,16 @@ EXCEPTIONS: dict[int, type[Exception]] = {
 _ERROR_SIZE = 1024
 
 
+class Stop:
+    """Whether the calls of one session are to end early: what the poll function asks."""
+
+    def __init__(self) -> None:
+        self.when: Callable[[], bool] | None = None
+
+    def wanted(self) -> bool:
+        return self.when is not None and self.when()
+
+
 class _Poll(threading.local):
     """What the poll function raised on this thread during the call that is running."""
 
@@ -85,10 +96,11 @@ def _keep_poll_error(_type: object, error: BaseException, _traceback: object) ->
 
 
 @ffi.def_extern(name="dg_python_poll", error=1, onerror=_keep_poll_error)  # type: ignore[untyped-decorator]
-def _python_poll(_user: object) -> int:
+def _python_poll(user: Any) -> int:
     """That it is Python code is what lets a pending signal handler run. 0: go on."""
     _leave_if_exiting()
-    return 0
+    stop: Stop = ffi.from_handle(user)
+    return int(stop.wanted())
 
 
 @ffi.def_extern(name="dg_python_log", onerror=_keep_poll_error)  # type: ignore[untyped-decorator]

@@ -11,7 +11,7 @@ told apart in C: the second raises SessionBusyError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydiffgguf import errors
 from pydiffgguf._arguments import float_array, id_array, int32, integer
 from pydiffgguf._binding.library import (
+    Stop,
     StrPath,
     call,
     check_readable,
@@ -256,7 +257,9 @@ class NativeSession:
         out = ffi.new("dg_session **")
         call(lib.dg_session_create, out, model._open_pointer(), session_options(**options))
         pointer = ffi.gc(out[0], lib.dg_session_free)
-        call(lib.dg_session_set_poll, pointer, lib.dg_python_poll, ffi.NULL)
+        self._stop = Stop()
+        self._stop_handle = ffi.new_handle(self._stop)
+        call(lib.dg_session_set_poll, pointer, lib.dg_python_poll, self._stop_handle)
         self._pointer: Any = pointer
         self._canvas_length = model.config.canvas_length
         self._n_vocab = model.config.n_vocab
@@ -312,7 +315,7 @@ class NativeSession:
     def encode(self, ids: npt.ArrayLike) -> None:
         """Appends ids [n] to the prefix. Raises ContextOverflowError when they and one canvas pass n_ctx."""
         array = id_array("ids", ids)
-        call(lib.dg_session_encode, self._open_pointer(), pointer_to("int32_t[]", array), array.size)
+        call(lib.dg_session_encode, self._begin(), pointer_to("int32_t[]", array), array.size)
 
     def truncate(self, n: int) -> None:
         """Cuts the prefix to its first `n` tokens, 0 to n_past."""
@@ -338,7 +341,7 @@ class NativeSession:
         out = np.empty(ids.size, dtype=np.float64)
         call(
             lib.dg_session_score,
-            self._open_pointer(),
+            self._begin(),
             pointer_to("int32_t[]", ids),
             pointer_to("int32_t[]", lengths),
             lengths.size,
@@ -403,7 +406,7 @@ class NativeSession:
         `noise`: for each canvas (uniform float64 [n_rows] in [0, 1), renoise [n_rows] ids) in place of the step's own
         draws; None for a canvas that is finished, or for all: the built-in draws.
         """
-        pointer, rows = self._open_pointer(), self._rows
+        pointer, rows = self._begin(), self._rows
         given, kept = ffi.NULL, []
         if noise is not None:
             given = ffi.new("dg_noise[]", len(rows))
@@ -430,6 +433,13 @@ class NativeSession:
         if pointer is not None:
             lib.dg_session_cancel(pointer)
 
-    def clear_cancel(self) -> None:
-        """Forgets a cancel() that met no call."""
-        lib.dg_session_clear_cancel(self._open_pointer())
+    def stop_when(self, wanted: Callable[[], bool] | None) -> None:
+        """From here on calls that compute raise CancelledError as soon as `wanted()` is true, which they ask before
+        they begin and every 20 ms; None: never."""
+        self._stop.when = wanted
+
+    def _begin(self) -> Any:
+        """The pointer, for a call that computes."""
+        if self._stop.wanted():
+            raise errors.CancelledError("the call was cancelled")
+        return self._open_pointer()

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeAlias, TypedDict
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,41 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+
+class ArrayRecord:
+    """A dataclass with arrays in it: equal where the arrays are, and shown in one line. (A tuple of arrays, which is
+    how a dataclass compares itself, raises ValueError.)"""
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, name), getattr(other, name)) for name in self._compared())
+
+    def __hash__(self) -> int:
+        values = (getattr(self, name) for name in self._compared())
+        return hash((type(self), *(v for v in values if isinstance(v, (int, float, str)))))
+
+    def _compared(self) -> list[str]:
+        return [f.name for f in fields(self) if f.compare]  # type: ignore[arg-type]  # a dataclass derives from it
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({shown})"
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if one is None or other is None:
+        return one is other
+    return bool(np.array_equal(one, other))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"[{len(value)} entries]" if isinstance(value, (list, tuple)) and len(value) > 8 else repr(value)
 
 
 @dataclass(frozen=True)
@@ -144,8 +179,8 @@ class Timings:
     other: float
 
 
-@dataclass(frozen=True)
-class RawSample:
+@dataclass(frozen=True, eq=False, repr=False)
+class RawSample(ArrayRecord):
     """What the sampler made of one step's logits; arrays with an entry for each row.
 
     `argmax` int32: the canvas that counts. `canvas` int32: the canvas for the next step. `accepted` bool: the draw was
@@ -158,7 +193,7 @@ class RawSample:
     entropy: Float64Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RawStep(RawSample):
     """One denoise step: `step` counts from 0, `steps` is the most there can be, `mean_entropy` is over the free rows.
 
@@ -175,8 +210,8 @@ class RawStep(RawSample):
     logprob: Float64Array | None
 
 
-@dataclass(frozen=True)
-class CanvasSpec:
+@dataclass(frozen=True, eq=False, repr=False)
+class CanvasSpec(ArrayRecord):
     """One canvas of those that are denoised side by side; its arrays have `n_rows` entries.
 
     `n_rows`: 1 to C; None: C. `pinned`: the id where a row is fixed, -1 where it is free. `canvas`: the ids to start

@@ -202,6 +202,9 @@ class _Recording:
     def __exit__(self, *details: Any) -> None:
         self._output.__exit__(*details)
 
+    def prefill(self, event: Any) -> None:
+        self._output.prefill(event)
+
     def step(self, event: Any) -> None:
         self._output.step(event)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,7 @@ from pydiffgguf.cli.terminal import (
 )
 
 if TYPE_CHECKING:
+    from pydiffgguf.engine.call import Stream
     from pydiffgguf.generate import Event, Generation
     from pydiffgguf.infill import Fill, Infill
     from pydiffgguf.model import DiffusionModel
@@ -32,29 +33,25 @@ __all__ = ["aside", "fill_template", "follow", "generate_once", "infill_once", "
 _Result = TypeVar("_Result")
 
 
-def follow(
-    stream: Generator[Event, None, _Result], output: Output, text_of: Callable[[_Result], str] | None = None
-) -> _Result:
+def follow(stream: Stream[Event, _Result], output: Output, text_of: Callable[[_Result], str] | None = None) -> _Result:
     """Hands a stream's events to an output; returns the result. An exception, Ctrl-C too, closes both.
 
     Args:
         text_of: the finished text, for streams that tell it with the result and not by blocks.
     """
-    from pydiffgguf.generate import Block, DenoiseStep
+    from pydiffgguf.generate import Block, DenoiseStep, Prefill
 
-    with contextlib.closing(stream), output:
-        while True:
-            try:
-                event = next(stream)
-            except StopIteration as end:
-                result: _Result = end.value
-                if text_of is not None:
-                    output.block(Block(text_of(result), []))
-                return result
-            if isinstance(event, DenoiseStep):
+    with stream, output:
+        for event in stream:
+            if isinstance(event, Prefill):
+                output.prefill(event)
+            elif isinstance(event, DenoiseStep):
                 output.step(event)
             else:
                 output.block(event)
+        if text_of is not None:
+            output.block(Block(text_of(stream.result), []))
+        return stream.result
 
 
 def make_output(model: DiffusionModel, live: bool, *, prefix: str = "", exact: bool = False) -> Output:

@@ -32,7 +32,7 @@ from pydiffgguf.text.chat import split_reasoning
 
 if TYPE_CHECKING:
     from pydiffgguf.convert import CollectProgress, ConvertProgress
-    from pydiffgguf.generate import Block, DenoiseStep, Generation
+    from pydiffgguf.generate import Block, DenoiseStep, Generation, Prefill
     from pydiffgguf.infill import Infill
     from pydiffgguf.text.tokenizer import Tokenizer
 
@@ -146,6 +146,8 @@ class Output(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
+    def prefill(self, event: Prefill) -> None: ...
+
     def step(self, event: DenoiseStep) -> None: ...
 
     def block(self, event: Block) -> None: ...
@@ -161,6 +163,9 @@ class SilentOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Nothing to end."""
+
+    def prefill(self, event: Prefill) -> None:
+        """Not shown."""
 
     def step(self, event: DenoiseStep) -> None:
         """Not shown."""
@@ -192,6 +197,9 @@ class PlainOutput:
     ) -> None:
         if self._newline and (kind is None or self._last):
             self._write("" if self._last.endswith("\n") else "\n")
+
+    def prefill(self, event: Prefill) -> None:
+        """Not shown."""
 
     def step(self, event: DenoiseStep) -> None:
         """Drafts are not shown."""
@@ -232,6 +240,7 @@ class LiveCanvas:
         self._pace_s = pace_s
         self._prefix = prefix
         self._keep_last = keep_last
+        self._prefill: Prefill | None = None
         self._step: DenoiseStep | None = None
         self._line = Text()  # the last, unfinished line of the finished text
         self._tokens: list[int] = []
@@ -260,6 +269,11 @@ class LiveCanvas:
         self._end_line()
         if self._keep_last and self._step is not None:
             self._print(self.canvas_text(self._step))
+
+    def prefill(self, event: Prefill) -> None:
+        """Says how much of the prompt is read."""
+        self._prefill = event
+        self._live.refresh()
 
     def step(self, event: DenoiseStep) -> None:
         """Draws a step, unless the last drawing is too fresh."""
@@ -353,7 +367,10 @@ class LiveCanvas:
     def _status(self) -> str:
         event = self._step
         if event is None:
-            return "reading" if not self._tokens else "reading the finished canvas"
+            if self._tokens:
+                return "reading the finished canvas"
+            prefill = self._prefill
+            return "reading" if prefill is None else f"reading {prefill.done:,} of {prefill.total:,}"
         settled = int(event.accepted.sum())
         free = len(event.tokens) - (0 if event.pinned is None else int(event.pinned.sum()))
         text = len(self._tokens) + int(event.accepted[: self._end(event)].sum())  # rows behind the end are no text

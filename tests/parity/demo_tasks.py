@@ -27,7 +27,7 @@ class Demo:
     @property
     def sampling(self) -> Sampling:
         """The file's own sampler values."""
-        file = self.opened._native.sampling
+        file = self.opened.sampling
         return Sampling(
             steps=file.steps,
             t_min=file.t_min,

@@ -72,14 +72,10 @@ def check_stream(
     canvas_length = model.config.canvas_length
     events: list[DenoiseStep] = []
     stream = model.stream(prompt, noise=noise, max_tokens=CANVASES * canvas_length, **options(sampling))
-    while True:
-        try:
-            event = next(stream)
-        except StopIteration as end:
-            result = end.value
-            break
+    for event in stream:
         if isinstance(event, DenoiseStep):
             events.append(event)
+    result = stream.result
     for event in events:
         where = f"canvas {event.canvas}, step {event.step}"
         assert event.canvas < len(expected) and event.step < len(expected[event.canvas].steps), f"{where}: one too many"

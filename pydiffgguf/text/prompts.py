@@ -1,0 +1,109 @@
+"""What a caller hands in as token ids: plain text, a conversation, a document in a user's turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydiffgguf._arguments import integer
+from pydiffgguf.errors import ModelFormatError, UnsupportedError
+from pydiffgguf.text.chat import render
+from pydiffgguf.text.tokenizer import Tokenizer, read_tokenizer
+
+__all__ = ["Prompts"]
+
+
+class Prompts:
+    """A file's tokenizer and chat template.
+
+    Args:
+        name: the file's, for messages.
+        metadata: its keys.
+        n_vocab: tokens of its vocabulary.
+
+    Raises ModelFormatError or UnsupportedError for a tokenizer that cannot be used.
+    """
+
+    def __init__(self, name: str, metadata: Mapping[str, Any], n_vocab: int) -> None:
+        self._name = name
+        self._metadata = metadata
+        self._n_vocab = n_vocab
+        #: None where the file holds no tokenizer.
+        self.tokenizer_or_none: Tokenizer | None = read_tokenizer(metadata, n_vocab)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UnsupportedError where the file holds none."""
+        if self.tokenizer_or_none is None:
+            raise UnsupportedError(f"{self._name} holds no tokenizer: pass token ids instead of text")
+        return self.tokenizer_or_none
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset() if self.tokenizer_or_none is None else self.tokenizer_or_none.end_ids
+
+    @property
+    def template(self) -> str | None:
+        """The chat template, Jinja source; None where the file has none. Raises ModelFormatError when it is no text."""
+        template = self._metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise ModelFormatError("key tokenizer.chat_template is not a string")
+        return template
+
+    def of(self, prompt: object, raw: bool) -> list[int]:
+        """Ids of a prompt: see `DiffusionModel.generate`."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("the prompt is empty")
+            if raw or not self.template:
+                return self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos)
+            return self.chat([{"role": "user", "content": prompt}], thinking=False)
+        ids = [integer(f"prompt[{i}]", token, 0, self._n_vocab - 1) for i, token in enumerate(_sequence(prompt))]
+        if not ids:
+            raise ValueError("the prompt is empty")
+        return ids
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> list[int]:
+        """Ids of a conversation and the opening of the model's turn."""
+        return self._with_bos(self.tokenizer.encode(self._render(messages, thinking)))
+
+    def turn(self, content: str) -> list[int]:
+        """Ids of one user turn and the opening of the model's, in which special tokens that stand in `content` are
+        ordinary text: somebody's document cannot end the turn."""
+        place = "\ue000"  # private use: no template knows it
+        before, found, behind = self._render([{"role": "user", "content": place}], False).partition(place)
+        if not found or place in behind:
+            raise UnsupportedError(f"the chat template of {self._name} does not hold a user's turn once, as it stands")
+        encode = self.tokenizer.encode
+        return self._with_bos([*encode(before), *encode(content, special=False), *encode(behind)])
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> str:
+        if not self.template:
+            raise UnsupportedError(f"{self._name} holds no chat template: use generate() with raw text")
+        tokenizer = self.tokenizer
+        return render(
+            self.template,
+            messages,
+            enable_thinking=thinking,
+            bos_token="" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
+            eos_token="" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id),
+        )
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Most templates write the bos token themselves; the model has never seen a prompt without one."""
+        bos = self.tokenizer.bos_id
+        return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+
+
+def _sequence(prompt: object) -> Sequence[Any]:
+    """Raises TypeError, with what helps, for what is no sequence of token ids."""
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise TypeError(f"prompt is {type(prompt).__name__}: decode it to a str, or pass a list of token ids")
+    if isinstance(prompt, Mapping) or not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):
+        raise TypeError(f"prompt must be a str or a sequence of token ids, not {type(prompt).__name__}")
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        raise TypeError("prompt is a list of messages: use chat()")
+    if len(prompt) and isinstance(prompt[0], str):
+        raise TypeError("prompt is a list of strings: call once for each of them")
+    return prompt  # type: ignore[return-value]
