@@ -22,7 +22,8 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_all_names_every_public_name_and_each_exists() -> None:
-    """`__all__` is sorted and is what `dir()` shows; every name can be had, and all but the version and aliases of types are documented."""
+    """`__all__` is sorted and is what `dir()` shows; every name can be had, and all are documented
+    except the version and aliases of types."""
     assert pydiffgguf.__all__ == sorted(pydiffgguf.__all__)
     assert dir(pydiffgguf) == pydiffgguf.__all__
     for name in pydiffgguf.__all__:
