@@ -189,9 +189,9 @@ class SessionPool:
             raise ModelClosedError(f"{self._name} is closed")
 
     def sessions(self) -> list[Session]:
-        """All that there are, those in use first."""
+        """All that there are, the one that was lent last at the end."""
         with self._turn:
-            return [*self._lent, *self._idle]
+            return [*self._idle, *self._lent]
 
     def cancel(self) -> None:
         """Ends the calls that have a session or wait for one."""
