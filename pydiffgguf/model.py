@@ -240,6 +240,11 @@ class DiffusionModel:
         text."""
         return self._engine.prompts.template
 
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False) -> list[int]:
+        """The ids that `chat` makes of a conversation, the opening of the model's turn included: to count them before
+        they are too many, say. Raises what `chat` raises for messages."""
+        return self._engine.prompts.chat(messages, flag("thinking", thinking))
+
     # ---------------------------------------------------------------------------------------------------- generating
 
     def generate(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerateOptions]) -> Generation:

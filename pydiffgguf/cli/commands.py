@@ -57,6 +57,7 @@ def open_model(args: argparse.Namespace) -> Any:
         "sampler": args.sampler,
         "type_kv": args.type_kv,
         "cpu": args.cpu,
+        "n_sessions": getattr(args, "sessions", None),  # `serve` has it
         "verbose": args.verbose or None,
     }
     given = {name: value for name, value in options.items() if value is not None}

@@ -114,7 +114,7 @@ class OpenAI:
         headers = service.headers(fields)
 
         def prepare() -> Series:
-            ids = model._chat_ids(messages, thinking)
+            ids = model.chat_tokens(messages, thinking=thinking)
             check_room(model, len(ids))
             return series_of(model, [ids], how, service.settings.time_limit)
 
