@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,8 +29,8 @@ from pydiffgguf.engine.options import Noise
 from pydiffgguf.engine.pool import common_head
 from pydiffgguf.errors import CancelledError, ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session, resolve_sampling
-from pydiffgguf.text.chat import StopStrings
-from pydiffgguf.text.view import until_end
+from pydiffgguf.text.stop import StopStrings
+from pydiffgguf.text.turn import TextView, Turn, until_end
 
 __all__ = [
     "Block",
@@ -64,7 +64,8 @@ class DenoiseStep(ArrayRecord):
     """One step of one canvas. `canvas` and `step` count from 0; `total_steps` is the most there can be.
 
     `tokens` int32 [C]: the argmax canvas. `accepted` bool [C], `entropy` float64 [C] in nats. `pinned` bool [C], or
-    None where no row is. `text`: the draft, up to its first end token. `elapsed_s`: since the generation began.
+    None where no row is. `text`: the draft of the answer, up to its first end token; `reasoning`: that of the thoughts.
+    `elapsed_s`: since the generation began.
     """
 
     canvas: int
@@ -76,6 +77,7 @@ class DenoiseStep(ArrayRecord):
     text: str
     elapsed_s: float = field(compare=False)
     pinned: BoolArray | None = None
+    reasoning: str = ""
 
     def __repr__(self) -> str:
         free = len(self.tokens) - (0 if self.pinned is None else int(self.pinned.sum()))
@@ -87,11 +89,13 @@ class DenoiseStep(ArrayRecord):
 
 @dataclass(frozen=True)
 class Block:
-    """A finished canvas: the text that it adds, and its tokens up to the end token or the limit. A stop string that
-    straddles two canvases is found with the second: the result's text then ends inside the first's."""
+    """A finished canvas: the text and the `reasoning` that it adds, and its tokens up to the end token or the limit.
+    What may still turn out to be a thought or a tool call comes with a later canvas. A stop string that straddles two
+    canvases is found with the second: the result's text then ends inside the first's."""
 
     text: str
     tokens: list[int]
+    reasoning: str = ""
 
 
 Event = Prefill | DenoiseStep | Block
@@ -103,7 +107,7 @@ class Stats:
 
     `steps`: denoise steps of each canvas. `prompt_tokens`: length of the prompt, of which `reused_tokens` were still
     in the cache from an earlier call. `prefill_s`: encoding the prompt and finished canvases. `denoise_s`: the steps.
-    `seed`: what to pass to get the same text again.
+    `reasoning_tokens`: those of `generated_tokens` that thoughts took. `seed`: what to pass to get the same text again.
     """
 
     seed: int
@@ -113,6 +117,7 @@ class Stats:
     prefill_s: float = 0.0
     denoise_s: float = 0.0
     generated_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def tokens_per_forward(self) -> float:
@@ -130,14 +135,20 @@ class Stats:
 @dataclass(frozen=True)
 class Generation:
     """A result. `tokens` ends before the end token; `text` is the answer, `reasoning` the thought channel apart from
-    it ("" without one). `finish_reason`: "stop" at an end token or stop string, "length" at max_tokens, the end of the
-    context or the time limit, "cancelled"."""
+    it ("" without one). `tool_calls`: the calls that the model asks for, as dictionaries of the OpenAI API with their
+    arguments as JSON; a call that was cut is text. `logprobs`, where asked for: of each token, the natural log of its
+    probability at temperature 1 in the last step of its canvas. `answer_rows`: which tokens `text` is made of.
+    `finish_reason`: "stop" at an end token or stop string, "length" at max_tokens, the end of the context or the time
+    limit, "cancelled"."""
 
     text: str
     tokens: list[int]
     finish_reason: FinishReason
     stats: Stats
     reasoning: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[float] | None = field(default=None, repr=False)
+    answer_rows: list[int] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
@@ -150,16 +161,26 @@ class _Request:
     stop: StopStrings
     seed: int
     noise: Noise | None
+    thought_tokens: int | None  # the most of a thought
+    logprobs: bool
     watched: bool  # somebody looks at the steps; else no DenoiseStep is made
 
 
 def stream_ids(
-    engine: Engine, prompt: list[int], options: Mapping[str, Any], *, watched: bool = True
+    engine: Engine,
+    prompt: list[int],
+    options: Mapping[str, Any],
+    *,
+    thought_tokens: int | None = None,
+    logprobs: bool = False,
+    watched: bool = True,
 ) -> Stream[Event, Generation]:
     """A generation from token ids. Afterwards the session's prefix holds the prompt and every canvas except the last.
 
     Args:
         options: `GenerateOptions`; other names are not looked at.
+        thought_tokens: a thought that takes as many is closed; None: it may take any number.
+        logprobs: report each token's log-probability.
         watched: somebody takes the events; else there are no DenoiseSteps.
 
     Raises, before the first event, ValueError and TypeError for an option; at the first, ContextOverflowError when the
@@ -174,6 +195,8 @@ def stream_ids(
         stop=StopStrings(options.get("stop") or ()),
         seed=seed_of(options.get("seed")),
         noise=options.get("noise"),
+        thought_tokens=thought_tokens,
+        logprobs=logprobs,
         watched=watched,
     )
     call = Call(options.get("cancel"), time_limit)
@@ -182,42 +205,79 @@ def stream_ids(
 
 def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None, Generation]:
     call.begin()
-    view, end_ids = engine.view, engine.prompts.end_ids
+    view, end_ids = engine.view.behind(request.prompt), engine.prompts.end_ids
     stats = Stats(seed=request.seed, prompt_tokens=len(request.prompt))
     done: list[int] = []
-    text = ""
+    logprobs: list[float] = []
+    turn = Turn()
     reason: FinishReason = "length"
+    limit = request.thought_tokens
     try:
         with engine.pool.take(request.prompt, call) as session:
             yield from encode_prompt(session, request.prompt, stats, call)
             canvas_index = 0
             while True:
-                step = yield from _denoise(engine, session, request, canvas_index, call, stats)
+                draft = _Draft(view, end_ids, done, turn)
+                step = yield from _denoise(session, request, canvas_index, call, stats, draft)
                 tokens, ended = until_end(step.argmax.tolist(), end_ids)
-                before, n_before = text, len(done)
-                done += tokens
+                seen, n_before = turn, len(done)
+                done = [*done, *tokens]
+                if step.logprob is not None:
+                    logprobs += step.logprob[: len(tokens)].tolist()
+                cut = None if limit is None else view.thought_limit(done, limit)
+                if cut is not None and view.close_id is not None:
+                    ended, done, limit = False, [*done[:cut], view.close_id], None
+                    logprobs[cut:] = [0.0] if request.logprobs else []  # nobody drew the marker
                 if len(done) > request.max_tokens:
                     ended, done = False, done[: request.max_tokens]
-                text = view.answer(done)
-                stop_at = request.stop.find(text, max(0, len(before) - request.stop.overlap))
+                last = ended or len(done) >= request.max_tokens or call.late() or not _fits_another(session)
+                turn = view.read(done, ended=last)
+                stop_at = request.stop.find(turn.text, max(0, len(seen.text) - request.stop.overlap))
                 if stop_at is not None:
                     # A token that the stop string cuts in two is not counted; its characters before the cut are.
-                    ended, done, text = True, view.tokens_within(done, stop_at), text[:stop_at]
-                stats.generated_tokens = len(done)
-                yield Block(text[len(before) :], done[n_before:])
-                if ended:
-                    reason = "stop"
+                    ended, last, text = True, True, turn.text[:stop_at]
+                    done = view.tokens_within(done, stop_at)
+                    turn = replace(view.read(done), text=text)
+                stats.generated_tokens, stats.reasoning_tokens = len(done), turn.n_thought
+                yield Block(turn.text[len(seen.text) :], done[n_before:], turn.reasoning[len(seen.reasoning) :])
+                if last:
+                    reason = "stop" if ended else "length"
                     break
-                if len(done) >= request.max_tokens or call.late() or not _fits_another(session):
-                    break
-                _timed_encode(session, step.argmax, stats)
+                # Of a thought that was closed here, what the canvas has behind it is forgotten.
+                _timed_encode(session, step.argmax if cut is None else done[n_before:], stats)
                 canvas_index += 1
     except CancelledError:
         reason = "cancelled"
     except OutOfTime:
         reason = "length"
     logger.debug("generated: %s, %s", reason, stats)
-    return Generation(text, done, reason, stats, view.split(done)[0])
+    calls = [made.as_openai(f"{request.seed} {i}") for i, made in enumerate(turn.calls)]
+    return Generation(
+        turn.text,
+        done,
+        reason,
+        stats,
+        turn.reasoning,
+        calls,
+        logprobs[: len(done)] if request.logprobs else None,
+        turn.rows,
+    )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """Reads the canvas under way behind what is done: `turn` is what that says."""
+
+    view: TextView
+    end_ids: frozenset[int]
+    done: list[int]
+    turn: Turn
+
+    def read(self, argmax: Int32Array) -> tuple[str, str]:
+        """(text, reasoning) that the canvas adds."""
+        tokens, ended = until_end(argmax.tolist(), self.end_ids)
+        turn = self.view.read([*self.done, *tokens], ended=ended)
+        return turn.text[len(self.turn.text) :], turn.reasoning[len(self.turn.reasoning) :]
 
 
 def _fits_another(session: Session) -> bool:
@@ -259,11 +319,11 @@ def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, call: C
 
 
 def _denoise(
-    engine: Engine, session: Session, request: _Request, canvas_index: int, call: Call, stats: Stats
+    session: Session, request: _Request, canvas_index: int, call: Call, stats: Stats, draft: _Draft
 ) -> Generator[DenoiseStep, None, RawStep]:
-    spec = CanvasSpec(seed=request.seed, canvas_index=canvas_index, quiet=not request.watched)
+    watched = [-1] * session.config.canvas_length if request.logprobs else None
+    spec = CanvasSpec(seed=request.seed, canvas_index=canvas_index, quiet=not request.watched, watched=watched)
     batch = CanvasBatch(session, [spec], request.sampling, noise=request.noise)
-    view, end_ids = engine.view, engine.prompts.end_ids
     stats.steps.append(0)
     while True:
         step_began = time.monotonic()
@@ -272,7 +332,7 @@ def _denoise(
         stats.denoise_s += now - step_began
         stats.steps[-1] += 1
         if request.watched:
-            draft, _ = until_end(step.argmax.tolist(), end_ids)
+            text, reasoning = draft.read(step.argmax)
             yield DenoiseStep(
                 canvas_index,
                 step.step,
@@ -280,8 +340,9 @@ def _denoise(
                 step.argmax,
                 step.accepted,
                 step.entropy,
-                view.answer(draft),
+                text,
                 now - call.began,
+                reasoning=reasoning,
             )
         if step.finished or (call.deadline is not None and now >= call.deadline):
             return batch.rows(0)

@@ -15,12 +15,14 @@ from pydiffgguf._binding.library import StrPath
 from pydiffgguf._binding.native import Metadata, NativeModel
 from pydiffgguf._binding.records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf._log import logger
+from pydiffgguf.chat import chat_prompt
 from pydiffgguf.describe import describe
 from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.engine.call import Stream, drain
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.options import (
     Cancel,
+    ChatOptions,
     EditOptions,
     FillOptions,
     GenerateOptions,
@@ -240,11 +242,6 @@ class DiffusionModel:
         text."""
         return self._engine.prompts.template
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False) -> list[int]:
-        """The ids that `chat` makes of a conversation, the opening of the model's turn included: to count them before
-        they are too many, say. Raises what `chat` raises for messages."""
-        return self._engine.prompts.chat(messages, flag("thinking", thinking))
-
     # ---------------------------------------------------------------------------------------------------- generating
 
     def generate(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerateOptions]) -> Generation:
@@ -291,34 +288,46 @@ class DiffusionModel:
         self._engine.check_open()
         return stream_ids(self._engine, self._engine.prompts.of(prompt, flag("raw", raw)), options, watched=watched)
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False, **options: Unpack[GenerateOptions]
-    ) -> Generation:
-        """The model's answer to a conversation: dicts with role ("system", "user", "assistant") and content.
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Generation:
+        """The model's answer to a conversation, whose last message of the assistant, if it ends with one, the answer
+        goes on with.
 
-        `thinking` asks for the thought channel, which comes apart from the text as `reasoning`, and is never fed back:
-        thoughts in earlier answers are left out. The other options are `generate`'s.
+        Args:
+            messages: as the OpenAI API has them: dicts with role ("system", "developer", "user", "assistant", "tool"),
+                content (a str, a list of text parts, or None beside tool_calls), tool_calls, tool_call_id. Control
+                tokens that contents spell stay text; thoughts in earlier answers are left out (docs/CHAT.md).
+            thinking: True asks for the thought channel, which comes apart from the text as `reasoning`; a number: of so
+                many tokens at most, its markers among them.
+            tools: functions that the model may call, as the OpenAI API has them; calls come in `tool_calls`.
+            tool_choice: "auto" (the default), "none", "required", or the dict of one function.
+            options: also `generate`'s.
+
+        Raises:
+            TypeError, ValueError: a message or a tool of no known form, with its path, and what `generate` raises.
+            UnsupportedError: image parts; a file without a chat template, or with one that knows no tools.
         """
-        return drain(self._chat("chat", messages, thinking, options, watched=False))
+        return drain(self._chat("chat", messages, options, watched=False))
 
     def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False, **options: Unpack[GenerateOptions]
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]
     ) -> Stream[Event, Generation]:
         """The same as `chat`, as events; see `stream`."""
-        return self._chat("stream_chat", messages, thinking, options)
+        return self._chat("stream_chat", messages, options)
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> list[int]:
+        """The prompt that `chat` makes of a conversation: token ids, with the opening of the model's turn. The options
+        that matter are `thinking`, `tools` and `tool_choice`."""
+        check_names("chat_tokens", options, ChatOptions)
+        self._engine.check_open()
+        return chat_prompt(self._engine.prompts, messages, options).ids
 
     def _chat(
-        self,
-        call: str,
-        messages: Sequence[Mapping[str, Any]],
-        thinking: bool,
-        options: GenerateOptions,
-        watched: bool = True,
+        self, call: str, messages: Sequence[Mapping[str, Any]], options: ChatOptions, watched: bool = True
     ) -> Stream[Event, Generation]:
-        check_names(call, options, GenerateOptions, also=("thinking",))
+        check_names(call, options, ChatOptions)
         self._engine.check_open()
-        ids = self._engine.prompts.chat(messages, flag("thinking", thinking))
-        return stream_ids(self._engine, ids, options, watched=watched)
+        prompt = chat_prompt(self._engine.prompts, messages, options)
+        return stream_ids(self._engine, prompt.ids, options, thought_tokens=prompt.thought_tokens, watched=watched)
 
     # -------------------------------------------------------------------------------------------------------- infill
 

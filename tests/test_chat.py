@@ -1,4 +1,4 @@
-"""Chat templates from strangers, the thought channel, stop strings."""
+"""Chat templates from strangers, and stop strings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pydiffgguf.errors import ModelFormatError
-from pydiffgguf.text.chat import StopStrings, render, split_reasoning, strip_reasoning
+from pydiffgguf.text.rendering import render
+from pydiffgguf.text.stop import StopStrings
 
 GEMMA_LIKE = """\
 {%- macro answer(text) -%}
@@ -188,7 +189,7 @@ def test_counting_the_work_changes_no_output(source: str) -> None:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     variables: dict[str, Any] = {
-        "messages": strip_reasoning(TURNS),
+        "messages": TURNS,
         "bos_token": "<bos>",
         "add_generation_prompt": True,
     }
@@ -268,77 +269,6 @@ def test_broken_templates_say_why(source: str, message: str) -> None:
     """In one line that names the key, with the line where there is one."""
     with pytest.raises(ModelFormatError, match=rf"^tokenizer\.chat_template {message}$"):
         render(source, TURNS)
-
-
-@pytest.mark.parametrize(
-    ("messages", "error", "text"),
-    [
-        ("hello", TypeError, "messages must be a list of dicts, not str"),
-        ({"role": "user", "content": "x"}, TypeError, "messages must be a list of dicts, not dict"),
-        ([], ValueError, "messages is empty"),
-        ([*TURNS, "hello"], TypeError, r"messages\[3\] must be a dict, not str"),
-        ([{"content": "x"}], ValueError, r"messages\[0\] has no 'role'"),
-        ([*TURNS, {"role": "user"}], ValueError, r"messages\[3\] has no 'content'"),
-        ([{"role": "user", "content": None}], TypeError, r"messages\[0\]\['content'\] must be a str, not NoneType"),
-        ([{"role": 1, "content": "x"}], TypeError, r"messages\[0\]\['role'\] must be a str, not int"),
-        ([{"role": "User", "content": "x"}], ValueError, r"messages\[0\]\['role'\] is 'User', expected one of"),
-        ([{"role": "user", "content": "x", "nmae": "y"}], ValueError, r"messages\[0\] has an unknown key 'nmae'"),
-    ],
-)
-def test_wrong_messages_are_named(messages: Any, error: type[Exception], text: str) -> None:
-    """The message says which one, and what was expected."""
-    with pytest.raises(error, match=text):
-        render(GEMMA_LIKE, messages)
-    with pytest.raises(error, match=text):
-        strip_reasoning(messages)
-
-
-@pytest.mark.parametrize(
-    ("text", "reasoning", "answer"),
-    [
-        ("", "", ""),
-        ("plain\n", "", "plain\n"),
-        ("<|channel>thought\nI see.\n<channel|>Blue.", "I see.", "Blue."),
-        ("<|channel>thought\n<channel|>Blue.", "", "Blue."),
-        ("<|channel>thought<channel|>\n\nBlue.\n", "", "Blue.\n"),
-        ("<|channel>thought\nfirst\nsecond\n\n<channel|>    indented", "first\nsecond", "    indented"),
-        ("<|channel>thought\nstill think", "still think", ""),
-        ("<|channel>thought\n", "", ""),
-        ("<|channel>thou", "", ""),
-        ("<|channel>", "", ""),
-        ("a<|channel>thought\nb<channel|>c<|channel>thought\nd<channel|>e", "b\nd", "ace"),
-        ("<|channel>other\nx<channel|>y", "other\nx", "y"),
-        ("x<channel|>y", "", "xy"),
-    ],
-)
-def test_thoughts_are_kept_apart(text: str, reasoning: str, answer: str) -> None:
-    """Also when empty, unfinished, doubled or broken."""
-    assert split_reasoning(text) == (reasoning, answer)
-
-
-@given(st.lists(st.sampled_from(["<|channel>", "<channel|>", "thought", "\n", "a", " b"]), max_size=12))
-def test_no_thought_reaches_the_answer(parts: list[str]) -> None:
-    """Whatever order the model writes the markers in, no marker is in the answer and nothing after an opening that
-    was not closed."""
-    text = "".join(parts)
-    _, answer = split_reasoning(text)
-    assert "<|channel>" not in answer
-    assert "<channel|>" not in answer
-    assert split_reasoning(text + "<|channel>thought\nsecret")[1].find("secret") == -1
-
-
-def test_history_loses_its_thoughts() -> None:
-    """Only in the model's turns, and not in the caller's own list."""
-    turns = [TURNS[1], {"role": "user", "content": "<|channel>thought\nmine<channel|>x"}, dict(TURNS[1], role="model")]
-    copies = [dict(turn) for turn in turns]
-    stripped = strip_reasoning(turns)
-    assert [turn["content"] for turn in stripped] == [
-        "Because of {scattering}.\n",
-        "<|channel>thought\nmine<channel|>x",
-        "Because of {scattering}.\n",
-    ]
-    assert turns == copies
-    assert "Rayleigh" not in render("{{ messages }}", turns)
 
 
 def test_the_earliest_stop_string_wins() -> None:

@@ -281,8 +281,9 @@ def test_thoughts_are_shown_aside(tokenizer: Tokenizer) -> None:
     with LiveCanvas(console, tokenizer, pace_s=1e-9) as live:
         live.step(step(ids("<|channel>", "thought", "\n", "\u2581the")))
         assert screen.text().splitlines()[0] == "thought"
-        live.block(Block("", ids("<|channel>", "thought", "\n", "\u2581the")))
-        live.block(Block(" dog", ids("\u2581dog", "\n", "\u2581sleeps", "<channel|>", "\u2581dog")))
+        live.block(Block("", ids("<|channel>", "thought", "\n", "\u2581the"), "the"))
+        tokens = ids("\u2581dog", "\n", "\u2581sleeps", "<channel|>", "\u2581dog")
+        live.block(Block(" dog", tokens, " dog\n sleeps"))
     assert screen.text() == "the dog\n sleeps\n dog"
     assert {"2", "3"} <= screen.styles
 

@@ -28,8 +28,6 @@ from rich.style import Style
 from rich.table import Column
 from rich.text import Text
 
-from pydiffgguf.text.chat import split_reasoning
-
 if TYPE_CHECKING:
     from pydiffgguf.convert import CollectProgress, ConvertProgress
     from pydiffgguf.generate import Block, DenoiseStep, Generation, Prefill
@@ -244,7 +242,6 @@ class LiveCanvas:
         self._step: DenoiseStep | None = None
         self._line = Text()  # the last, unfinished line of the finished text
         self._tokens: list[int] = []
-        self._reasoning = ""
         self._drawn = 0.0
         # A terminal that is made narrower wraps the drawing anew, into more rows than rich then erases: a piece of the
         # old drawing stays above. Nothing else is lost; erasing by guess would eat what stood there before.
@@ -290,9 +287,7 @@ class LiveCanvas:
         """Takes over a finished canvas: its whole lines are printed for good."""
         self._step = None
         self._tokens += event.tokens
-        reasoning, _ = split_reasoning(self._tokenizer.decode(self._tokens))
-        self._append(reasoning.removeprefix(self._reasoning), ASIDE)
-        self._reasoning = reasoning
+        self._append(event.reasoning, ASIDE)
         self._append(event.text, ACCEPTED)
         self._live.refresh()
 

@@ -13,7 +13,7 @@ from pydiffgguf.errors import ModelClosedError
 from pydiffgguf.session import Session
 from pydiffgguf.text.prompts import Prompts
 from pydiffgguf.text.tokenizer import Tokenizer
-from pydiffgguf.text.view import TextView
+from pydiffgguf.text.turn import TextView
 
 __all__ = ["Engine"]
 

@@ -6,12 +6,13 @@ The names are written here once: a type checker reads the TypedDicts, and `check
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy.typing as npt
 
 __all__ = [
     "Cancel",
+    "ChatOptions",
     "EditOptions",
     "FillOptions",
     "Gap",
@@ -92,6 +93,14 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str] | None
     noise: Noise | None
     cancel: Cancel | None
+
+
+class ChatOptions(GenerateOptions, total=False):
+    """Options of `chat` and its stream."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    thinking: bool | int
 
 
 class EditOptions(SamplingOptions, total=False):

@@ -7,8 +7,10 @@ from typing import Any
 
 from pydiffgguf._arguments import integer
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
-from pydiffgguf.text.chat import render
+from pydiffgguf.text.messages import conversation
+from pydiffgguf.text.rendering import chat_parts
 from pydiffgguf.text.tokenizer import Tokenizer, read_tokenizer
+from pydiffgguf.text.tools import Tool
 
 __all__ = ["Prompts"]
 
@@ -58,37 +60,30 @@ class Prompts:
                 raise ValueError("the prompt is empty")
             if raw or not self.template:
                 return self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos)
-            return self.chat([{"role": "user", "content": prompt}], thinking=False)
+            return self.chat([{"role": "user", "content": prompt}])
         ids = [integer(f"prompt[{i}]", token, 0, self._n_vocab - 1) for i, token in enumerate(_sequence(prompt))]
         if not ids:
             raise ValueError("the prompt is empty")
         return ids
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> list[int]:
-        """Ids of a conversation and the opening of the model's turn."""
-        return self._with_bos(self.tokenizer.encode(self._render(messages, thinking)))
-
-    def turn(self, content: str) -> list[int]:
-        """Ids of one user turn and the opening of the model's, in which special tokens that stand in `content` are
-        ordinary text: somebody's document cannot end the turn."""
-        place = "\ue000"  # private use: no template knows it
-        before, found, behind = self._render([{"role": "user", "content": place}], False).partition(place)
-        if not found or place in behind:
-            raise UnsupportedError(f"the chat template of {self._name} does not hold a user's turn once, as it stands")
-        encode = self.tokenizer.encode
-        return self._with_bos([*encode(before), *encode(content, special=False), *encode(behind)])
-
-    def _render(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> str:
+    def chat(self, messages: object, *, thinking: bool = False, tools: Sequence[Tool] = ()) -> list[int]:
+        """Ids of a conversation and the opening of the model's turn. Special tokens that contents spell are ordinary
+        text: nobody's words end a turn. The messages are those of `conversation`."""
         if not self.template:
             raise UnsupportedError(f"{self._name} holds no chat template: use generate() with raw text")
-        tokenizer = self.tokenizer
-        return render(
+        parts = chat_parts(
             self.template,
-            messages,
+            conversation(messages),
+            self.tokenizer,
+            name=self._name,
+            tools=tools,
             enable_thinking=thinking,
-            bos_token="" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
-            eos_token="" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id),
         )
+        return self._with_bos(self.tokenizer.encode_parts(parts))
+
+    def turn(self, content: str) -> list[int]:
+        """Ids of one user turn and the opening of the model's."""
+        return self.chat([{"role": "user", "content": content}])
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         """Most templates write the bos token themselves; the model has never seen a prompt without one."""

@@ -182,6 +182,27 @@ class Tokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
+    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        """Ids of a text in pieces (text, whether texts of special tokens are tokens there). Between special tokens the
+        pieces are one text, so that ordinary pieces have the ids of the whole.
+
+        Raises:
+            ValueError: a lone surrogate.
+        """
+        ids: list[int] = []
+        plain = ""
+        for text, special in parts:
+            at = 0
+            if special:
+                found = self._with_special.encode(text, add_special_tokens=False)
+                for id_, (start, end) in zip(found.ids, found.offsets, strict=True):
+                    if id_ in self.special_ids and id_ != self.unk_id:
+                        ids += self.encode(plain + text[at:start], special=False)
+                        ids.append(id_)
+                        plain, at = "", end
+            plain += text[at:]
+        return ids + self.encode(plain, special=False)
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of ids. Bytes that form no character become U+FFFD as ``bytes.decode(errors="replace")`` has it; a
         character that is still incomplete at the end is left out, so the text of a longer list always begins with
