@@ -10,9 +10,11 @@ import re
 import sys
 from pathlib import Path
 
-# The functions that C calls in Python: see pydiffgguf/_binding/library.py.
+# The functions that C calls in Python: see pydiffgguf/_binding/library.py and file.py.
 CALLBACKS = """extern "Python" int dg_python_poll(void *user);
 extern "Python" void dg_python_log(int32_t level, const char *text, void *user);
+extern "Python" int64_t dg_python_size(void *user, const char *path);
+extern "Python" bool dg_python_read(void *user, const char *path, uint64_t offset, void *out, size_t n);
 """
 
 

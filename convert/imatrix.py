@@ -16,7 +16,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType
 
 from pydiffgguf.errors import ModelFormatError
 
@@ -54,8 +53,8 @@ class Importance:
         with open(path, "rb", buffering=0) as file:
 
             def read(info: TensorInfo) -> Float32Array:
-                if info.type is not GGMLQuantizationType.F32:
-                    raise ModelFormatError(f"{path}: tensor '{info.name:.100}' has type {info.type.name}: expected F32")
+                if info.type != "F32":
+                    raise ModelFormatError(f"{path}: tensor '{info.name:.100}' has type {info.type}: expected F32")
                 values = read_bytes(path, file, info.offset, info.n_bytes, info.name).view("<f4")
                 if not np.isfinite(values).all() or (values < 0).any():
                     raise ModelFormatError(f"{path}: tensor '{info.name:.100}' holds negative values, NaN or infinity")

@@ -5,6 +5,7 @@
 #include "base/log_capture.h"
 #include "base/random.h"
 #include "cpu/levels.h"
+#include "file/gguf_head.h"
 #include "file/quantize.h"
 #include "model/devices.h"
 #include "model/model.h"
@@ -14,21 +15,25 @@
 #include "session/loop.h"
 #include "session/session.h"
 
-#include "gguf.h"
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <string>
+#include <string_view>
 
 #ifdef __GLIBCXX__
 #    include <cxxabi.h>
 #endif
 
+struct dg_file {
+    std::shared_ptr<const dg::GgufHead> head;
+};
+
 struct dg_model {
     std::shared_ptr<const dg::Model> model;
+    dg_file file;
 };
 
 struct dg_session {
@@ -52,12 +57,10 @@ void write_message(const char *message, char *err, size_t err_size) noexcept {
     }
 }
 
-template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) {
+// Without ggml's initialisation: for what only reads its tables.
+template <typename Body> dg_status guarded_plain(char *err, size_t err_size, const Body &body) {
     write_message("", err, err_size);
     try {
-        dg::check_processor(); // before any code of ggml's
-        dg::initialize_ggml();
-        const dg::AbortGuard no_abort;
         body();
         return DG_OK;
     } catch (const dg::Error &error) {
@@ -77,6 +80,15 @@ template <typename Body> dg_status guarded(char *err, size_t err_size, const Bod
         write_message("an unknown exception", err, err_size);
         return DG_ERROR_INTERNAL;
     }
+}
+
+template <typename Body> dg_status guarded(char *err, size_t err_size, const Body &body) {
+    return guarded_plain(err, err_size, [&] {
+        dg::check_processor(); // before any code of ggml's
+        dg::initialize_ggml();
+        const dg::AbortGuard no_abort;
+        body();
+    });
 }
 
 void require(const void *pointer, const char *name) {
@@ -115,11 +127,133 @@ template <typename Body> dg_status inside(dg_session *session, char *err, size_t
     });
 }
 
-const gguf_context *metadata(const dg_model *model) { return model->model->files().keys(); }
+} // namespace
 
-bool valid_kv(const dg_model *model, int64_t index) { return index >= 0 && index < gguf_get_n_kv(metadata(model)); }
+// -------------------------------------------------------------------------------------------------------- file
+
+namespace {
+
+// A file that is read through the caller's functions.
+class CallerFile final : public dg::ByteSource {
+  public:
+    CallerFile(const dg_source &source, std::string path) : source_(source), path_(std::move(path)) {
+        const int64_t size = source_.size(source_.user, path_.c_str());
+        if (size < 0) {
+            throw dg::Error(DG_ERROR_IO, path_ + ": cannot open");
+        }
+        size_ = static_cast<uint64_t>(size);
+    }
+    uint64_t size() const override { return size_; }
+    void read(uint64_t offset, void *out, size_t n) const override {
+        if (!source_.read(source_.user, path_.c_str(), offset, out, n)) {
+            throw dg::Error(DG_ERROR_IO, path_ + ": cannot read");
+        }
+    }
+
+  private:
+    const dg_source &source_;
+    std::string path_;
+    uint64_t size_ = 0;
+};
+
+const dg::GgufHeader &keys_of(const dg_file *file) { return file->head->keys(); }
+
+const dg::GgufKey *key_at(const dg_file *file, int64_t index) {
+    const std::vector<dg::GgufKey> &keys = keys_of(file).keys();
+    return index >= 0 && static_cast<size_t>(index) < keys.size() ? &keys[static_cast<size_t>(index)] : nullptr;
+}
 
 } // namespace
+
+dg_status dg_file_open(dg_file **out, const char *path, const dg_source *source, char *err, size_t err_size) {
+    return guarded_plain(err, err_size, [&] {
+        require(out, "out");
+        *out = nullptr;
+        require(path, "path");
+        std::unique_ptr<dg::ByteSource> open;
+        auto file = std::make_unique<dg_file>();
+        file->head = std::make_shared<const dg::GgufHead>(path, [&](const std::string &part) -> const dg::ByteSource & {
+            open = source ? std::make_unique<CallerFile>(*source, part) : dg::open_for_reading(part);
+            return *open;
+        });
+        *out = file.release();
+    });
+}
+
+void dg_file_free(dg_file *file) { delete file; }
+
+dg_status dg_file_require_model(const dg_file *file, char *err, size_t err_size) {
+    return guarded_plain(err, err_size, [&] {
+        require(file, "file");
+        file->head->require_model();
+    });
+}
+
+int32_t dg_file_n_parts(const dg_file *file) { return static_cast<int32_t>(file->head->parts().size()); }
+
+dg_file_part dg_file_get_part(const dg_file *file, int32_t index) {
+    if (index < 0 || index >= dg_file_n_parts(file)) {
+        return {};
+    }
+    const dg::GgufHead::Part &part = file->head->parts()[static_cast<size_t>(index)];
+    const dg::GgufHeader &header = part.header;
+    return {part.path.c_str(), header.file_size(), header.data_offset(), header.version(), header.alignment()};
+}
+
+int64_t dg_file_n_keys(const dg_file *file) { return static_cast<int64_t>(keys_of(file).keys().size()); }
+
+dg_key dg_file_key(const dg_file *file, int64_t index) {
+    dg_key out = {};
+    if (const dg::GgufKey *key = key_at(file, index)) {
+        out.name = key->name.c_str();
+        out.type = static_cast<int32_t>(key->type);
+        out.element = static_cast<int32_t>(key->element);
+        out.count = static_cast<int64_t>(key->count);
+        out.data = keys_of(file).at(key->data);
+        out.n_bytes = key->end - key->data;
+        out.entry = keys_of(file).at(key->entry);
+        out.entry_bytes = key->end - key->entry;
+    }
+    return out;
+}
+
+size_t dg_file_strings(const dg_file *file, int64_t index, char *out, size_t out_size) {
+    const dg::GgufKey *key = key_at(file, index);
+    size_t needed = 0;
+    if (key) {
+        keys_of(file).for_each_string(*key, [&](std::string_view text) {
+            const std::string_view shown = text.substr(0, text.find('\0'));
+            const size_t size = shown.size() + 1;
+            if (out && size <= out_size && needed <= out_size - size) {
+                std::memcpy(out + needed, shown.data(), shown.size());
+                out[needed + shown.size()] = '\0';
+            }
+            needed += size;
+        });
+    }
+    return needed;
+}
+
+int64_t dg_file_n_tensors(const dg_file *file) { return static_cast<int64_t>(file->head->tensors().size()); }
+
+dg_tensor_info dg_file_tensor(const dg_file *file, int64_t index) {
+    dg_tensor_info out = {};
+    if (index < 0 || index >= dg_file_n_tensors(file)) {
+        return out;
+    }
+    const dg::GgufHead::Tensor &tensor = file->head->tensors()[static_cast<size_t>(index)];
+    const dg::GgufTensor &info = *tensor.info;
+    const auto type = static_cast<ggml_type>(info.type);
+    out.name = info.name.c_str();
+    out.type_name = ggml_type_name(type);
+    out.type = type;
+    out.n_dims = info.n_dims;
+    std::copy(info.ne.begin(), info.ne.end(), out.ne);
+    out.part = static_cast<int32_t>(tensor.part);
+    out.offset = info.offset;
+    out.n_bytes = info.n_bytes;
+    return out;
+}
 
 // ------------------------------------------------------------------------------------------------------- model
 
@@ -141,6 +275,7 @@ dg_status dg_model_open(dg_model **out, const char *path, const dg_model_options
         require(options, "options");
         auto model = std::make_unique<dg_model>();
         model->model = std::make_shared<const dg::Model>(path, *options);
+        model->file.head = {model->model, &model->model->files().head()};
         *out = model.release();
     });
 }
@@ -151,6 +286,8 @@ const char *dg_model_cpu_level(const dg_model *model) {
     const dg::Kernels *kernels = model->model->kernels();
     return kernels ? kernels->level : "";
 }
+
+const dg_file *dg_model_file(const dg_model *model) { return &model->file; }
 
 dg_config dg_model_config(const dg_model *model) { return model->model->config(); }
 
@@ -180,66 +317,6 @@ const char *dg_model_warning(const dg_model *model, int32_t index) {
                                                                       : nullptr;
 }
 
-int64_t dg_model_n_kv(const dg_model *model) { return gguf_get_n_kv(metadata(model)); }
-
-const char *dg_model_kv_key(const dg_model *model, int64_t index) {
-    return valid_kv(model, index) ? gguf_get_key(metadata(model), index) : nullptr;
-}
-
-int32_t dg_model_kv_type(const dg_model *model, int64_t index) {
-    return valid_kv(model, index) ? static_cast<int32_t>(gguf_get_kv_type(metadata(model), index)) : -1;
-}
-
-int32_t dg_model_kv_array_type(const dg_model *model, int64_t index) {
-    if (!valid_kv(model, index) || gguf_get_kv_type(metadata(model), index) != GGUF_TYPE_ARRAY) {
-        return -1;
-    }
-    return static_cast<int32_t>(gguf_get_arr_type(metadata(model), index));
-}
-
-size_t dg_model_kv_length(const dg_model *model, int64_t index) {
-    if (!valid_kv(model, index)) {
-        return 0;
-    }
-    return gguf_get_kv_type(metadata(model), index) == GGUF_TYPE_ARRAY ? gguf_get_arr_n(metadata(model), index) : 1;
-}
-
-const void *dg_model_kv_data(const dg_model *model, int64_t index) {
-    if (!valid_kv(model, index)) {
-        return nullptr;
-    }
-    const gguf_type type = gguf_get_kv_type(metadata(model), index);
-    if (type == GGUF_TYPE_ARRAY) {
-        return gguf_get_arr_type(metadata(model), index) == GGUF_TYPE_STRING
-                   ? nullptr
-                   : gguf_get_arr_data(metadata(model), index);
-    }
-    return type == GGUF_TYPE_STRING ? nullptr : gguf_get_val_data(metadata(model), index);
-}
-
-size_t dg_model_kv_strings(const dg_model *model, int64_t index, char *out, size_t out_size) {
-    if (!valid_kv(model, index)) {
-        return 0;
-    }
-    const gguf_context *g = metadata(model);
-    const gguf_type type = gguf_get_kv_type(g, index);
-    const bool array = type == GGUF_TYPE_ARRAY && gguf_get_arr_type(g, index) == GGUF_TYPE_STRING;
-    if (!array && type != GGUF_TYPE_STRING) {
-        return 0;
-    }
-    const size_t n = array ? gguf_get_arr_n(g, index) : 1;
-    size_t needed = 0;
-    for (size_t i = 0; i < n; ++i) {
-        const char *text = array ? gguf_get_arr_str(g, index, i) : gguf_get_val_str(g, index);
-        const size_t size = std::strlen(text) + 1;
-        if (out && size <= out_size && needed <= out_size - size) {
-            std::memcpy(out + needed, text, size);
-        }
-        needed += size;
-    }
-    return needed;
-}
-
 int32_t dg_model_n_devices(const dg_model *model) { return static_cast<int32_t>(model->model->devices().size()); }
 
 dg_device dg_model_device(const dg_model *model, int32_t index) {
@@ -262,24 +339,8 @@ dg_device dg_model_device(const dg_model *model, int32_t index) {
     return out;
 }
 
-int64_t dg_model_n_tensors(const dg_model *model) {
-    return static_cast<int64_t>(model->model->files().tensors().size());
-}
-
-dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index) {
-    dg_tensor_info info = {};
-    if (index < 0 || index >= dg_model_n_tensors(model)) {
-        return info;
-    }
-    const ggml_tensor *tensor = model->model->files().tensors()[static_cast<size_t>(index)].tensor;
-    info.name = tensor->name;
-    info.type = static_cast<int32_t>(tensor->type);
-    info.type_name = ggml_type_name(tensor->type);
-    info.n_dims = ggml_n_dims(tensor);
-    std::copy(tensor->ne, tensor->ne + 4, info.ne);
-    info.n_bytes = ggml_nbytes(tensor);
-    info.kernel = dg::product_kernel(*model->model, tensor->type);
-    return info;
+const char *dg_model_kernel(const dg_model *model, int32_t type) {
+    return type < 0 || type >= GGML_TYPE_COUNT ? "" : dg::product_kernel(*model->model, static_cast<ggml_type>(type));
 }
 
 // ----------------------------------------------------------------------------------------------------- session

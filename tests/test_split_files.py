@@ -86,13 +86,13 @@ def test_a_missing_part_is_named(open_file: Callable[[Path], object], copied: Pa
 def test_a_part_that_is_cut_short_is_named(open_file: Callable[[Path], object], copied: Path) -> None:
     with part(copied, 3).open("r+b") as file:
         file.truncate(part(copied, 3).stat().st_size - 1000)
-    fails(open_file, part(copied, 1), ModelFormatError, r"00003-of-00004\.gguf: .*(truncated|cut short)")
+    fails(open_file, part(copied, 1), ModelFormatError, r"00003-of-00004\.gguf: .*truncated")
 
 
 def test_a_part_in_anothers_place_is_named(open_file: Callable[[Path], object], copied: Path) -> None:
     shutil.copy(part(copied, 2), part(copied, 3))
     fails(
-        open_file, part(copied, 1), ModelFormatError, r"00003-of-00004\.gguf: (tensor .* in another part|key 'split.no)"
+        open_file, part(copied, 1), ModelFormatError, r"00003-of-00004\.gguf: (tensor .* in another part|key split.no)"
     )
 
 

@@ -11,10 +11,9 @@ from typing import Any
 from pydiffgguf._binding.functions import session_needs
 from pydiffgguf._binding.records import LayerConfig, Needs
 from pydiffgguf._binding.structs import FIGURES, KV_TYPES
-from pydiffgguf.errors import ContextOverflowError, ModelFormatError
+from pydiffgguf.errors import ContextOverflowError
 
 from ..names import (
-    ARCHITECTURE,
     END_TOKENS,
     FOREIGN_GLOBAL_TENSORS,
     FOREIGN_LAYER_TENSORS,
@@ -176,14 +175,8 @@ def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "
         raise ValueError(f"type_kv: {type_kv!r}, expected one of {', '.join(KV_TYPES)}")
     if n_ctx is not None and not 1 <= n_ctx < 2**31:
         raise ValueError(f"n_ctx: {n_ctx}, expected 1 to 2^31 - 1")
-    head = read_head(Path(path))
-    architecture = head.keys.get("general.architecture")
-    if architecture is None or architecture.value != ARCHITECTURE:
-        got = "is missing" if architecture is None else f"is {architecture.value!r:.60}"
-        raise ModelFormatError(f"{head.path}: key 'general.architecture' {got}: expected '{ARCHITECTURE}'")
-    tensors = tuple(
-        TensorReport(t.name, t.shape, t.type.name, t.n_bytes, kind_of(t.name)) for t in head.tensors.values()
-    )
+    head = read_head(Path(path), model=True)
+    tensors = tuple(TensorReport(t.name, t.shape, t.type, t.n_bytes, kind_of(t.name)) for t in head.tensors.values())
     classes: dict[str, list[TensorReport]] = defaultdict(list)
     for tensor in tensors:
         classes[tensor.kind].append(tensor)
@@ -386,8 +379,8 @@ def check_tensors(head: GGUFHead) -> list[Finding]:
     if split:
         found.append(Finding("note", f"gate and up of the experts stand apart in {len(split)} layers"))
     for tensor in head.tensors.values():
-        if kind_of(tensor.name) != OTHER and tensor.type.name in UNREADABLE:
-            found.append(Finding("error", f"tensor '{tensor.name}' has type {tensor.type.name}, which is not served"))
+        if kind_of(tensor.name) != OTHER and tensor.type in UNREADABLE:
+            found.append(Finding("error", f"tensor '{tensor.name}' has type {tensor.type}, which is not served"))
         elif tensor.name.endswith(".scale") and kind_of(tensor.name) == OTHER:
             found.append(Finding("error", f"tensor '{tensor.name}' is there: scales beside a tensor are not served"))
     n_other = sum(1 for name in names if kind_of(name) == OTHER)

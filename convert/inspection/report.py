@@ -67,7 +67,7 @@ def diff_to_dict(diff: FileDiff) -> dict[str, Any]:
     a, b = diff.a, diff.b
 
     def tensor(t: TensorInfo) -> dict[str, Any]:
-        return {"type": t.type.name, "shape": list(t.shape), "bytes": t.n_bytes}
+        return {"type": t.type, "shape": list(t.shape), "bytes": t.n_bytes}
 
     return {
         "a": str(a.path),
@@ -164,7 +164,7 @@ def render_diff(diff: FileDiff) -> RenderableType:
 
 
 def show_tensor(tensor: TensorInfo) -> str:
-    return f"{tensor.type.name} {' x '.join(map(str, tensor.shape))}"
+    return f"{tensor.type} {' x '.join(map(str, tensor.shape))}"
 
 
 def show_change(one: Value, other: Value) -> tuple[str, str]:

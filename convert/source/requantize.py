@@ -10,12 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pydiffgguf.errors import UnsupportedError
 
-from ..inspection.gguf_file import Cursor, GGUFHead, TensorInfo, read_head, read_value
-from ..names import ARCHITECTURE
+from ..inspection.gguf_file import GGUFHead, TensorInfo, read_head
 from ..recipes import FLOAT_TYPES, ModelFacts, facts_of_keys
 from .pieces import Piece, spans
 from .shards import read_bytes
@@ -42,6 +41,7 @@ class GgufTensor:
     """One tensor of the source; `shape` is row-major."""
 
     info: TensorInfo
+    kind: GGMLQuantizationType
 
     @property
     def name(self) -> str:
@@ -61,15 +61,11 @@ class GgufSource:
     """An open GGUF file, or all parts of a split one, by its first. Use it as a context manager, or call close()."""
 
     def __init__(self, path: Path) -> None:
-        """Reads and checks the head. OSError, ModelFormatError as `read_head`; UnsupportedError for another
-        architecture."""
+        """Reads and checks the head. OSError, ModelFormatError as `read_head`; UnsupportedError for a tensor type that
+        the writer does not know."""
         self.path = path
-        self.head: GGUFHead = read_head(path)
-        architecture = self.head.keys.get("general.architecture")
-        if architecture is None or architecture.value != ARCHITECTURE:
-            found = "none" if architecture is None else repr(architecture.value)
-            raise UnsupportedError(f"{path}: general.architecture is {found:.60}: expected '{ARCHITECTURE}'")
-        self.tensors = [GgufTensor(info) for info in self.head.tensors.values()]
+        self.head: GGUFHead = read_head(path, model=True)
+        self.tensors = [GgufTensor(info, quantization_type(path, info)) for info in self.head.tensors.values()]
         self.files: dict[Path, BinaryIO] = {}
         with contextlib.ExitStack() as stack:
             for part in self.head.parts:
@@ -92,31 +88,31 @@ class GgufSource:
     def pieces(self, index: int) -> Iterator[Piece]:
         """The `index`-th of `tensors`, in order."""
         tensor = self.tensors[index]
-        block, size = GGML_QUANT_SIZES[tensor.info.type]
+        block, size = GGML_QUANT_SIZES[tensor.kind]
         row = tensor.shape[-1] // block * size
         for span in spans(tensor.shape):
             offset = tensor.info.offset + span.first * row
             path = tensor.info.path
             data = read_bytes(path, self.files[path], offset, span.count * row, tensor.info.name)
-            yield Piece(tensor.info.type, data, span.matrix)
+            yield Piece(tensor.kind, data, span.matrix)
 
     def quantized(self) -> str:
         """The quantized types of the file and how many tensors have each, "194 Q4_K, 33 Q5_0"; empty when none is."""
-        kinds = Counter(t.info.type for t in self.tensors if t.info.type not in FLOAT_TYPES)
+        kinds = Counter(t.kind for t in self.tensors if t.kind not in FLOAT_TYPES)
         return ", ".join(f"{n} {kind.name}" for kind, n in kinds.most_common())
 
     def kept_keys(self, without: Set[str]) -> tuple[bytes, int]:
         """(bytes, number) of the entries of all keys but those in REPLACED and `without`, as they stand in the file."""
-        file = self.files[self.head.path]
-        file.seek(0)
-        cursor = Cursor(self.head.path, file)
-        cursor.take(16, "the header")
-        kept = []
-        for i in range(cursor.number("<Q", "the header")):
-            first = cursor.tell()
-            name = cursor.name(f"key {i}")
-            read_value(cursor, f"key '{name:.100}'")
-            if name not in REPLACED and name not in without:
-                kept.append((first, cursor.tell()))
-        entries = [read_bytes(self.head.path, file, at, end - at, "the keys").tobytes() for at, end in kept]
+        left_out = REPLACED | without
+        entries = [value.entry for name, value in self.head.keys.items() if name not in left_out]
         return b"".join(entries), len(entries)
+
+
+def quantization_type(path: Path, info: TensorInfo) -> GGMLQuantizationType:
+    """The tensor's type as gguf has it, which is older than ggml."""
+    try:
+        return GGMLQuantizationType(info.code)
+    except ValueError:
+        raise UnsupportedError(
+            f"{path}: tensor '{info.name:.100}' has type {info.type}, which the gguf package does not know"
+        ) from None

@@ -59,44 +59,68 @@ void remove_file(const std::string &path) { std::remove(path.c_str()); }
 bool replace_file(const std::string &from, const std::string &to) { return std::rename(from.c_str(), to.c_str()) == 0; }
 #endif
 
-class ReadFile final : public FileBytes {
+// An open file with its size.
+class OpenFile final : public ByteSource {
   public:
-    explicit ReadFile(const std::string &path) {
+    explicit OpenFile(const std::string &path) : path_(path) {
 #ifndef _WIN32
         struct stat status = {};
         if (::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) { // opening a pipe would wait for a writer
             throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
         }
 #endif
-        std::FILE *file = open_file(path, "rb");
-        if (!file) {
+        file_.reset(open_file(path, "rb"));
+        if (!file_) {
             fail_io(path, "cannot open");
         }
-        const std::unique_ptr<std::FILE, int (*)(std::FILE *)> closer(file, std::fclose);
 #ifdef _WIN32
-        const int seek_failed = _fseeki64(file, 0, SEEK_END);
-        const long long end = _ftelli64(file);
+        const int seek_failed = _fseeki64(file_.get(), 0, SEEK_END);
+        const long long end = _ftelli64(file_.get());
 #else
-        const int seek_failed = fseeko(file, 0, SEEK_END);
-        const off_t end = ftello(file);
+        const int seek_failed = fseeko(file_.get(), 0, SEEK_END);
+        const off_t end = ftello(file_.get());
 #endif
         if (seek_failed || end < 0) {
             fail_io(path, "cannot find its size");
         }
-        std::rewind(file);
-        size_ = static_cast<size_t>(end);
+        size_ = static_cast<uint64_t>(end);
+    }
+    uint64_t size() const override { return size_; }
+    void read(uint64_t offset, void *out, size_t n) const override {
+#ifdef _WIN32
+        const int seek_failed = _fseeki64(file_.get(), static_cast<long long>(offset), SEEK_SET);
+#else
+        const int seek_failed = fseeko(file_.get(), static_cast<off_t>(offset), SEEK_SET);
+#endif
+        if (seek_failed || std::fread(out, 1, n, file_.get()) != n) {
+            if (seek_failed || std::ferror(file_.get())) {
+                fail_io(path_, "cannot read");
+            }
+            throw Error(DG_ERROR_IO, format("%s: it was cut while it was read", path_.c_str()));
+        }
+    }
+
+  private:
+    struct Close {
+        void operator()(std::FILE *file) const { std::fclose(file); }
+    };
+    std::string path_;
+    std::unique_ptr<std::FILE, Close> file_;
+    uint64_t size_ = 0;
+};
+
+class ReadFile final : public FileBytes {
+  public:
+    explicit ReadFile(const std::string &path) {
+        const OpenFile file(path);
+        size_ = static_cast<size_t>(file.size());
         check_memory(path + ": the file", size_);
         // ggml wants weights on 32-byte boundaries; a GGUF's tensors are aligned relative to the start of the file.
         bytes_.reset(static_cast<unsigned char *>(::operator new(size_ ? size_ : 1, ALIGNMENT, std::nothrow)));
         if (!bytes_) {
             throw Error(DG_ERROR_MEMORY, format("%s: %zu bytes of memory were refused", path.c_str(), size_));
         }
-        if (std::fread(bytes_.get(), 1, size_, file) != size_) {
-            if (std::ferror(file)) {
-                fail_io(path, "cannot read");
-            }
-            throw Error(DG_ERROR_IO, format("%s: it was cut while it was read", path.c_str()));
-        }
+        file.read(0, bytes_.get(), size_);
         data_ = bytes_.get();
     }
 
@@ -207,6 +231,14 @@ class MappedFile final : public FileBytes {
 };
 
 } // namespace
+
+std::unique_ptr<ByteSource> open_for_reading(const std::string &path) { return std::make_unique<OpenFile>(path); }
+
+void FileBytes::read(uint64_t offset, void *out, size_t n) const {
+    if (n > 0) {
+        std::memcpy(out, data_ + offset, n);
+    }
+}
 
 std::unique_ptr<FileBytes> FileBytes::open(const std::string &path, bool map) {
     if (map) {

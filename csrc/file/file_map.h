@@ -2,19 +2,32 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <memory>
 #include <string>
 
 namespace dg {
 
+// Bytes that can be read at any place: a file here, or wherever a caller has one.
+class ByteSource {
+  public:
+    virtual ~ByteSource() = default;
+    virtual uint64_t size() const = 0;
+    // `n` bytes from `offset` on, all of them before the end. Throws DG_ERROR_IO.
+    virtual void read(uint64_t offset, void *out, size_t n) const = 0;
+};
+
+// A file of which single parts are read.
+std::unique_ptr<ByteSource> open_for_reading(const std::string &path);
+
 // A whole file as bytes: mapped read-only and shared, or read into memory of our own. Throws dg::Error (IO, MEMORY).
-class FileBytes {
+class FileBytes : public ByteSource {
   public:
     static std::unique_ptr<FileBytes> open(const std::string &path, bool map);
-    virtual ~FileBytes() = default;
     const unsigned char *data() const { return data_; }
-    size_t size() const { return size_; }
+    uint64_t size() const final { return size_; }
+    void read(uint64_t offset, void *out, size_t n) const final;
     // Throws dg::Error (IO) when the mapped file was cut or written to since it was opened: its pages may be gone, and
     // reading one would end the process. Where the system keeps others from writing (Windows), there is nothing to do.
     virtual void check_unchanged() const {}

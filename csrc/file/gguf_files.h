@@ -1,13 +1,13 @@
-// The files that a model is read from: one GGUF, or the parts of a split one, with one list of tensors over all.
+// The files that a model is read from: their headers, and the weights, mapped or in memory.
 #pragma once
 
 #include "file/file_map.h"
+#include "file/gguf_head.h"
 
 #include "ggml-cpp.h"
 
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 namespace dg {
@@ -20,15 +20,14 @@ struct FileTensor {
     ggml_backend_buffer_t buffer;
 };
 
-// Throws DG_ERROR_IO, DG_ERROR_MEMORY, or DG_ERROR_FORMAT for what is no GGUF, is cut short, or is not whole.
+// Throws DG_ERROR_IO, DG_ERROR_MEMORY, or DG_ERROR_FORMAT as GgufHead does.
 class GgufFiles {
   public:
-    // `path` is a whole file, or the first part (NAME-00001-of-0000N.gguf) of a split one, whose other parts are looked
-    // for beside it. `map`: map the files instead of reading them into memory.
+    // `path`: as GgufHead takes it. `map`: map the files instead of reading them into memory.
     GgufFiles(const std::string &path, bool map);
 
-    // The keys; of a split file those in its first part, the only one that has any besides split.*.
-    const gguf_context *keys() const { return parts_.front().gguf.get(); }
+    const GgufHead &head() const { return head_; }
+    const GgufHeader &keys() const { return head_.keys(); }
     // In the order of the files.
     const std::vector<FileTensor> &tensors() const { return tensors_; }
     // Null when there is none of that name.
@@ -40,22 +39,13 @@ class GgufFiles {
     void check_unchanged() const;
 
   private:
-    struct Part {
-        std::unique_ptr<FileBytes> file;
-        gguf_context_ptr gguf;
-        ggml_context_ptr headers; // the tensors, without their bytes
-        ggml_backend_buffer_ptr buffer;
-    };
-
     bool mapped_;
-    std::vector<Part> parts_;
+    std::vector<std::unique_ptr<FileBytes>> files_; // one for each part
+    GgufHead head_;
+    ggml_context_ptr headers_; // the tensors, without their bytes
+    std::vector<ggml_backend_buffer_ptr> buffers_;
     std::vector<FileTensor> tensors_;
-    std::unordered_map<std::string, size_t> index_; // into tensors_
     size_t n_bytes_ = 0;
-
-    void add_part(const std::string &path);
-    void add_tensors(const std::string &path, const Part &part);
-    void add_other_parts(const std::string &path);
 };
 
 } // namespace dg

@@ -1,9 +1,7 @@
 // The keys of a GGUF file, each checked for its type and range before it is used.
 #pragma once
 
-#include "base/error.h"
-
-#include "gguf.h"
+#include "file/gguf_header.h"
 
 #include <cstdint>
 #include <string>
@@ -12,14 +10,15 @@
 namespace dg {
 
 // Looks keys up by the names in names.h: those that begin with a dot stand behind the architecture. Everything throws
-// DG_ERROR_FORMAT, naming file, key, and what was expected. Holds the context by reference.
+// DG_ERROR_FORMAT, naming file, key, and what was expected. Holds the header by reference.
 class GgufKeys {
   public:
-    GgufKeys(std::string path, const gguf_context *gguf) : path_(std::move(path)), gguf_(gguf) {}
+    GgufKeys(std::string path, const GgufHeader &header) : path_(std::move(path)), header_(header) {}
 
     static std::string full_name(const char *key);
-    bool has(const char *key) const { return find(key) >= 0; }
+    bool has(const char *key) const { return find(key) != nullptr; }
     std::string text(const char *key) const;
+    std::string text_or(const char *key, const char *fallback) const;
     // Integers may have any width in the file.
     int32_t integer(const char *key, int64_t least, int64_t most) const;
     int32_t integer_or(const char *key, int64_t least, int64_t most, int32_t fallback) const;
@@ -31,14 +30,14 @@ class GgufKeys {
 
   private:
     std::string path_;
-    const gguf_context *gguf_;
+    const GgufHeader &header_;
 
-    int64_t find(const char *key) const;
-    int64_t require(const char *key) const;
-    void check_range(const char *key, int64_t value, int64_t least, int64_t most) const;
-    void check_array_length(const char *key, int64_t id, size_t n) const;
+    const GgufKey *find(const char *key) const { return header_.find(full_name(key)); }
+    const GgufKey &require(const char *key) const;
+    int64_t integer_at(const GgufKey &key, size_t i, const char *expected, int64_t least, int64_t most) const;
+    void check_array_length(const GgufKey &key, size_t n) const;
     [[noreturn]] void fail(const std::string &what) const;
-    [[noreturn]] void fail_type(const char *key, const char *expected, gguf_type got) const;
+    [[noreturn]] void fail_type(const GgufKey &key, const char *expected) const;
 };
 
 } // namespace dg

@@ -8,6 +8,7 @@ inline constexpr const char *ARCHITECTURE = "diffusion-gemma";
 
 // keys
 inline constexpr const char *KEY_ARCHITECTURE = "general.architecture";
+inline constexpr const char *KEY_TYPE = "general.type";
 inline constexpr const char *KEY_BLOCK_COUNT = ".block_count";
 inline constexpr const char *KEY_CONTEXT_LENGTH = ".context_length";
 inline constexpr const char *KEY_EMBEDDING_LENGTH = ".embedding_length";

@@ -109,11 +109,7 @@ class ModelReader {
     // -------------------------------------------------------------------------------------------------- keys
 
     void read_config() {
-        const std::string architecture = keys_.text(names::KEY_ARCHITECTURE);
-        if (architecture != names::ARCHITECTURE) {
-            fail_format("general.architecture is \"" + architecture + "\", expected \"" + names::ARCHITECTURE + "\"");
-        }
-
+        files_.head().require_model();
         dg_config &c = model_.config_;
         c.n_layer = keys_.integer(names::KEY_BLOCK_COUNT, 1, MAX_LAYERS);
         c.n_embd = keys_.integer(names::KEY_EMBEDDING_LENGTH, 1, MAX_WIDTH);

@@ -31,12 +31,13 @@ static void check(dg_status status) {
 
 /* The vocabulary: one string behind the other, each closed by a NUL. */
 static char *read_vocabulary(const dg_model *model) {
-    for (int64_t i = 0; i < dg_model_n_kv(model); ++i) {
-        if (strcmp(dg_model_kv_key(model, i), "tokenizer.ggml.tokens") == 0) {
-            const size_t size = dg_model_kv_strings(model, i, NULL, 0);
+    const dg_file *file = dg_model_file(model);
+    for (int64_t i = 0; i < dg_file_n_keys(file); ++i) {
+        if (strcmp(dg_file_key(file, i).name, "tokenizer.ggml.tokens") == 0) {
+            const size_t size = dg_file_strings(file, i, NULL, 0);
             char *text = malloc(size);
             if (text) {
-                dg_model_kv_strings(model, i, text, size);
+                dg_file_strings(file, i, text, size);
             }
             return text;
         }

@@ -1,6 +1,6 @@
 """How the C library is called: csrc/diffgguf.h's statuses as exceptions, its pointers as numpy arrays.
 
-Only this file and those that build on it (`_structs.py`, `_native.py`, `_functions.py`) touch the library.
+Only this file and those that build on it (`file.py`, `structs.py`, `native.py`, `functions.py`) touch the library.
 
 Signals. Python runs signal handlers on the main thread between bytecodes, and a C call has none. The poll function
 below is Python code that C calls every 20 ms: a pending Ctrl-C raises in it, C is told to stop, and the exception goes
@@ -48,6 +48,7 @@ __all__ = [
     "encode_path",
     "ffi",
     "fields_of",
+    "keep_error",
     "lib",
     "pointer_to",
     "text_of",
@@ -91,11 +92,12 @@ class _Poll(threading.local):
 _poll = _Poll()
 
 
-def _keep_poll_error(_type: object, error: BaseException, _traceback: object) -> None:
+def keep_error(_type: object, error: BaseException, _traceback: object) -> None:
+    """For functions that C calls: what they raise goes on from `call`."""
     _poll.error = error
 
 
-@ffi.def_extern(name="dg_python_poll", error=1, onerror=_keep_poll_error)  # type: ignore[untyped-decorator]
+@ffi.def_extern(name="dg_python_poll", error=1, onerror=keep_error)  # type: ignore[untyped-decorator]
 def _python_poll(user: Any) -> int:
     """That it is Python code is what lets a pending signal handler run. 0: go on."""
     _leave_if_exiting()
@@ -103,7 +105,7 @@ def _python_poll(user: Any) -> int:
     return int(stop.wanted())
 
 
-@ffi.def_extern(name="dg_python_log", onerror=_keep_poll_error)  # type: ignore[untyped-decorator]
+@ffi.def_extern(name="dg_python_log", onerror=keep_error)  # type: ignore[untyped-decorator]
 def _python_log(level: int, text: Any, _user: object) -> None:
     """A line that ggml logs. What a handler raises, or a signal that meets it, goes on from the call that logged."""
     _log.from_ggml(level, text_of(text))

@@ -11,7 +11,7 @@ told apart in C: the second raises SessionBusyError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from pydiffgguf import errors
 from pydiffgguf._arguments import float_array, id_array, int32, integer
+from pydiffgguf._binding.file import Metadata, read_tensors
 from pydiffgguf._binding.library import (
     Stop,
     StrPath,
     call,
     check_readable,
-    copy_of,
     encode_path,
     ffi,
     fields_of,
@@ -40,7 +40,6 @@ from pydiffgguf._binding.records import (
     Int32Array,
     LayerConfig,
     Memory,
-    MetadataValue,
     ModelConfig,
     RawStep,
     Sampling,
@@ -60,75 +59,6 @@ from pydiffgguf._binding.structs import (
     read_step,
     session_options,
 )
-
-# GGUF's numbers for value types, as in the header.
-_STRING = 8
-_ARRAY = 9
-_NUMBERS: dict[int, type[np.generic]] = {
-    0: np.uint8,
-    1: np.int8,
-    2: np.uint16,
-    3: np.int16,
-    4: np.uint32,
-    5: np.int32,
-    6: np.float32,
-    7: np.bool_,
-    10: np.uint64,
-    11: np.int64,
-    12: np.float64,
-}
-
-
-class Metadata(Mapping[str, MetadataValue]):
-    """The file's key-value pairs in the file's order; a value is decoded when it is first asked for.
-
-    Numbers, bools and strings are Python's own, arrays are lists. A vocabulary of 262,144 tokens takes 30 ms to
-    decode, which a caller that wants only a name does not pay. A string that is not UTF-8 raises ModelFormatError.
-    """
-
-    def __init__(self, pointer: Any) -> None:
-        self._pointer = pointer
-        count = lib.dg_model_n_kv(pointer)
-        self._index = {text_of(lib.dg_model_kv_key(pointer, i)): i for i in range(count)}
-        self._values: dict[str, MetadataValue] = {}
-
-    def __getitem__(self, key: str) -> MetadataValue:
-        if key not in self._values:
-            self._values[key] = self._decode(key, self._index[key])
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def _decode(self, key: str, i: int) -> MetadataValue:
-        is_array = lib.dg_model_kv_type(self._pointer, i) == _ARRAY
-        value_type = (lib.dg_model_kv_array_type if is_array else lib.dg_model_kv_type)(self._pointer, i)
-        values: list[Any]
-        if value_type == _STRING:
-            values = self._strings(key, i)
-        else:
-            dtype = _NUMBERS.get(value_type)
-            if dtype is None:  # arrays of arrays exist in the format, and nowhere else
-                raise errors.ModelFormatError(f"key {key} has the unknown value type {value_type}")
-            values = copy_of(lib.dg_model_kv_data(self._pointer, i), self._length(i), dtype).tolist()
-        value: MetadataValue = values if is_array else values[0]
-        return value
-
-    def _length(self, i: int) -> int:
-        return int(lib.dg_model_kv_length(self._pointer, i))
-
-    def _strings(self, key: str, i: int) -> list[str]:
-        size = lib.dg_model_kv_strings(self._pointer, i, ffi.NULL, 0)
-        buffer = ffi.new("char[]", size)
-        lib.dg_model_kv_strings(self._pointer, i, buffer, size)
-        try:
-            # One decode for all of them. Every string is closed by a NUL, so the piece after the last one is empty.
-            return bytes(ffi.buffer(buffer)).decode("utf-8").split("\0")[:-1]
-        except UnicodeDecodeError as error:
-            raise errors.ModelFormatError(f"key {key} holds text that is not UTF-8: {error.reason}") from None
 
 
 class NativeModel:
@@ -182,7 +112,7 @@ class NativeModel:
         self.sampling = Sampling(**fields_of(lib.dg_model_sampling(pointer), SAMPLING_FIELDS))
         self.cpu = text_of(lib.dg_model_cpu_level(pointer))
         self.warnings = [text_of(lib.dg_model_warning(pointer, i)) for i in range(lib.dg_model_n_warnings(pointer))]
-        self._metadata: Metadata | None = Metadata(pointer)
+        self._metadata: Metadata | None = Metadata(lib.dg_model_file(pointer), pointer)
 
     @property
     def closed(self) -> bool:
@@ -208,14 +138,10 @@ class NativeModel:
     def tensors(self) -> list[TensorInfo]:
         """All tensors of the file, in its order, also those that are not used."""
         pointer = self._open_pointer()
-        result = []
-        for i in range(lib.dg_model_n_tensors(pointer)):
-            info = lib.dg_model_tensor(pointer, i)
-            shape = tuple(info.ne[0 : info.n_dims])
-            result.append(
-                TensorInfo(text_of(info.name), text_of(info.type_name), shape, info.n_bytes, text_of(info.kernel))
-            )
-        return result
+        return [
+            TensorInfo(**fields, kernel=text_of(lib.dg_model_kernel(pointer, info.type)))
+            for fields, info in read_tensors(lib.dg_model_file(pointer))
+        ]
 
     def devices(self) -> list[Device]:
         """The devices that the model may lie on, in the order in which a pass goes through them."""

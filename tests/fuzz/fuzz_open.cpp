@@ -93,23 +93,22 @@ class MemoryFile {
 void look_inside(const dg_model *model) {
     volatile size_t sum = 0;
     std::vector<char> strings;
-    for (int64_t i = -1; i <= dg_model_n_kv(model); ++i) {
-        const char *key = dg_model_kv_key(model, i);
-        sum = sum + (key ? std::strlen(key) : 0);
-        const size_t n = dg_model_kv_strings(model, i, nullptr, 0);
+    const dg_file *file = dg_model_file(model);
+    for (int64_t i = -1; i <= dg_file_n_keys(file); ++i) {
+        const dg_key key = dg_file_key(file, i);
+        sum = sum + (key.name ? std::strlen(key.name) : 0);
+        const size_t n = dg_file_strings(file, i, nullptr, 0);
         strings.resize(n);
-        expect(dg_model_kv_strings(model, i, strings.data(), n) == n, "kv_strings says the same size twice");
-        static constexpr size_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-        int32_t type = dg_model_kv_type(model, i);
-        type = type == 9 ? dg_model_kv_array_type(model, i) : type;
-        if (const auto *data = static_cast<const unsigned char *>(dg_model_kv_data(model, i))) {
-            for (size_t k = 0; k < dg_model_kv_length(model, i) * sizes[type]; ++k) {
-                sum = sum + data[k];
-            }
+        expect(dg_file_strings(file, i, strings.data(), n) == n, "dg_file_strings says the same size twice");
+        for (size_t k = 0; k < key.n_bytes; ++k) {
+            sum = sum + static_cast<const unsigned char *>(key.data)[k];
+        }
+        for (size_t k = 0; k < key.entry_bytes; ++k) {
+            sum = sum + static_cast<const unsigned char *>(key.entry)[k];
         }
     }
-    for (int64_t i = -1; i <= dg_model_n_tensors(model); ++i) {
-        const dg_tensor_info info = dg_model_tensor(model, i);
+    for (int64_t i = -1; i <= dg_file_n_tensors(file); ++i) {
+        const dg_tensor_info info = dg_file_tensor(file, i);
         sum = sum + (info.name ? std::strlen(info.name) + std::strlen(info.type_name) : 0);
     }
     const dg_config config = dg_model_config(model);

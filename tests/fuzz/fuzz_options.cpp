@@ -442,12 +442,12 @@ class Calls {
         const int32_t index = input_.number();
         dg_model_layer(model(), index);
         dg_model_warning(model(), index);
-        dg_model_kv_key(model(), index);
-        dg_model_kv_data(model(), index);
-        dg_model_tensor(model(), index);
+        dg_file_get_part(dg_model_file(model()), index);
+        dg_file_key(dg_model_file(model()), index);
+        dg_file_tensor(dg_model_file(model()), index);
         dg_backend_name(index);
         char text[16];
-        dg_model_kv_strings(model(), index, text, input_.byte() % sizeof text);
+        dg_file_strings(dg_model_file(model()), index, text, input_.byte() % sizeof text);
         place();
     }
 
