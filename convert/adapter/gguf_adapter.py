@@ -108,10 +108,8 @@ def read_pair(
             raise ModelFormatError(
                 f"{name}: {tensor.name:.100} has shape {list(tensor.shape)}: expected {n_dims} dimensions"
             )
-        if tensor.type not in TYPES.values():
-            raise ModelFormatError(
-                f"{name}: {tensor.name:.100} is {tensor.type.name}: it must be F32, F16, BF16 or Q8_0"
-            )
+        if tensor.ggml_type not in TYPES.values():
+            raise ModelFormatError(f"{name}: {tensor.name:.100} is {tensor.type}: it must be F32, F16, BF16 or Q8_0")
     if a.shape[1] != b.shape[0]:
         raise ModelFormatError(f"{name}: {a.name:.100}: lora_a has rank {a.shape[1]}, lora_b {b.shape[0]}")
     if a.shape[2:] != b.shape[2:]:
@@ -122,14 +120,14 @@ def read_pair(
         where = next((r for r, p in PREFIXES.items() if p and p == prefix), region)
     try:
         factors = [
-            decode(read_bytes(t.path, file, t.offset, t.n_bytes, t.name), t.type, t.shape[0], t.name).reshape(
+            decode(read_bytes(t.path, file, t.offset, t.n_bytes, t.name), t.ggml_type, t.shape[0], t.name).reshape(
                 t.shape[::-1]
             )
             for t in (a, b)
         ]
     except ModelFormatError as error:
         raise ModelFormatError(f"{name}: {error}") from None
-    kind = a.type if a.type == b.type else T.F32
+    kind = a.ggml_type if a.type == b.type else T.F32
     return Pair(target, where, factors[0], factors[1], alpha / a.shape[1] if alpha else 1.0, kind, a.name)
 
 

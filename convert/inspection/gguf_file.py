@@ -9,7 +9,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gguf import GGMLQuantizationType
+
 from pydiffgguf._binding.file import ByteSource, NativeFile
+from pydiffgguf.errors import UnsupportedError
 
 # How many elements of an array are kept: every per-layer array is whole, of a vocabulary the beginning is enough.
 KEPT = 4096
@@ -41,6 +44,16 @@ class TensorInfo:
     offset: int
     n_bytes: int
     path: Path
+
+    @property
+    def ggml_type(self) -> GGMLQuantizationType:
+        """The type as gguf has it. UnsupportedError for one that ggml has and the gguf package does not."""
+        try:
+            return GGMLQuantizationType(self.code)
+        except ValueError:
+            raise UnsupportedError(
+                f"{self.path}: tensor '{self.name:.100}' has type {self.type}, which the gguf package does not know"
+            ) from None
 
     @property
     def n_elements(self) -> int:

@@ -12,8 +12,6 @@ from typing import BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from pydiffgguf.errors import UnsupportedError
-
 from ..inspection.gguf_file import GGUFHead, TensorInfo, read_head
 from ..recipes import FLOAT_TYPES, ModelFacts, facts_of_keys
 from .pieces import Piece, spans
@@ -65,7 +63,7 @@ class GgufSource:
         the writer does not know."""
         self.path = path
         self.head: GGUFHead = read_head(path, model=True)
-        self.tensors = [GgufTensor(info, quantization_type(path, info)) for info in self.head.tensors.values()]
+        self.tensors = [GgufTensor(info, info.ggml_type) for info in self.head.tensors.values()]
         self.files: dict[Path, BinaryIO] = {}
         with contextlib.ExitStack() as stack:
             for part in self.head.parts:
@@ -106,13 +104,3 @@ class GgufSource:
         left_out = REPLACED | without
         entries = [value.entry for name, value in self.head.keys.items() if name not in left_out]
         return b"".join(entries), len(entries)
-
-
-def quantization_type(path: Path, info: TensorInfo) -> GGMLQuantizationType:
-    """The tensor's type as gguf has it, which is older than ggml."""
-    try:
-        return GGMLQuantizationType(info.code)
-    except ValueError:
-        raise UnsupportedError(
-            f"{path}: tensor '{info.name:.100}' has type {info.type}, which the gguf package does not know"
-        ) from None
