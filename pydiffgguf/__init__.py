@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 #: Module -> the public names that it holds: the one table of them. What follows it repeats the names in the form that
 #: type checkers read; a test compares the two.
 _HOME = {
-    "_binding.native": "Metadata",
+    "_binding.file": "Metadata",
     "_binding.records": "CanvasSpec Device LayerConfig Memory ModelConfig RawStep Sampling TensorInfo Timings",
     "edit": "Choice Edit",
     "engine.call": "Stream",
@@ -40,7 +40,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.
 __all__ = sorted([*_MODULE_OF, "__version__"])
 
 if TYPE_CHECKING:
-    from pydiffgguf._binding.native import Metadata as Metadata
+    from pydiffgguf._binding.file import Metadata as Metadata
     from pydiffgguf._binding.records import CanvasSpec as CanvasSpec
     from pydiffgguf._binding.records import Device as Device
     from pydiffgguf._binding.records import LayerConfig as LayerConfig
