@@ -9,6 +9,7 @@
 #include "file/quantize.h"
 #include "model/devices.h"
 #include "model/model.h"
+#include "model/needs.h"
 #include "model/placement.h"
 #include "sample/sampler.h"
 #include "sample/sampler_graph.h"
@@ -353,7 +354,7 @@ dg_status dg_model_n_ctx(const dg_model *model, const dg_session_options *option
         require(model, "model");
         require(options, "options");
         require(out, "out");
-        *out = dg::Session::context_size(model->model->config(), options->n_ctx);
+        *out = dg::context_size(model->model->config(), options->n_ctx);
     });
 }
 
@@ -375,7 +376,7 @@ dg_status dg_session_needs(const dg_config *config, const dg_layer_config *layer
         require(options, "options");
         require(out, "out");
         require(cache, "cache");
-        const int32_t n = std::clamp<int32_t>(config->n_layer, 0, dg::MAX_LAYERS);
+        const int32_t n = std::clamp<int32_t>(config->n_layer, 0, dg::ranges::LAYERS.most);
         std::vector<size_t> bytes;
         *out = dg::session_needs(*config, {layers, layers + n}, *options, bytes);
         std::copy(bytes.begin(), bytes.end(), cache);
@@ -591,7 +592,7 @@ dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sa
             const std::vector<dg::RowResult> rows =
                 dg::sample_by_graph(processed.data(), n_rows, n_vocab, t, noise->uniform);
             dg::take_rows(rows.data(), n_rows, rules, scratch, out);
-            dg::finish_step(n_rows, n_vocab, *sampling, *noise, rules, scratch, out);
+            dg::finish_step(n_rows, *sampling, *noise, rules, scratch, out);
         } else {
             dg::sample_step(processed.data(), n_rows, n_vocab, *sampling, step, *noise, rules, 1, scratch, out);
         }

@@ -1,25 +1,17 @@
 // What the custom operators have in common: tasks that threads take, one after the other, and rows of tensors.
 #pragma once
 
+#include "base/part.h"
+
 #include "ggml.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <vector>
 
 namespace dg {
-
-// What a step's time goes into; see dg_timings.
-enum class Part { OTHER, PRODUCTS, EXPERTS, ATTENTION, HEAD, SELF_CONDITIONING };
-
-// A graph's tensors carry their part in their name.
-inline ggml_tensor *mark(ggml_tensor *t, Part part) { return ggml_format_name(t, "part %d", static_cast<int>(part)); }
-inline Part part_of(const ggml_tensor *t) {
-    return std::strncmp(t->name, "part ", 5) == 0 ? static_cast<Part>(t->name[5] - '0') : Part::OTHER;
-}
 
 // What a custom operator needs besides its tensors. Threads take tasks from `next`, which is 0 when a graph begins.
 struct Work {

@@ -5,6 +5,8 @@
 #include "cpu/levels.h"
 #include "file/gguf_keys.h"
 #include "file/names.h"
+#include "model/figures.h"
+#include "sample/sampling.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -42,45 +44,6 @@ uint64_t fnv1a(uint64_t hash, const void *data, size_t size) {
 
 } // namespace
 
-dg_sampling released_sampling() {
-    dg_sampling sampling = {};
-    sampling.steps = 48;
-    sampling.max_steps = 0;
-    sampling.stability_threshold = 1;
-    sampling.t_min = 0.4;
-    sampling.t_max = 0.8;
-    sampling.entropy_bound = 0.1;
-    sampling.confidence_threshold = 0.005;
-    return sampling;
-}
-
-void check_sampling(const dg_sampling &s) {
-    const auto check_count = [](const char *name, int32_t value, int32_t least) {
-        if (value < least || value > 1000000) {
-            throw Error(DG_ERROR_ARGUMENT, format("%s is %d: it must be from %d to 1000000", name, value, least));
-        }
-    };
-    const auto check_real = [](const char *name, double value, bool zero_allowed) {
-        if (!std::isfinite(value) || value < 0.0 || (!zero_allowed && value == 0.0)) {
-            throw Error(DG_ERROR_ARGUMENT,
-                        format("%s is %g: it must be a finite number %s 0", name, value, zero_allowed ? ">=" : ">"));
-        }
-    };
-    check_count("steps", s.steps, 1);
-    check_count("max_steps", s.max_steps, 0);
-    check_count("stability_threshold", s.stability_threshold, 0);
-    check_real("t_min", s.t_min, true);
-    check_real("t_max", s.t_max, false);
-    check_real("entropy_bound", s.entropy_bound, true);
-    check_real("confidence_threshold", s.confidence_threshold, true);
-    if (s.t_max < s.t_min) {
-        throw Error(DG_ERROR_ARGUMENT, format("t_max is %g: it must be at least t_min, %g", s.t_max, s.t_min));
-    }
-    if (s.t_min == 0.0 && s.t_max / s.steps < 1e-6) {
-        throw Error(DG_ERROR_ARGUMENT, format("t_max is %g: the last step's temperature would be 0", s.t_max));
-    }
-}
-
 // Reads one file into one Model; everything that can be wrong with a file is found here.
 class ModelReader {
   public:
@@ -89,7 +52,8 @@ class ModelReader {
 
     void read(const dg_model_options &options) {
         read_config();
-        model_.placement_ = place_layers(sizes_of(model_, options.expected), *model_.devices_, options);
+        model_.placement_ = place_layers(sizes_of(files_, model_.config_, model_.layers(), options.expected),
+                                         *model_.devices_, options);
         bind();
         model_.fingerprint_ = fnv1a(model_.fingerprint_, &model_.config_, sizeof model_.config_);
     }
@@ -108,20 +72,21 @@ class ModelReader {
 
     // -------------------------------------------------------------------------------------------------- keys
 
+    int32_t figure(const char *key, const Range &range) const { return keys_.integer(key, range.least, range.most); }
+
     void read_config() {
         files_.head().require_model();
         dg_config &c = model_.config_;
-        c.n_layer = keys_.integer(names::KEY_BLOCK_COUNT, 1, MAX_LAYERS);
-        c.n_embd = keys_.integer(names::KEY_EMBEDDING_LENGTH, 1, MAX_WIDTH);
-        c.n_ff = keys_.integer(names::KEY_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
-        c.n_head = keys_.integer(names::KEY_HEAD_COUNT, 1, MAX_HEADS);
-        c.n_expert = keys_.integer(names::KEY_EXPERT_COUNT, 1, MAX_EXPERTS);
-        c.n_expert_used = keys_.integer(names::KEY_EXPERT_USED_COUNT, 1, c.n_expert);
-        c.n_ff_exp = keys_.integer(names::KEY_EXPERT_FEED_FORWARD_LENGTH, 1, MAX_WIDTH);
-        c.sliding_window = keys_.integer(names::KEY_SLIDING_WINDOW, 2, MAX_CONTEXT);
+        c.n_layer = figure(names::KEY_BLOCK_COUNT, ranges::LAYERS);
+        c.n_embd = figure(names::KEY_EMBEDDING_LENGTH, ranges::WIDTHS);
+        c.n_ff = figure(names::KEY_FEED_FORWARD_LENGTH, ranges::WIDTHS);
+        c.n_head = figure(names::KEY_HEAD_COUNT, ranges::HEADS);
+        c.n_expert = figure(names::KEY_EXPERT_COUNT, ranges::EXPERTS);
+        c.n_expert_used = figure(names::KEY_EXPERT_USED_COUNT, ranges::up_to(c.n_expert));
+        c.n_ff_exp = figure(names::KEY_EXPERT_FEED_FORWARD_LENGTH, ranges::WIDTHS);
+        c.sliding_window = figure(names::KEY_SLIDING_WINDOW, ranges::WINDOWS);
         c.canvas_length = canvas_length();
-        // A session needs a prefix of one token and the canvas.
-        c.n_ctx_train = keys_.integer(names::KEY_CONTEXT_LENGTH, c.canvas_length + 1, MAX_CONTEXT);
+        c.n_ctx_train = figure(names::KEY_CONTEXT_LENGTH, ranges::contexts(c.canvas_length));
         c.norm_eps = static_cast<float>(keys_.real(names::KEY_RMS_EPSILON, 0.0, 1.0));
         c.logit_softcap = static_cast<float>(keys_.real(names::KEY_FINAL_LOGIT_SOFTCAPPING, 0.0, 1e6));
         c.rope_base_full = static_cast<float>(keys_.real(names::KEY_ROPE_FREQ_BASE, 1.0, 1e12));
@@ -141,9 +106,9 @@ class ModelReader {
             fail_format(std::string("tensor ") + names::TOKEN_EMBD + " is missing");
         }
         const int64_t n = found->tensor->ne[1];
-        if (n < 2 || n > MAX_VOCAB) {
-            fail_format(
-                format("tensor %s has %" PRId64 " rows, expected 2 to %" PRId64, names::TOKEN_EMBD, n, MAX_VOCAB));
+        if (n < ranges::VOCABULARIES.least || n > ranges::VOCABULARIES.most) {
+            fail_format(format("tensor %s has %" PRId64 " rows, expected %" PRId64 " to %" PRId64, names::TOKEN_EMBD, n,
+                               ranges::VOCABULARIES.least, ranges::VOCABULARIES.most));
         }
         model_.config_.n_vocab = static_cast<int32_t>(n);
     }
@@ -155,7 +120,7 @@ class ModelReader {
     // A program that writes self_cond_norm for self_cond_pre_norm has the released canvas built in and no key for it.
     int32_t canvas_length() {
         if (keys_.has(names::KEY_CANVAS_LENGTH) || !find(names::SELF_COND_NORM)) {
-            return keys_.integer(names::KEY_CANVAS_LENGTH, 1, MAX_CANVAS);
+            return figure(names::KEY_CANVAS_LENGTH, ranges::CANVASES);
         }
         model_.warnings_.push_back(
             format("key %s is missing, as in all files that say %s: %d, the released length, is used",
@@ -203,13 +168,14 @@ class ModelReader {
     }
 
     int64_t head_dim(const char *key, const char *value_key, const char *rope_key) const {
-        const int64_t dim = keys_.integer(key, 2, MAX_HEAD_DIM);
+        const int64_t dim = figure(key, ranges::HEAD_DIMS);
         if (dim % 2 != 0) {
             fail_format(
                 format("key %s is %" PRId64 ", expected an even number", GgufKeys::full_name(key).c_str(), dim));
         }
         for (const char *other : {value_key, rope_key}) {
-            const int32_t got = keys_.integer_or(other, 1, MAX_HEAD_DIM, static_cast<int32_t>(dim));
+            const int32_t got =
+                keys_.integer_or(other, ranges::HEAD_DIMS.least, ranges::HEAD_DIMS.most, static_cast<int32_t>(dim));
             if (got != dim) {
                 fail(DG_ERROR_UNSUPPORTED, format("key %s is %d; only the key length, %" PRId64 ", is served",
                                                   GgufKeys::full_name(other).c_str(), got, dim));
@@ -478,47 +444,20 @@ class ModelReader {
     }
 };
 
-namespace {
-
-constexpr const char *INSTALL = "install a build that has one: CMAKE_ARGS=\"-DGGML_CUDA=on\" (or -DGGML_METAL, "
-                                "-DGGML_VULKAN, -DGGML_HIP) pip install --no-binary pydiffgguf pydiffgguf; or name "
-                                "RPC servers";
-
-// The devices that the options ask for, the main one last.
-std::unique_ptr<const Devices> open_devices(const dg_model_options &options) {
-    check_placing(options);
-    if (options.n_gpu_layers == 0) {
-        if (options.n_rpc > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0) {
-            throw Error(DG_ERROR_ARGUMENT, "n_gpu_layers is 0: rpc, tensor_split and main_gpu have nothing to place");
-        }
-        return std::make_unique<const Devices>(std::vector<std::string>(), false);
-    }
-    auto devices = std::make_unique<Devices>(
-        std::vector<std::string>(options.rpc, options.rpc + static_cast<size_t>(options.n_rpc)), true);
-    const bool asked = options.n_gpu_layers > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0;
-    if (devices->empty() && asked) {
-        throw Error(
-            DG_ERROR_UNSUPPORTED,
-            format("n_gpu_layers, tensor_split and main_gpu need a device, and there is none here; %s", INSTALL));
-    }
-    if (options.main_gpu >= 0) {
-        if (static_cast<size_t>(options.main_gpu) >= devices->size()) {
-            throw Error(DG_ERROR_UNSUPPORTED, format("main_gpu is %d: there are %zu devices; %s", options.main_gpu,
-                                                     devices->size(), INSTALL));
-        }
-        devices->move_to_end(static_cast<size_t>(options.main_gpu));
-    }
-    return devices;
-}
-
-} // namespace
-
 Model::Model(const std::string &path, const dg_model_options &options) {
     kernels_ = choose_kernels(options.cpu);
     files_ = std::make_unique<const GgufFiles>(path, options.use_mmap);
     devices_ = open_devices(options);
     const Devices::Turn turn(*devices_);
     ModelReader(*this, path).read(options);
+}
+
+std::vector<dg_layer_config> Model::layers() const {
+    std::vector<dg_layer_config> layers;
+    for (const LayerWeights &l : weights_.layers) {
+        layers.push_back({l.sliding, static_cast<int32_t>(l.n_head_kv), static_cast<int32_t>(l.head_dim)});
+    }
+    return layers;
 }
 
 int64_t Model::active_parameters() const {

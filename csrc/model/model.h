@@ -18,16 +18,6 @@
 
 namespace dg {
 
-// Figures beyond these are taken for damage: they bound every product of a few of them well inside 63 bits.
-constexpr int64_t MAX_LAYERS = 1024;
-constexpr int64_t MAX_WIDTH = 1 << 20;
-constexpr int64_t MAX_HEADS = 4096;
-constexpr int64_t MAX_HEAD_DIM = 1 << 14;
-constexpr int64_t MAX_EXPERTS = 65536;
-constexpr int64_t MAX_VOCAB = 1 << 24;
-constexpr int64_t MAX_CANVAS = 1 << 16;
-constexpr int64_t MAX_CONTEXT = 1 << 28;
-
 // D: head_dim, H: n_head, K: n_head_kv (both of the layer), F: n_ff, X: n_ff_exp, E: n_expert.
 struct LayerWeights {
     bool sliding = false;
@@ -84,6 +74,7 @@ class Model {
     const dg_config &config() const { return config_; }
     const dg_sampling &sampling() const { return sampling_; }
     const Weights &weights() const { return weights_; }
+    std::vector<dg_layer_config> layers() const;
     const std::vector<std::string> &warnings() const { return warnings_; }
     const GgufFiles &files() const { return *files_; }
     const Devices &devices() const { return *devices_; }
@@ -111,11 +102,5 @@ class Model {
     std::vector<std::string> warnings_;
     uint64_t fingerprint_ = 0;
 };
-
-// The released sampler values, for files that hold none (generation_config.json of the released checkpoint).
-dg_sampling released_sampling();
-
-// Throws DG_ERROR_ARGUMENT naming option, value and range.
-void check_sampling(const dg_sampling &sampling);
 
 } // namespace dg

@@ -2,18 +2,11 @@
 
 #include "base/error.h"
 #include "file/names.h"
-#include "model/model.h"
-#include "pass/cache.h"
-#include "pass/graph.h"
-#include "sample/sampler_graph.h"
-#include "session/kernel_device.h"
-#include "session/session.h"
-
-#include "ggml-backend.h"
+#include "model/needs.h"
 
 #include <algorithm>
-#include <cinttypes>
 #include <cmath>
+#include <cstdlib>
 #include <numeric>
 
 namespace dg {
@@ -23,132 +16,9 @@ namespace {
 // by reports; more is taken by a desktop on the same card.
 constexpr size_t RESERVE = 500'000'000;
 
-void check_range(const char *name, int64_t value, int64_t least, int64_t most) {
-    if (value < least || value > most) {
-        throw Error(DG_ERROR_ARGUMENT,
-                    format("%s is %" PRId64 ": it must be from %" PRId64 " to %" PRId64, name, value, least, most));
-    }
-}
-
-void check_figures(const dg_config &c, const std::vector<dg_layer_config> &layers) {
-    check_range("n_layer", c.n_layer, 1, MAX_LAYERS);
-    check_range("n_embd", c.n_embd, 1, MAX_WIDTH);
-    check_range("n_vocab", c.n_vocab, 2, MAX_VOCAB);
-    check_range("n_head", c.n_head, 1, MAX_HEADS);
-    check_range("n_ff", c.n_ff, 1, MAX_WIDTH);
-    check_range("n_ff_exp", c.n_ff_exp, 1, MAX_WIDTH);
-    check_range("n_expert", c.n_expert, 1, MAX_EXPERTS);
-    check_range("n_expert_used", c.n_expert_used, 1, c.n_expert);
-    check_range("sliding_window", c.sliding_window, 2, MAX_CONTEXT);
-    check_range("canvas_length", c.canvas_length, 1, MAX_CANVAS);
-    check_range("n_ctx_train", c.n_ctx_train, c.canvas_length + 1, MAX_CONTEXT);
-    for (const dg_layer_config &layer : layers) {
-        check_range("n_head_kv", layer.n_head_kv, 1, c.n_head);
-        check_range("head_dim", layer.head_dim, 1, MAX_HEAD_DIM);
-    }
-}
-
-// Of a session on devices, which compute with ggml's operators. Numbers of floats are at least what ggml's allocator
-// comes to for the largest graphs (tests/test_fit.py): it leaves holes, so that some tensors count more often than they
-// exist.
-class Needs {
-  public:
-    Needs(const dg_config &config, const std::vector<dg_layer_config> &layers, const dg_session_options &options)
-        : c_(config), layers_(layers), n_ctx_(Session::context_size(config, options.n_ctx)),
-          n_batch_(Session::batch_size(n_ctx_, options.n_batch)), n_rows_(Session::row_count(config, options.n_rows)),
-          pass_rows_(Session::canvas_pass(config, n_rows_)), type_kv_(Session::cache_type(options.type_kv)),
-          with_kernels_(options.sampler == DG_SAMPLER_AUTO || options.sampler == DG_SAMPLER_KERNELS) {}
-
-    std::vector<size_t> cache() const {
-        const size_t alignment = ggml_backend_buft_get_alignment(ggml_backend_cpu_buffer_type());
-        std::vector<size_t> bytes;
-        for (const dg_layer_config &layer : layers_) {
-            KvCache::check_type(type_kv_, layer.head_dim);
-            const size_t row = ggml_row_size(type_kv_, int64_t{layer.head_dim} * layer.n_head_kv);
-            bytes.push_back(2 * GGML_PAD(row * static_cast<size_t>(slots(layer.sliding)), alignment));
-        }
-        return bytes;
-    }
-
-    dg_needs sums() const {
-        dg_needs needs = {};
-        needs.n_ctx = n_ctx_;
-        needs.n_rows = n_rows_;
-        // What is drawn by operators has the logits of a pass, not of all rows.
-        const int32_t rows = with_kernels_ ? n_rows_ : pass_rows_;
-        needs.logits = sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(c_.n_vocab);
-        needs.passes = sizeof(float) * static_cast<size_t>(inputs() + intermediate());
-        needs.sampling = sampling();
-        return needs;
-    }
-
-  private:
-    const dg_config &c_;
-    const std::vector<dg_layer_config> &layers_;
-    const int32_t n_ctx_;
-    const int32_t n_batch_;
-    const int32_t n_rows_;
-    const int32_t pass_rows_; // of canvases, in one graph
-    const ggml_type type_kv_;
-    const bool with_kernels_; // the sampler's, or nobody knows
-
-    int64_t largest_pass() const { return std::max(n_batch_, pass_rows_); }
-
-    int64_t slots(bool sliding) const {
-        return KvCache::slots_for(c_, sliding, n_ctx_, std::max(n_batch_, c_.canvas_length) + 1);
-    }
-
-    // Session::make_io: positions, slots, masks of half precision, ids, several segments' outputs, the signal.
-    int64_t inputs() const {
-        int64_t widest = 0;
-        for (const dg_layer_config &layer : layers_) {
-            widest = std::max(widest, int64_t{layer.head_dim} * c_.n_head);
-        }
-        const int64_t masks = largest_pass() * (slots(false) + slots(true)) / 2;
-        return 4 * std::max<int64_t>(largest_pass(), n_rows_) + masks + widest * pass_rows_ +
-               int64_t{n_rows_} * c_.n_embd;
-    }
-
-    // The most floats that exist at a time within a layer.
-    int64_t intermediate() const {
-        const int64_t chunk = std::min(n_batch_, n_ctx_ - c_.canvas_length);
-        const int64_t rows = std::max<int64_t>(chunk, pass_rows_);
-        const int64_t experts = c_.n_expert_used * (5 * int64_t{c_.n_ff_exp} + c_.n_embd) + c_.n_expert;
-        int64_t most = rows * (std::max(experts, 4 * int64_t{c_.n_ff}) + 4 * int64_t{c_.n_embd});
-        for (const dg_layer_config &layer : layers_) {
-            most = std::max({most, attention(layer, n_ctx_ - c_.canvas_length, chunk, chunk),
-                             attention(layer, n_ctx_, c_.canvas_length, pass_rows_)});
-        }
-        return most;
-    }
-
-    // Scores [visible, rows of a segment, heads]; V in float32 as it lies in the cache, and transposed; beside them
-    // what waits, and its holes, of all rows.
-    int64_t attention(const dg_layer_config &layer, int64_t n_visible, int64_t segment, int64_t rows) const {
-        const int64_t visible = std::min(n_visible, slots(layer.sliding));
-        const int64_t q = int64_t{layer.head_dim} * c_.n_head;
-        const int64_t kv = int64_t{layer.head_dim} * layer.n_head_kv;
-        return visible * (segment * c_.n_head + 2 * kv) + rows * (2 * q + 2 * kv + 2 * int64_t{c_.n_embd});
-    }
-
-    // The sampler's operators are part of a pass's graph, and share its memory; the graph that makes a signal of logits
-    // stands by itself.
-    size_t sampling() const {
-        const auto rows = static_cast<size_t>(n_rows_);
-        size_t bytes = SampleIo::bytes(pass_rows_) + rows * (static_cast<size_t>(c_.n_embd) + 1) * sizeof(float);
-        size_t in_pass = sample_bytes(c_.n_vocab, pass_rows_);
-        if (c_.has_self_conditioning) {
-            const size_t soft = soft_embedding_bytes(c_, pass_rows_);
-            in_pass = std::max(in_pass, soft);
-            bytes += soft + sizeof(float) * static_cast<size_t>(pass_rows_) * static_cast<size_t>(c_.n_vocab);
-        }
-        if (with_kernels_) {
-            bytes += cuda::DeviceLoop::candidate_bytes(n_rows_, candidate_capacity(c_));
-        }
-        const size_t pass = sizeof(float) * static_cast<size_t>(intermediate());
-        return bytes + (in_pass > pass ? in_pass - pass : 0);
-    }
-};
+constexpr const char *INSTALL = "install a build that has one: CMAKE_ARGS=\"-DGGML_CUDA=on\" (or -DGGML_METAL, "
+                                "-DGGML_VULKAN, -DGGML_HIP) pip install --no-binary pydiffgguf pydiffgguf; or name "
+                                "RPC servers";
 
 // Looks for the plan with the most on devices that has room.
 class Planner {
@@ -279,26 +149,15 @@ class Planner {
 
 size_t reserve() { return RESERVE; }
 
-dg_needs session_needs(const dg_config &config, const std::vector<dg_layer_config> &layers,
-                       const dg_session_options &session, std::vector<size_t> &cache) {
-    check_figures(config, layers);
-    const Needs needs(config, layers, session);
-    cache = needs.cache();
-    return needs.sums();
-}
-
-Sizes sizes_of(const Model &model, const dg_session_options &session) {
-    std::vector<dg_layer_config> layers;
-    for (const LayerWeights &l : model.weights().layers) {
-        layers.push_back({l.sliding, static_cast<int32_t>(l.n_head_kv), static_cast<int32_t>(l.head_dim)});
-    }
+Sizes sizes_of(const GgufFiles &files, const dg_config &config, const std::vector<dg_layer_config> &layers,
+               const dg_session_options &session) {
     Sizes sizes;
     std::vector<size_t> cache;
-    sizes.needs = session_needs(model.config(), layers, session, cache);
+    sizes.needs = session_needs(config, layers, session, cache);
     for (const size_t bytes : cache) {
         sizes.layers.push_back({0, 0, bytes});
     }
-    for (const FileTensor &found : model.files().tensors()) {
+    for (const FileTensor &found : files.tensors()) {
         const std::string name = ggml_get_name(found.tensor);
         const size_t bytes = ggml_nbytes(found.tensor);
         const size_t layer =
@@ -322,6 +181,32 @@ void check_placing(const dg_model_options &options) {
     check("n_gpu_layers", options.n_gpu_layers, -1, "-1 (as many as fit) or more");
     check("n_cpu_moe", options.n_cpu_moe, 0, "0 or more");
     check("main_gpu", options.main_gpu, -1, "-1 (the last) or more");
+}
+
+std::unique_ptr<const Devices> open_devices(const dg_model_options &options) {
+    check_placing(options);
+    if (options.n_gpu_layers == 0) {
+        if (options.n_rpc > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0) {
+            throw Error(DG_ERROR_ARGUMENT, "n_gpu_layers is 0: rpc, tensor_split and main_gpu have nothing to place");
+        }
+        return std::make_unique<const Devices>(std::vector<std::string>(), false);
+    }
+    auto devices = std::make_unique<Devices>(
+        std::vector<std::string>(options.rpc, options.rpc + static_cast<size_t>(options.n_rpc)), true);
+    const bool asked = options.n_gpu_layers > 0 || options.n_tensor_split > 0 || options.main_gpu >= 0;
+    if (devices->empty() && asked) {
+        throw Error(
+            DG_ERROR_UNSUPPORTED,
+            format("n_gpu_layers, tensor_split and main_gpu need a device, and there is none here; %s", INSTALL));
+    }
+    if (options.main_gpu >= 0) {
+        if (static_cast<size_t>(options.main_gpu) >= devices->size()) {
+            throw Error(DG_ERROR_UNSUPPORTED, format("main_gpu is %d: there are %zu devices; %s", options.main_gpu,
+                                                     devices->size(), INSTALL));
+        }
+        devices->move_to_end(static_cast<size_t>(options.main_gpu));
+    }
+    return devices;
 }
 
 Plan plan_layers(const Sizes &sizes, const std::vector<Room> &rooms, const dg_model_options &options) {

@@ -13,14 +13,13 @@
 #pragma once
 
 #include "diffgguf.h"
+#include "file/gguf_files.h"
 #include "model/devices.h"
 
 #include <cstdint>
 #include <vector>
 
 namespace dg {
-
-class Model;
 
 struct Placement {
     // Of each layer: attention, norms and the dense MLP; the experts; the KV cache.
@@ -49,15 +48,15 @@ struct Plan {
     std::vector<int32_t> devices; // of the last layers, those that lie on one
 };
 
-// As dg_session_needs; `cache`: bytes on each layer.
-dg_needs session_needs(const dg_config &config, const std::vector<dg_layer_config> &layers,
-                       const dg_session_options &session, std::vector<size_t> &cache);
-
 // Of a model whose keys are read, before its tensors are bound.
-Sizes sizes_of(const Model &model, const dg_session_options &session);
+Sizes sizes_of(const GgufFiles &files, const dg_config &config, const std::vector<dg_layer_config> &layers,
+               const dg_session_options &session);
 
 // Throws ARGUMENT for numbers below those that mean something.
 void check_placing(const dg_model_options &options);
+// The devices that the options ask for, the main one last. Throws as check_placing does, ARGUMENT for options that have
+// nothing to place, UNSUPPORTED for devices that are not there, IO for a server that does not answer.
+std::unique_ptr<const Devices> open_devices(const dg_model_options &options);
 
 // As dg_plan_layers. Only "as many as fit" looks at what is free: a number is done as it was asked for.
 Plan plan_layers(const Sizes &sizes, const std::vector<Room> &rooms, const dg_model_options &options);

@@ -6,26 +6,11 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <cinttypes>
 
 namespace dg {
 
-int32_t KvCache::slots_for(const dg_config &config, bool sliding, int32_t n_ctx, int32_t largest_pass) {
-    const int64_t ring = int64_t{config.sliding_window} - 1 + largest_pass;
-    return sliding ? static_cast<int32_t>(std::min<int64_t>(n_ctx, ring)) : n_ctx;
-}
-
-void KvCache::check_type(ggml_type type, int64_t head_dim) {
-    if (head_dim % ggml_blck_size(type) != 0) {
-        throw Error(DG_ERROR_UNSUPPORTED,
-                    format("type_kv %s needs heads of a multiple of %" PRId64 ", this file has %" PRId64,
-                           ggml_type_name(type), ggml_blck_size(type), head_dim));
-    }
-}
-
-KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate)
-    : window_(model.config().sliding_window), slots_full_(slots_for(model.config(), false, n_ctx, largest_pass)),
-      slots_sliding_(slots_for(model.config(), true, n_ctx, largest_pass)) {
+KvCache::KvCache(const Model &model, const SessionFigures &figures, bool allocate)
+    : window_(figures.sliding_window), slots_full_(figures.slots(false)), slots_sliding_(figures.slots(true)) {
     const std::vector<LayerWeights> &layers = model.weights().layers;
     const Devices &devices = model.devices();
     ggml_init_params params = {};
@@ -40,12 +25,12 @@ KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_t
     for (size_t i = 0; i < layers.size(); ++i) {
         const LayerWeights &weights = layers[i];
         const int64_t width = weights.head_dim * weights.n_head_kv;
-        check_type(type, weights.head_dim);
+        figures.slot_bytes(weights.head_dim, weights.n_head_kv); // throws
         ggml_context *ctx = contexts_[static_cast<size_t>(model.placement().cache[i])].get();
         CacheLayer layer;
         layer.sliding = weights.sliding;
-        layer.k = ggml_new_tensor_2d(ctx, type, width, slots(weights.sliding));
-        layer.v = ggml_new_tensor_2d(ctx, type, width, slots(weights.sliding));
+        layer.k = ggml_new_tensor_2d(ctx, figures.type_kv, width, slots(weights.sliding));
+        layer.v = ggml_new_tensor_2d(ctx, figures.type_kv, width, slots(weights.sliding));
         layers_.push_back(layer);
     }
     for (size_t i = 0; i < contexts_.size(); ++i) {
@@ -54,7 +39,7 @@ KvCache::KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_t
             continue;
         }
         const auto device = static_cast<int32_t>(i);
-        const std::string what = format("the KV cache (n_ctx %d)", n_ctx);
+        const std::string what = format("the KV cache (n_ctx %d)", figures.n_ctx);
         devices.check_sizes(ctx, device, what);
         bytes_ += ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, devices.buffer_type(device));
         if (allocate) {

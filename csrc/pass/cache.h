@@ -1,11 +1,11 @@
 // The KV cache. A row of a layer's K or V is one position: [head_dim * n_head_kv]. Full layers have a slot for every
-// position of the context. Sliding layers are rings: position p lives in slot p % slots, with slots =
-// window - 1 + the largest pass (a chunk or a canvas), so that a pass never overwrites what it must still see.
+// position of the context. Sliding layers are rings (SessionFigures::slots): position p has slot p % slots.
 //
 // The canvas's K and V are written behind the prefix, where the next encoded tokens will go. What they overwrite in a
 // ring is older than every window to come.
 #pragma once
 
+#include "model/figures.h"
 #include "model/model.h"
 
 #include "ggml-cpp.h"
@@ -27,12 +27,7 @@ size_t tensor_bytes(ggml_context *ctx);
 class KvCache {
   public:
     // `allocate` false: sizes only, for predictions.
-    KvCache(const Model &model, int32_t n_ctx, int32_t largest_pass, ggml_type type, bool allocate);
-
-    // Slots of a layer in a cache made of these.
-    static int32_t slots_for(const dg_config &config, bool sliding, int32_t n_ctx, int32_t largest_pass);
-    // Throws UNSUPPORTED where heads are no multiple of the type's blocks.
-    static void check_type(ggml_type type, int64_t head_dim);
+    KvCache(const Model &model, const SessionFigures &figures, bool allocate);
 
     const std::vector<CacheLayer> &layers() const { return layers_; }
     int32_t slots(bool sliding) const { return sliding ? slots_sliding_ : slots_full_; }

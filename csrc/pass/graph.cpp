@@ -5,6 +5,7 @@
 #include "cpu/norm.h"
 #include "cpu/product.h"
 #include "cpu/self_conditioning.h"
+#include "sample/signal_graph.h"
 
 #include <algorithm>
 #include <cmath>
@@ -16,11 +17,8 @@ namespace {
 constexpr size_t NODES_PER_LAYER = 96;   // 66 in the widest layer, plus 2 for each expert that a row uses
 constexpr size_t NODES_PER_SEGMENT = 32; // of a layer: 27 in its attention
 constexpr size_t NODES_BESIDES = 64;
-// Floats of transposed embedding that exist at a time in build_soft_embedding: 16 MB.
-constexpr int64_t SOFT_SLICE_FLOATS = 4 << 20;
-// Vulkan's get_rows gives up on a matrix or ids that do not begin at a multiple of a device's alignment: 4 to 64 bytes
-// of most, 256 at most.
-constexpr int64_t ALIGNED_ROWS = 256;
+// Vulkan's get_rows gives up on ids that do not begin at a multiple of a device's alignment: 4 to 64 bytes of most, 256
+// at most.
 constexpr size_t ALIGNED_BYTES = 256;
 
 Graph make_graph(size_t n_nodes) {
@@ -68,50 +66,6 @@ ggml_tensor *rows_of_io(ggml_context *ctx, ggml_tensor *input, int64_t first, in
     return ggml_view_2d(ctx, input, input->ne[0], n, input->nb[1], static_cast<size_t>(first) * input->nb[1]);
 }
 
-// A multiple of ALIGNED_ROWS, whatever a row's bytes are.
-int64_t soft_slice(const dg_config &c) {
-    const int64_t slice = SOFT_SLICE_FLOATS / c.n_embd / ALIGNED_ROWS * ALIGNED_ROWS;
-    return std::min<int64_t>(std::max(slice, ALIGNED_ROWS), c.n_vocab);
-}
-
-size_t soft_embedding_nodes(const dg_config &c) {
-    const int64_t slice = soft_slice(c);
-    return static_cast<size_t>((c.n_vocab + slice - 1) / slice) * 7 + 32;
-}
-
-// p [n_vocab, n], rows that sum to 1 -> `out` [n_embd, n]: p times the embedding, times sqrt(n_embd). With `pins`, what
-// is pinned there has its id's own embedding.
-void soft_embedding(ggml_context *ctx, ggml_cgraph *graph, const Model &model, ggml_tensor *p, ggml_tensor *out,
-                    const SampleIo *pins) {
-    const dg_config &c = model.config();
-    ggml_tensor *embedding = model.weights().token_embd;
-    const int64_t slice = soft_slice(c);
-    // Rows as float32 by get_rows: a cast would do, but CUDA's knows no K-quants, and the scheduler would bring the
-    // whole embedding to the CPU.
-    ggml_tensor *numbers = nullptr;
-    if (embedding->type != GGML_TYPE_F32) {
-        numbers = ggml_cast(ctx, ggml_arange(ctx, 0.0f, static_cast<float>(slice), 1.0f), GGML_TYPE_I32);
-    }
-    ggml_tensor *sum = nullptr;
-    for (int64_t first = 0; first < c.n_vocab; first += slice) {
-        const int64_t n = std::min<int64_t>(slice, c.n_vocab - first);
-        ggml_tensor *rows =
-            ggml_view_2d(ctx, embedding, c.n_embd, n, embedding->nb[1], static_cast<size_t>(first) * embedding->nb[1]);
-        if (numbers) {
-            rows = ggml_get_rows(ctx, rows, n == slice ? numbers : ggml_view_1d(ctx, numbers, n, 0));
-        }
-        ggml_tensor *transposed = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [n, n_embd]
-        ggml_tensor *weights = ggml_view_2d(ctx, p, n, p->ne[1], p->nb[1], static_cast<size_t>(first) * p->nb[0]);
-        ggml_tensor *product = mark(ggml_mul_mat(ctx, transposed, weights), Part::SELF_CONDITIONING); // [n_embd, n]
-        sum = sum ? ggml_add(ctx, sum, product) : product;
-    }
-    if (pins) {
-        sum = with_pins(ctx, *pins, sum, embedding);
-    }
-    sum = ggml_scale(ctx, sum, std::sqrt(static_cast<float>(c.n_embd)));
-    ggml_build_forward_expand(graph, ggml_cpy(ctx, sum, out));
-}
-
 class PassBuilder {
   public:
     PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass, Importance *importance)
@@ -121,7 +75,7 @@ class PassBuilder {
               static_cast<size_t>(c_.n_layer) * (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
                                                  NODES_PER_SEGMENT * pass.segments.size()) +
               NODES_BESIDES +
-              (pass.sampled || pass.watched ? sample_nodes(c_.n_vocab, n_) + soft_embedding_nodes(c_) : 0))),
+              (pass.sampled || pass.watched ? sample_nodes(c_.n_vocab, n_) + signal_nodes(c_.n_vocab, c_.n_embd) : 0))),
           ctx_(graph_.context.get()), settler_(graph_, model.devices()) {}
 
     Graph build() {
@@ -478,8 +432,8 @@ class PassBuilder {
             sample_ops(ctx_, graph_.nodes, io_.sample, logits, pass_.sampled, pass_.watched);
         }
         if (pass_.sampled && c_.has_self_conditioning) {
-            soft_embedding(ctx_, graph_.nodes, model_, ggml_soft_max_inplace(ctx_, logits),
-                           rows_of_io(ctx_, io_.coming, pass_.first_row, n_), &io_.sample);
+            add_signal(ctx_, graph_.nodes, model_.weights().token_embd, ggml_soft_max_inplace(ctx_, logits),
+                       rows_of_io(ctx_, io_.coming, pass_.first_row, n_), &io_.sample);
         }
     }
 };
@@ -493,11 +447,6 @@ int32_t Pass::end() const { return end(*std::max_element(segments.begin(), segme
 const char *product_kernel(const Model &model, ggml_type type) {
     const Kernels *kernels = model.kernels();
     return !kernels ? "ggml" : kernels->has_int8_product(type) ? "8-bit integers" : "float32";
-}
-
-// Three slices: of the embedding's rows, of them transposed, and the hole that the sum of those before leaves.
-size_t soft_embedding_bytes(const dg_config &c, int64_t n_rows) {
-    return sizeof(float) * static_cast<size_t>((3 * soft_slice(c) + 2 * n_rows) * c.n_embd);
 }
 
 int64_t scratch_floats(const Model &model) {
@@ -524,12 +473,12 @@ Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_
                            rows_of_io(own.context.get(), io.soft, first_row, n_rows), &io.longest_embedding);
         return own;
     }
-    Graph graph = make_graph(soft_embedding_nodes(model.config()));
+    Graph graph = make_graph(signal_nodes(model.config().n_vocab, model.config().n_embd));
     ggml_context *ctx = graph.context.get();
     ggml_tensor *logits = rows_of_io(ctx, io.logits, first_logit, n_rows);
     ggml_tensor *out = rows_of_io(ctx, io.coming ? io.coming : io.soft, first_row, n_rows);
     Settler settler(graph, model.devices());
-    soft_embedding(ctx, graph.nodes, model, ggml_soft_max(ctx, logits), out, nullptr);
+    add_signal(ctx, graph.nodes, model.weights().token_embd, ggml_soft_max(ctx, logits), out, nullptr);
     settler.settle(model.placement().head);
     return graph;
 }

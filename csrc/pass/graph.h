@@ -97,9 +97,6 @@ const char *product_kernel(const Model &model, ggml_type type);
 // Floats of scratch memory that each thread needs for its own operators.
 int64_t scratch_floats(const Model &model);
 
-// Bytes of intermediate tensors of a self-conditioning signal, at most, beside the probabilities that it is made of.
-size_t soft_embedding_bytes(const dg_config &config, int64_t n_rows);
-
 // One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
 // whose rows are those of the segments, one after the other.
 // `importance`: what the pass multiplies weights by is added up there; nullptr: nowhere.

@@ -134,12 +134,6 @@ double log_probability(const float *z, int32_t n_vocab, int32_t id) {
     return static_cast<double>(z[id] - greatest) - std::log(sum_row(z, n_vocab, greatest, nullptr).weight);
 }
 
-double temperature(const dg_sampling &s, int32_t step) {
-    return s.t_min + (s.t_max - s.t_min) * (static_cast<double>(s.steps - step) / static_cast<double>(s.steps));
-}
-
-int32_t step_count(const dg_sampling &s) { return s.max_steps > 0 ? std::min(s.steps, s.max_steps) : s.steps; }
-
 RowDraw draw_row(float *z, int32_t n_vocab, float t, double u) {
     const float greatest = scale_and_max(z, n_vocab, t);
     const int32_t n_blocks = (n_vocab + BLOCK - 1) / BLOCK;
@@ -305,11 +299,11 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
         out.entropy[row] = drawn.entropy;
         draws[static_cast<size_t>(row)] = drawn.draw;
     });
-    finish_step(n_rows, n_vocab, sampling, noise, rules, scratch, out);
+    finish_step(n_rows, sampling, noise, rules, scratch, out);
 }
 
-void finish_step(int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, const dg_noise &noise,
-                 const RowRules &rules, SamplerScratch &scratch, const StepOutput &out) {
+void finish_step(int32_t n_rows, const dg_sampling &sampling, const dg_noise &noise, const RowRules &rules,
+                 SamplerScratch &scratch, const StepOutput &out) {
     accept_rows(out.entropy, rules.pinned, n_rows, sampling.entropy_bound, out.accepted, scratch.order);
     for (int32_t row = 0; row < n_rows; ++row) {
         const bool keeps_draw = out.accepted[row] != 0 && !rules.is_pinned(row);

@@ -2,19 +2,12 @@
 // a model. Arrays are row-major; C rows, V logits a row.
 #pragma once
 
-#include "diffgguf.h"
+#include "sample/sampling.h"
 
 #include <cstdint>
 #include <vector>
 
 namespace dg {
-
-// Temperature of a step that counts from 0: t_min + (t_max - t_min) * n / N with n = N - step, so the last step of the
-// schedule runs at t_min + (t_max - t_min) / N.
-double temperature(const dg_sampling &sampling, int32_t step);
-
-// The number of steps there can be: N, or the cap when it is lower.
-int32_t step_count(const dg_sampling &sampling);
 
 struct RowDraw {
     int32_t argmax; // the lowest id among equals
@@ -86,8 +79,8 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
 
 // The end of a step whose rows are sampled, wherever that was: draws [C] stand in `scratch`, entropies and argmax in
 // `out`; which rows are accepted, and the next canvas.
-void finish_step(int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, const dg_noise &noise,
-                 const RowRules &rules, SamplerScratch &scratch, const StepOutput &out);
+void finish_step(int32_t n_rows, const dg_sampling &sampling, const dg_noise &noise, const RowRules &rules,
+                 SamplerScratch &scratch, const StepOutput &out);
 
 // DG_ERROR_INTERNAL, for a row that holds NaN or has no finite maximum.
 [[noreturn]] void throw_unsound_row();

@@ -3,7 +3,6 @@
 #include "base/error.h"
 #include "cuda/host_device.h"
 
-#include <algorithm>
 #include <cstring>
 
 namespace dg {
@@ -88,7 +87,5 @@ const void *gathered_embedding(const Model &model, cuda::RowType &type) {
     }
     return embedding->data;
 }
-
-int32_t candidate_capacity(const dg_config &config) { return std::min(cuda::CAPACITY, config.n_vocab); }
 
 } // namespace dg

@@ -1,8 +1,8 @@
 // Which devices the sampler's own kernels run on (csrc/cuda), and what of them a session may ask for.
 #pragma once
 
+#include "cuda/device_loop.h"
 #include "model/model.h"
-#include "session/device_loop.h"
 
 #include <memory>
 
@@ -18,8 +18,5 @@ std::unique_ptr<cuda::Device> make_kernel_device(const Model &model);
 
 // What a row of the self-conditioning signal is gathered from; null where the embedding's type has no kernel.
 const void *gathered_embedding(const Model &model, cuda::RowType &type);
-
-// Candidates that a row has room for.
-int32_t candidate_capacity(const dg_config &config);
 
 } // namespace dg

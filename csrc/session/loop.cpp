@@ -270,7 +270,6 @@ void CanvasLoop::sample_here(const std::vector<int32_t> &going, const std::vecto
 
 void CanvasLoop::sample_there(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
                               const dg_noise *handed_in) {
-    const int32_t n_vocab = session_.model().config().n_vocab;
     std::vector<dg_noise> noises;
     RowInputs inputs;
     const bool any_watched = std::any_of(
@@ -297,7 +296,7 @@ void CanvasLoop::sample_there(const std::vector<int32_t> &going, const std::vect
         Live &live = canvases_[static_cast<size_t>(going[k])];
         take_rows(result, live.n_rows, live.rules(), scratch_, live.output());
         result += live.n_rows;
-        finish_step(live.n_rows, n_vocab, live.sampling, noises[k], live.rules(), scratch_, live.output());
+        finish_step(live.n_rows, live.sampling, noises[k], live.rules(), scratch_, live.output());
         judge(live);
     }
 }

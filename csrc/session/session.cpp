@@ -19,22 +19,8 @@
 namespace dg {
 namespace {
 
-constexpr int32_t DEFAULT_CONTEXT = 8192;
-constexpr int32_t MOST_BATCH = 1 << 20;
-constexpr int32_t MOST_ROWS = 1 << 16;
-// Canvases side by side go through the layers so many rows at a time. Eight canvases of 256 rows (724 M parameters,
-// Q8_0, ggml's operators) took 1.09 times what they took one by one in a pass of 2048 rows, and 1.03 in passes of 512:
-// the work is arithmetic, and larger intermediate tensors leave the processor's cache.
-constexpr int32_t PASS_ROWS = 256;
 constexpr int32_t MASK_PIECE = 1 << 18; // elements of a mask that are made and sent at a time
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
-
-int32_t checked(const char *name, int32_t value, int32_t least, int32_t most) {
-    if (value < least || value > most) {
-        throw Error(DG_ERROR_ARGUMENT, format("%s is %d: it must be from %d to %d", name, value, least, most));
-    }
-    return value;
-}
 
 void upload(ggml_tensor *tensor, const void *data, size_t size) { ggml_backend_tensor_set(tensor, data, 0, size); }
 
@@ -54,48 +40,11 @@ int32_t default_threads(const Model &model) {
 
 } // namespace
 
-ggml_type Session::cache_type(int32_t type) {
-    switch (type) {
-        case DG_KV_F32: return GGML_TYPE_F32;
-        case DG_KV_F16: return GGML_TYPE_F16;
-        case DG_KV_BF16: return GGML_TYPE_BF16;
-        case DG_KV_Q8_0: return GGML_TYPE_Q8_0;
-    }
-    throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
-}
-
-int32_t Session::context_size(const dg_config &c, int32_t asked) {
-    checked("n_ctx", asked, 0, INT32_MAX);
-    const int32_t n_ctx = asked > 0 ? asked : std::min(DEFAULT_CONTEXT, c.n_ctx_train);
-    if (n_ctx < c.canvas_length + 1) {
-        throw Error(DG_ERROR_CONTEXT,
-                    format("n_ctx is %d: a prefix of one token and the canvas need %d", n_ctx, c.canvas_length + 1));
-    }
-    if (n_ctx > c.n_ctx_train) {
-        throw Error(DG_ERROR_CONTEXT, format("n_ctx is %d: the file's context_length is %d", n_ctx, c.n_ctx_train));
-    }
-    return n_ctx;
-}
-
-int32_t Session::batch_size(int32_t n_ctx, int32_t asked) {
-    return std::min(checked("n_batch", asked, 1, MOST_BATCH), n_ctx);
-}
-
-int32_t Session::row_count(const dg_config &c, int32_t asked) {
-    return asked == 0 ? c.canvas_length : checked("n_rows", asked, c.canvas_length, MOST_ROWS);
-}
-
-int32_t Session::canvas_pass(const dg_config &c, int32_t n_rows) {
-    return std::min(n_rows, std::max(PASS_ROWS, c.canvas_length));
-}
-
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun)
-    : model_(std::move(model)), n_ctx_(context_size(model_->config(), options.n_ctx)),
-      n_batch_(batch_size(n_ctx_, options.n_batch)),
-      n_threads_(checked("n_threads", options.n_threads, 0, GGML_MAX_N_THREADS)),
-      n_rows_(row_count(model_->config(), options.n_rows)), type_kv_(cache_type(options.type_kv)),
+    : model_(std::move(model)), figures_(model_->config(), options), n_threads_(options.n_threads),
       own_operators_(model_->kernels() && !options.ggml_operators),
       sampler_(resolve_sampler(*model_, options.sampler)) {
+    check_range("n_threads", n_threads_, {0, GGML_MAX_N_THREADS});
     if (n_threads_ == 0) {
         n_threads_ = default_threads(*model_);
     }
@@ -110,7 +59,7 @@ Session::Session(std::shared_ptr<const Model> model, const dg_session_options &o
                  host_bytes());
     plan(true);
     start_threads();
-    tokens_.reserve(static_cast<size_t>(n_ctx_));
+    tokens_.reserve(static_cast<size_t>(figures_.n_ctx));
 }
 
 Session::~Session() { stop_threads(); }
@@ -120,12 +69,6 @@ dg_memory Session::predict(const std::shared_ptr<const Model> &model, const dg_s
     session.plan(false);
     return session.memory_;
 }
-
-int32_t Session::largest_segment() const { return std::max(n_batch_, model_->config().canvas_length); }
-
-int32_t Session::canvas_pass() const { return canvas_pass(model_->config(), n_rows_); }
-
-int32_t Session::largest_pass() const { return std::max(n_batch_, canvas_pass()); }
 
 void Session::set_past(int32_t n) { n_past_.store(n, std::memory_order_relaxed); }
 
@@ -313,14 +256,14 @@ void Session::encode(const int32_t *ids, int32_t n) {
     }
     check_ids("ids", ids, n);
     const int32_t canvas = model_->config().canvas_length;
-    if (n > n_ctx_ - canvas - n_past()) {
+    if (n > figures_.n_ctx - canvas - n_past()) {
         throw Error(
             DG_ERROR_CONTEXT,
             format("%d tokens after a prefix of %d do not fit: with the canvas of %d, n_ctx %d leaves room for %d", n,
-                   n_past(), canvas, n_ctx_, std::max(0, n_ctx_ - canvas - n_past())));
+                   n_past(), canvas, figures_.n_ctx, std::max(0, figures_.n_ctx - canvas - n_past())));
     }
-    for (int32_t done = 0; done < n; done += n_batch_) {
-        encode_chunk(ids + done, std::min(n_batch_, n - done));
+    for (int32_t done = 0; done < n; done += figures_.n_batch) {
+        encode_chunk(ids + done, std::min(figures_.n_batch, n - done));
     }
 }
 
@@ -340,7 +283,7 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
     if (n_texts < 0) {
         throw Error(DG_ERROR_ARGUMENT, format("n_texts is %d: it must be 0 or more", n_texts));
     }
-    const int32_t most = n_ctx_ - n_past();
+    const int32_t most = figures_.n_ctx - n_past();
     for (int32_t i = 0; i < n_texts; ++i) {
         if (lengths[i] < 1 || lengths[i] > model_->config().canvas_length) {
             throw Error(DG_ERROR_ARGUMENT, format("text %d has %d tokens: it must have from 1 to the canvas length, %d",
@@ -349,14 +292,14 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
         if (lengths[i] > most) {
             throw Error(DG_ERROR_CONTEXT,
                         format("text %d has %d tokens: after a prefix of %d, n_ctx %d has room for %d", i, lengths[i],
-                               n_past(), n_ctx_, most));
+                               n_past(), figures_.n_ctx, most));
         }
     }
     check_ids("ids", ids, std::accumulate(lengths, lengths + n_texts, 0));
     for (int32_t done = 0; done < n_texts;) {
         int32_t n = 0;
         int32_t rows = 0;
-        while (done + n < n_texts && n < MOST_SEGMENTS && rows + lengths[done + n] <= canvas_pass()) {
+        while (done + n < n_texts && n < MOST_SEGMENTS && rows + lengths[done + n] <= figures_.pass_rows) {
             rows += lengths[done + n++];
         }
         score_batch(ids, lengths + done, n, logprob);
@@ -401,13 +344,13 @@ void Session::check_canvases(const std::vector<int32_t> &segments) const {
     if (n_past() == 0) {
         throw Error(DG_ERROR_ARGUMENT, "nothing is encoded yet: a canvas needs a prefix of at least one token");
     }
-    if (whole.rows() > n_rows_) {
+    if (whole.rows() > figures_.n_rows) {
         throw Error(DG_ERROR_ARGUMENT, format("the canvases have %d rows together: this session was made for n_rows %d",
-                                              whole.rows(), n_rows_));
+                                              whole.rows(), figures_.n_rows));
     }
-    if (whole.end() > n_ctx_) {
+    if (whole.end() > figures_.n_ctx) {
         throw Error(DG_ERROR_CONTEXT, format("a canvas of %d after a prefix of %d does not fit n_ctx %d",
-                                             whole.end() - n_past(), n_past(), n_ctx_));
+                                             whole.end() - n_past(), n_past(), figures_.n_ctx));
     }
 }
 
@@ -423,7 +366,7 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
         pass.segments.push_back(segments[i]);
         const int32_t rows = pass.rows();
         const bool more = pass.segments.size() < size_t{MOST_SEGMENTS} && i + 1 < segments.size();
-        if (more && rows + segments[i + 1] <= canvas_pass()) {
+        if (more && rows + segments[i + 1] <= figures_.pass_rows) {
             continue;
         }
         pass.first_logit = logits_are_whole() ? pass.first_row : 0;
@@ -443,7 +386,7 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
 
 void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
     if (!logits_lie_here()) {
-        host_logits_.resize(static_cast<size_t>(n_rows_) * static_cast<size_t>(model_->config().n_vocab));
+        host_logits_.resize(static_cast<size_t>(figures_.n_rows) * static_cast<size_t>(model_->config().n_vocab));
     }
     each_pass(ids, segments, Pass(), [&](const Pass &pass) {
         compute(*passes_, pass_graph_);
@@ -525,8 +468,8 @@ void Session::condition_on_logits(int32_t n_rows) {
     if (io_.scratch && io_.longest_embedding == 0.0f && is_head_here()) {
         io_.longest_embedding = longest_row(*model_->kernels(), model_->weights().token_embd, n_threads_);
     }
-    for (int32_t first = 0; first < n_rows; first += canvas_pass()) {
-        const int32_t n = std::min(canvas_pass(), n_rows - first);
+    for (int32_t first = 0; first < n_rows; first += figures_.pass_rows) {
+        const int32_t n = std::min(figures_.pass_rows, n_rows - first);
         if (soft_graph_rows_ != n || soft_graph_first_ != first) {
             soft_graph_rows_ = 0;
             soft_graph_ = build_soft_embedding(*model_, io_, first, logits_are_whole() ? first : 0, n);

@@ -2,11 +2,12 @@
 // guards that. Errors leave the state that diffgguf.h promises.
 #pragma once
 
+#include "cuda/device_loop.h"
+#include "model/figures.h"
 #include "model/model.h"
 #include "pass/cache.h"
 #include "pass/executor.h"
 #include "pass/graph.h"
-#include "session/device_loop.h"
 
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
@@ -36,21 +37,14 @@ class Session {
     Session(const Session &) = delete;
     Session &operator=(const Session &) = delete;
 
-    // What n_ctx comes to when `asked` is 0; throws CONTEXT for one that is too small or too large.
-    static int32_t context_size(const dg_config &config, int32_t asked);
-    // The same of n_batch and n_rows, which throw ARGUMENT; and the most rows of canvases that one graph takes then.
-    static int32_t batch_size(int32_t n_ctx, int32_t asked);
-    static int32_t row_count(const dg_config &config, int32_t asked);
-    static int32_t canvas_pass(const dg_config &config, int32_t n_rows);
-    static ggml_type cache_type(int32_t type);
     // What a session would take, by the arithmetic that makes one.
     static dg_memory predict(const std::shared_ptr<const Model> &model, const dg_session_options &options);
 
     const Model &model() const { return *model_; }
     std::shared_ptr<const Model> shared_model() const { return model_; }
-    int32_t n_ctx() const { return n_ctx_; }
+    int32_t n_ctx() const { return figures_.n_ctx; }
     int32_t n_threads() const { return n_threads_; }
-    int32_t n_rows() const { return n_rows_; }
+    int32_t n_rows() const { return figures_.n_rows; }
     int32_t n_past() const { return n_past_.load(std::memory_order_relaxed); }
     const std::vector<int32_t> &tokens() const { return tokens_; }
     dg_memory memory() const { return memory_; }
@@ -112,11 +106,8 @@ class Session {
     Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun);
 
     std::shared_ptr<const Model> model_;
-    int32_t n_ctx_;
-    int32_t n_batch_;
+    const SessionFigures figures_;
     int32_t n_threads_;
-    int32_t n_rows_; // R: the most rows that canvases denoised together have
-    ggml_type type_kv_;
     bool own_operators_; // the CPU's (product.h); else ggml's alone
     dg_sampler sampler_; // not AUTO
     std::unique_ptr<KvCache> cache_;
@@ -161,9 +152,6 @@ class Session {
     // room.
     static constexpr int32_t MOST_SEGMENTS = 16;
 
-    int32_t largest_segment() const;
-    int32_t canvas_pass() const;
-    int32_t largest_pass() const;
     void plan(bool allocate);
     void make_io(bool allocate);
     void make_kernels();

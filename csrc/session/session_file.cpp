@@ -48,7 +48,7 @@ void Session::save(const std::string &path) {
     SavedHeader header = {};
     std::memcpy(header.magic, SAVED_MAGIC, sizeof header.magic);
     header.fingerprint = model_->fingerprint();
-    header.type_kv = type_kv_;
+    header.type_kv = figures_.type_kv;
     header.n_past = n_past();
     header.first_sliding = std::max(0, n_past() - (model_->config().sliding_window - 1));
     AtomicFile file(path);
@@ -85,15 +85,15 @@ void Session::load(const std::string &path) {
     }
     take(&header, sizeof header);
     const int32_t expected_first = std::max(0, header.n_past - (model_->config().sliding_window - 1));
-    if (header.fingerprint != model_->fingerprint() || header.type_kv != type_kv_) {
+    if (header.fingerprint != model_->fingerprint() || header.type_kv != figures_.type_kv) {
         throw Error(DG_ERROR_FORMAT, format("%s: saved from another model or with another type_kv", path.c_str()));
     }
     if (header.n_past < 0 || header.first_sliding != expected_first) {
         throw Error(DG_ERROR_FORMAT, format("%s: damaged header", path.c_str()));
     }
-    if (header.n_past > n_ctx_ - model_->config().canvas_length) {
-        throw Error(DG_ERROR_CONTEXT,
-                    format("%s: its %d tokens and a canvas do not fit n_ctx %d", path.c_str(), header.n_past, n_ctx_));
+    if (header.n_past > figures_.n_ctx - model_->config().canvas_length) {
+        throw Error(DG_ERROR_CONTEXT, format("%s: its %d tokens and a canvas do not fit n_ctx %d", path.c_str(),
+                                             header.n_past, figures_.n_ctx));
     }
     std::vector<int32_t> tokens(static_cast<size_t>(header.n_past));
     take(tokens.data(), tokens.size() * sizeof(int32_t));

@@ -25,8 +25,7 @@ void Session::plan(bool allocate) {
     io_ = {};
     memory_ = {};
     fallbacks_.clear();
-    // A scored text writes one row behind itself.
-    cache_ = std::make_unique<KvCache>(*model_, n_ctx_, largest_segment() + 1, type_kv_, allocate);
+    cache_ = std::make_unique<KvCache>(*model_, figures_, allocate);
     make_io(allocate);
     make_executors(allocate);
     if (allocate && sampler_ == DG_SAMPLER_KERNELS) {
@@ -44,14 +43,14 @@ void Session::plan(bool allocate) {
 
 void Session::make_executors(bool allocate) {
     const int32_t canvas = model_->config().canvas_length;
-    const int32_t longest_chunk = std::min(n_batch_, n_ctx_ - canvas);
-    std::vector<int32_t> canvases(static_cast<size_t>(canvas_pass() / canvas), canvas);
-    if (canvas_pass() % canvas > 0) {
-        canvases.push_back(canvas_pass() % canvas);
+    const int32_t longest_chunk = figures_.longest_chunk();
+    std::vector<int32_t> canvases(static_cast<size_t>(figures_.pass_rows / canvas), canvas);
+    if (figures_.pass_rows % canvas > 0) {
+        canvases.push_back(figures_.pass_rows % canvas);
     }
-    Pass chunk = {Mode::ENCODE, n_ctx_ - canvas - longest_chunk, {longest_chunk}};
-    Pass texts = {Mode::SCORE, n_ctx_ - canvas, canvases};
-    Pass steps = {Mode::DENOISE, n_ctx_ - canvas, canvases};
+    Pass chunk = {Mode::ENCODE, figures_.n_ctx - canvas - longest_chunk, {longest_chunk}};
+    Pass texts = {Mode::SCORE, figures_.n_ctx - canvas, canvases};
+    Pass steps = {Mode::DENOISE, figures_.n_ctx - canvas, canvases};
     texts.watched = scores_by_graph();
     steps.sampled = steps.watched = sampler_ == DG_SAMPLER_OPERATORS;
     std::vector<Graph> largest;
@@ -59,15 +58,15 @@ void Session::make_executors(bool allocate) {
         largest.push_back(build_pass(*model_, *cache_, io_, pass));
     }
     // Whole canvases have the largest nodes, as many segments as there can be the most.
-    const int32_t n_short = std::min(MOST_SEGMENTS, canvas_pass()) - 1;
+    const int32_t n_short = std::min(MOST_SEGMENTS, figures_.pass_rows) - 1;
     std::vector<int32_t> many(static_cast<size_t>(n_short), 1);
-    many.push_back(std::min(canvas, canvas_pass() - n_short));
+    many.push_back(std::min(canvas, figures_.pass_rows - n_short));
     steps.segments = many;
     largest.push_back(build_pass(*model_, *cache_, io_, steps));
     passes_ = make_executor(largest, allocate);
     if (model_->config().has_self_conditioning) {
         std::vector<Graph> soft;
-        soft.push_back(build_soft_embedding(*model_, io_, 0, 0, canvas_pass()));
+        soft.push_back(build_soft_embedding(*model_, io_, 0, 0, figures_.pass_rows));
         soft_ = make_executor(soft, allocate);
     }
     memory_.weights = model_->files().n_bytes();
@@ -102,7 +101,7 @@ std::unique_ptr<Executor> Session::make_executor(const std::vector<Graph> &large
 void Session::make_io(bool allocate) {
     const dg_config &c = model_->config();
     const Placement &placement = model_->placement();
-    const int64_t pass = largest_pass();
+    const int64_t pass = figures_.largest_pass();
     ggml_init_params params = {};
     params.mem_size = MOST_IO * ggml_tensor_overhead();
     params.no_alloc = true;
@@ -132,29 +131,30 @@ void Session::make_io(bool allocate) {
                 io.mask_full = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(false)} * pass);
                 io.mask_sliding = ggml_new_tensor_1d(ctx, GGML_TYPE_F16, int64_t{cache_->slots(true)} * pass);
             }
-            io.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, canvas_pass());
+            io.attended = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, widest, figures_.pass_rows);
         }
     }
-    io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, std::max<int64_t>(pass, n_rows_));
-    io_.soft = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, n_rows_);
+    io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, std::max<int64_t>(pass, figures_.n_rows));
+    io_.soft = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, figures_.n_rows);
     if (own_operators_) {
         io_.scratch =
             ggml_new_tensor_2d(on(model_->devices().cpu()), GGML_TYPE_F32, scratch_floats(*model_), n_threads_);
     }
     ggml_context *head = on(placement.head);
-    io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, logits_are_whole() ? n_rows_ : canvas_pass());
+    io_.logits =
+        ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, logits_are_whole() ? figures_.n_rows : figures_.pass_rows);
     if (sampler_ == DG_SAMPLER_OPERATORS || !is_head_here()) {
-        io_.sample.make(head, canvas_pass());
+        io_.sample.make(head, figures_.pass_rows);
     }
     const bool is_signal_at_head = placement.layers.front() == placement.head;
     if (!logits_are_whole() || !is_signal_at_head) {
-        io_.coming = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, n_rows_);
+        io_.coming = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, figures_.n_rows);
     }
     if (sampler_ == DG_SAMPLER_KERNELS) {
         if (!is_signal_at_head) {
-            io_.coming_ids = ggml_new_tensor_1d(head, GGML_TYPE_I32, n_rows_);
+            io_.coming_ids = ggml_new_tensor_1d(head, GGML_TYPE_I32, figures_.n_rows);
         }
-        const size_t bytes = cuda::DeviceLoop::candidate_bytes(n_rows_, candidate_capacity(c));
+        const size_t bytes = cuda::candidate_bytes(figures_.n_rows, cuda::candidate_capacity(c.n_vocab));
         io_.candidates = ggml_new_tensor_1d(head, GGML_TYPE_I8, static_cast<int64_t>(bytes));
     }
     if (allocate) {
@@ -188,7 +188,7 @@ void Session::make_io(bool allocate) {
 void Session::make_kernels() {
     const dg_config &c = model_->config();
     cuda::DeviceLoop::Target target = {};
-    target.n_rows = n_rows_;
+    target.n_rows = figures_.n_rows;
     target.n_vocab = c.n_vocab;
     target.softcap = c.logit_softcap;
     target.logits = static_cast<float *>(io_.logits->data);
@@ -199,7 +199,7 @@ void Session::make_kernels() {
     }
     target.n_embd = c.n_embd;
     target.candidates = io_.candidates->data;
-    target.capacity = candidate_capacity(c);
+    target.capacity = cuda::candidate_capacity(c.n_vocab);
     kernel_device_ = make_kernel_device(*model_);
     kernels_ = std::make_unique<cuda::DeviceLoop>(*kernel_device_, target);
 }

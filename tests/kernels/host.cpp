@@ -1,7 +1,7 @@
 // The CUDA kernels' bodies on the host, for tests/test_kernels.py: C functions that ctypes can call. Compiled by the
-// test itself, with csrc/session/device_loop.cpp and host_device.cpp.
+// test itself, with csrc/cuda/device_loop.cpp and host_device.cpp.
+#include "cuda/device_loop.h"
 #include "cuda/host_device.h"
-#include "session/device_loop.h"
 
 #include <cmath>
 #include <cstdlib>
@@ -42,8 +42,7 @@ struct Loop {
     DeviceLoop loop;
     std::string error;
     explicit Loop(DeviceLoop::Target target)
-        : candidates(DeviceLoop::candidate_bytes(target.n_rows, target.capacity), '\xA5'),
-          loop(device, with_candidates(target)) {}
+        : candidates(candidate_bytes(target.n_rows, target.capacity), '\xA5'), loop(device, with_candidates(target)) {}
     DeviceLoop::Target with_candidates(DeviceLoop::Target target) {
         target.candidates = candidates.data();
         return target;

@@ -64,7 +64,7 @@ struct Matrix {
 };
 
 // Column blocks as the product of a type of weights wants them: floats, or groups of integers (int8.h).
-bool wants_int8(const ggml_tensor *w) { return has_int8_product(w->type) && w->ne[0] % GROUP == 0; }
+[[maybe_unused]] bool wants_int8(const ggml_tensor *w) { return has_int8_product(w->type) && w->ne[0] % GROUP == 0; }
 
 struct Columns {
     const float *at; // block b at b * block_floats

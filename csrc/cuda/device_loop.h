@@ -2,7 +2,6 @@
 // Between the forward passes nothing crosses to the host but each canvas's struct, 208 bytes with its Decision, and
 // what somebody watches.
 //
-//
 // CanvasLoop stays the one that checks options and knows which canvases go on; in a session that samples with kernels
 // it has a DeviceLoop begin, place and step them. The pass reads Target::ids and Target::soft where a step leaves them,
 // or, with layers on several devices, what the session has brought to the first one. Whoever computes the pass has
@@ -17,6 +16,10 @@
 #include <vector>
 
 namespace dg::cuda {
+
+// Candidates that a row has room for, and bytes that hold those of n_rows.
+int32_t candidate_capacity(int32_t n_vocab);
+size_t candidate_bytes(int32_t n_rows, int32_t capacity);
 
 class DeviceLoop {
   public:
@@ -34,7 +37,6 @@ class DeviceLoop {
         void *candidates; // [candidate_bytes(R, capacity)], where soft and embedding are given
         int32_t capacity; // candidates that a row has room for: beyond, the signal is dense
     };
-    static size_t candidate_bytes(int32_t n_rows, int32_t capacity);
     // A canvas as CanvasLoop has checked it; `canvas`: [n_rows], the ids that it starts from.
     struct Start {
         dg_sampling sampling;

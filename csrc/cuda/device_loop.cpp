@@ -1,4 +1,4 @@
-#include "session/device_loop.h"
+#include "cuda/device_loop.h"
 
 #include "base/error.h"
 
@@ -52,6 +52,10 @@ void sort_allowed(const RowRules &rules, int32_t n_rows, std::vector<int32_t> &e
 
 } // namespace
 
+int32_t candidate_capacity(int32_t n_vocab) { return std::min(CAPACITY, n_vocab); }
+
+size_t candidate_bytes(int32_t n_rows, int32_t capacity) { return CandidateRoom(n_rows, capacity).layout.size(); }
+
 DeviceLoop::DeviceLoop(Device &device, const Target &target) : device_(device), target_(target) {
     if (target.n_vocab > MAX_VOCAB) {
         throw Error(DG_ERROR_UNSUPPORTED,
@@ -78,10 +82,6 @@ DeviceLoop::DeviceLoop(Device &device, const Target &target) : device_(device), 
     step_.embedding = static_cast<const uint8_t *>(target.embedding);
     step_.embedding_type = target.embedding_type;
     step_.embedding_scale = std::sqrt(static_cast<float>(target.n_embd));
-}
-
-size_t DeviceLoop::candidate_bytes(int32_t n_rows, int32_t capacity) {
-    return CandidateRoom(n_rows, capacity).layout.size();
 }
 
 DeviceLoop::~DeviceLoop() = default;

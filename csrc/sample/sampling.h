@@ -1,0 +1,23 @@
+// The sampler's options: what they may be, and what they come to at a step.
+#pragma once
+
+#include "diffgguf.h"
+
+#include <cstdint>
+
+namespace dg {
+
+// The released values, for files that hold none (generation_config.json of the released checkpoint).
+dg_sampling released_sampling();
+
+// Throws DG_ERROR_ARGUMENT naming option, value and range.
+void check_sampling(const dg_sampling &sampling);
+
+// Temperature of a step that counts from 0: t_min + (t_max - t_min) * n / N with n = N - step, so the last step of the
+// schedule runs at t_min + (t_max - t_min) / N.
+double temperature(const dg_sampling &sampling, int32_t step);
+
+// The number of steps there can be: N, or the cap when it is lower.
+int32_t step_count(const dg_sampling &sampling);
+
+} // namespace dg

@@ -1,0 +1,25 @@
+// The self-conditioning signal made of ggml's operators, on whatever device the logits are: the softmax of each row
+// times the embedding, over the whole vocabulary, in slices that bound the memory for the transposed embedding. cpu/
+// and cuda/ have ways of their own, which gather the rows of likely tokens.
+#pragma once
+
+#include "sample/sampler_graph.h"
+
+#include "ggml.h"
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dg {
+
+// Adds to `graph`: p [n_vocab, n], rows that sum to 1 -> `out` [n_embd, n]: p times the embedding [n_embd, n_vocab],
+// times sqrt(n_embd). With `pins`, what is pinned there has its id's own embedding.
+void add_signal(ggml_context *ctx, ggml_cgraph *graph, ggml_tensor *embedding, ggml_tensor *p, ggml_tensor *out,
+                const SampleIo *pins);
+
+// Nodes that it adds, at most.
+size_t signal_nodes(int64_t n_vocab, int64_t n_embd);
+// Bytes of its intermediate tensors, at most, beside p.
+size_t signal_bytes(int64_t n_vocab, int64_t n_embd, int64_t n_rows);
+
+} // namespace dg
