@@ -149,6 +149,7 @@ def _add_generate(subparsers: Any) -> None:
     sub.add_argument("--raw", action="store_true", help="plain text: do not put the prompt through the chat template")
     sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
     sub.add_argument("--json", action="store_true", help="print one object: text, tokens, steps, seconds, ...")
+    sub.add_argument("--json-lines", action="store_true", help="print an object a line for each event, then the result")
     sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
     _add_generation(sub)
     add_model_options(sub)
@@ -164,6 +165,7 @@ def _add_infill(subparsers: Any) -> None:
         "pydiffgguf infill model.gguf main.py --at 12 --gap 20 --in-place",
         "pydiffgguf infill model.gguf --prefix-file before.txt --suffix-file behind.txt -n 3 --json",
         'pydiffgguf infill model.gguf --template "The quick <gap/> fox jumps over the <gap len=2/> dog."',
+        "pydiffgguf infill --stdio model.gguf",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     group = sub.add_argument_group("where the gap is", "One of the three; what is read must be UTF-8, - is stdin.")
@@ -195,6 +197,12 @@ def _add_infill(subparsers: Any) -> None:
         "then, unless writing fails",
     )
     sub.add_argument("--json", action="store_true", help="print one object: text, gap_tokens, score, candidates, ...")
+    sub.add_argument("--json-lines", action="store_true", help="print an object a line for each event, then the result")
+    sub.add_argument(
+        "--stdio",
+        action="store_true",
+        help="stay, and fill the gaps that come as JSON lines on stdin; for editors (docs/INFILL.md)",
+    )
     sub.add_argument("--no-live", action="store_true", help="do not draw the canvas, print finished text only")
     _add_sampling(sub)
     add_model_options(sub)

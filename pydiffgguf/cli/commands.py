@@ -67,6 +67,8 @@ def open_model(args: argparse.Namespace) -> Any:
 def generate(args: argparse.Namespace) -> int:
     from pydiffgguf.cli.talk import generate_once
 
+    if args.json and args.json_lines:
+        args.command.error("--json and --json-lines exclude each other")
     if args.raw and args.thinking:
         args.command.error("--thinking needs the chat template, which --raw leaves out")
     if args.prompt is None and args.file is None and sys.stdin.isatty():
@@ -81,6 +83,7 @@ def generate(args: argparse.Namespace) -> int:
             as_json=args.json,
             live=not args.no_live,
             options=generation_options(args),
+            json_lines=args.json_lines,
         )
 
 
@@ -99,7 +102,9 @@ def infill(args: argparse.Namespace) -> int:
     options = _given(args, "min_gap", "max_gap", "mode", "seed") | sampling_options(args)
     if args.no_heal:
         options["heal"] = False
-    output = {"as_json": args.json, "live": not args.no_live}
+    if args.stdio:
+        return _infill_stdio(args, options)
+    output = {"as_json": args.json, "live": not args.no_live, "json_lines": args.json_lines}
     document: Document | None = None
     offset = 0
     if args.template is not None:
@@ -129,9 +134,26 @@ def infill(args: argparse.Namespace) -> int:
         return infill_once(model, *parts, **output, insert=insert, options=options)
 
 
+def _infill_stdio(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    from pydiffgguf.cli.json_lines import LineWriter
+    from pydiffgguf.cli.stdio import Stdio
+
+    with open_model(args) as model:
+        Stdio(model, options | _given(args, "gap", "n"), sys.stdin.buffer, LineWriter(sys.stdout)).run()
+    return 0
+
+
 def _check_infill(args: argparse.Namespace) -> None:
     """Leaves through SystemExit(2) unless the arguments name one gap, or one template, and what goes with it."""
     error = args.command.error
+    if args.json_lines and (args.in_place or args.json):
+        error("--json-lines goes with neither --json nor --in-place")
+    if args.stdio:
+        if any((args.file, args.at, args.prefix_file, args.suffix_file, args.template, args.in_place, args.extra)):
+            error("--stdio reads its texts from standard input: leave out FILE and what names a gap")
+        if args.json or args.json_lines:
+            error("--stdio always answers in JSON lines: leave out --json and --json-lines")
+        return
     forms = [
         args.file is not None or args.at is not None,
         args.prefix_file is not None or args.suffix_file is not None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
+from pydiffgguf.cli.json_lines import JsonLines, LineWriter
 from pydiffgguf.cli.terminal import (
     LiveCanvas,
     Output,
@@ -71,12 +72,16 @@ def generate_once(
     as_json: bool,
     live: bool,
     options: Mapping[str, Any],
+    json_lines: bool = False,
 ) -> int:
     """Generates from a prompt and prints the text, or one JSON object; returns the exit code."""
     if thinking:
         stream = model.stream_chat([{"role": "user", "content": prompt}], thinking=True, **options)
     else:
         stream = model.stream(prompt, raw=raw, **options)
+    if json_lines:
+        _print_lines(stream, as_dict)
+        return 0
     if as_json:
         result = follow(stream, SilentOutput())
         print(json.dumps(as_dict(result), allow_nan=False))
@@ -85,6 +90,11 @@ def generate_once(
     if live and is_live_terminal(sys.stdout):
         aside(summary(result))
     return 0
+
+
+def _print_lines(stream: Stream[Event, _Result], as_fields: Callable[[_Result], dict[str, Any]]) -> None:
+    output = JsonLines(LineWriter(sys.stdout))
+    output.write("result", **as_fields(follow(stream, output)))
 
 
 def infill_once(
@@ -96,6 +106,7 @@ def infill_once(
     live: bool,
     insert: Callable[[str], None] | None,
     options: Mapping[str, Any],
+    json_lines: bool = False,
 ) -> int:
     """Fills a gap and prints the filling alone, or one JSON object; returns the exit code.
 
@@ -104,6 +115,9 @@ def infill_once(
             is printed after all, and the exception goes on.
     """
     stream = model.stream_infill(prefix, suffix, **options)
+    if json_lines:
+        _print_lines(stream, infill_dict)
+        return 0
     silent = as_json or (insert is not None and not (live and is_live_terminal(sys.stdout)))
     output: Output = SilentOutput() if silent else make_output(model, live, prefix=prefix, exact=True)
     result = follow(stream, output, lambda infill: infill.text)
@@ -126,10 +140,19 @@ def infill_once(
 
 
 def fill_template(
-    model: DiffusionModel, template: str, *, as_json: bool, live: bool, options: Mapping[str, Any]
+    model: DiffusionModel,
+    template: str,
+    *,
+    as_json: bool,
+    live: bool,
+    options: Mapping[str, Any],
+    json_lines: bool = False,
 ) -> int:
     """Fills several gaps and prints each as a JSON string on a line, or one JSON object; returns the exit code."""
     stream = model.stream_fill(template, **options)
+    if json_lines:
+        _print_lines(stream, fill_dict)
+        return 0
     output: Output = SilentOutput() if as_json else make_output(model, live)
     result = follow(stream, output, lambda fill: "\n".join(json.dumps(gap.text) for gap in fill.gaps))
     if as_json:
