@@ -17,6 +17,7 @@ from pydiffgguf._binding.native import NativeModel
 from pydiffgguf._binding.records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf._log import logger
 from pydiffgguf.chat import chat_prompt
+from pydiffgguf.completions import CompletionStream, create_chat_completion, create_completion
 from pydiffgguf.describe import describe
 from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.engine.call import Stream, drain
@@ -321,6 +322,42 @@ class DiffusionModel:
         check_names("chat_tokens", options, ChatOptions)
         self._engine.check_open()
         return chat_prompt(self._engine.prompts, messages, options).ids
+
+    def create_chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any
+    ) -> dict[str, Any] | CompletionStream:
+        """`chat` with the dictionaries of the OpenAI API, as llama-cpp-python has it: a ``chat.completion``, or with
+        `stream` an iterator over its chunks (docs/OPENAI.md).
+
+        Args:
+            messages: as in `chat`.
+            logprobs: True: each token's log-probability in the last step of its canvas.
+            frames: True: a chunk with the draft after each denoise step, too.
+            reasoning_effort: "none" or "minimal" for no thoughts, else with them; or `thinking`.
+            stream_options: {"include_usage": True} for a last chunk with the usage.
+            model: the name in the reply; None: the file's.
+            options: also `chat`'s, with max_completion_tokens as another name of max_tokens. Those of next-token
+                samplers (temperature, top_p, ...) have no effect, which an OptionWarning tells.
+
+        Raises what `chat` raises; UnsupportedError for a field that would change the reply and cannot be had.
+        """
+        self._engine.check_open()
+        return create_chat_completion(self._engine, messages, flag("stream", stream), options)
+
+    def create_completion(
+        self, prompt: Prompt, *, suffix: str | None = None, stream: bool = False, **options: Any
+    ) -> dict[str, Any] | CompletionStream:
+        """Text that follows a prompt, or fills the gap before a `suffix`, with the dictionaries of the OpenAI API.
+
+        Args:
+            prompt: plain text, without the chat template, or token ids.
+            suffix: the text behind a gap: then `infill` writes it, of at most max_tokens tokens.
+            echo: True: the reply's text begins with the prompt.
+            logprobs: True or 1: each token's log-probability in the last step of its canvas.
+            options: also those of `create_chat_completion` that are no chat's, and with a suffix `infill`'s.
+        """
+        self._engine.check_open()
+        return create_completion(self._engine, prompt, suffix, flag("stream", stream), options)
 
     def _chat(
         self, call: str, messages: Sequence[Mapping[str, Any]], options: ChatOptions, watched: bool = True
