@@ -234,6 +234,14 @@ CASES: dict[str, tuple[Callable[[GGUFHead], Edit], list[tuple[str, str]]]] = {
     "one sampler key": (drop("diffusion.eb_t_min"), [("note", "no diffusion.eb_t_min: the released")]),
     "tokenizer": (drop("tokenizer."), [("warning", "no tokenizer: ")]),
     "merges": (drop("tokenizer.ggml.merges"), [("warning", "no tokenizer.ggml.merges: ")]),
+    "broken template": (
+        key("tokenizer.chat_template", "{% if %}", GGUFValueType.STRING),
+        [("warning", "chat is not possible: tokenizer.chat_template does not compile")],
+    ),
+    "deaf template": (
+        key("tokenizer.chat_template", "{{ bos_token }}Hello!", GGUFValueType.STRING),
+        [("warning", "chat is not possible: the chat template leaves out what the user says")],
+    ),
     "template": (drop("tokenizer.chat_template"), [("note", "no chat template")]),
     "other tokenizer": (
         key("tokenizer.ggml.model", "llama", GGUFValueType.STRING),

@@ -12,6 +12,7 @@ from pydiffgguf._binding.functions import session_needs
 from pydiffgguf._binding.records import LayerConfig, Needs
 from pydiffgguf._binding.structs import FIGURES, KV_TYPES
 from pydiffgguf.errors import ContextOverflowError
+from pydiffgguf.text.rendering import template_fault
 
 from ..names import (
     END_TOKENS,
@@ -436,8 +437,11 @@ def check_text(keys: dict[str, Value]) -> list[Finding]:
     model = keys["tokenizer.ggml.model"].value
     if model != "gemma4":
         found.append(Finding("warning", f"tokenizer.ggml.model is {model!r:.60}, the dialect has 'gemma4'"))
-    if "tokenizer.chat_template" not in keys:
+    template = keys.get("tokenizer.chat_template")
+    if template is None:
         found.append(Finding("note", "no chat template: prompts are used as plain text"))
+    elif fault := template_fault(str(template.value)):
+        found.append(Finding("warning", f"chat is not possible: {fault}"))
     tokens = keys["tokenizer.ggml.tokens"]
     # Gemma keeps its special tokens at the vocabulary's beginning, which is what the head of the array shows.
     shown = tokens.value if isinstance(tokens.value, list) else []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
+from pydiffgguf.text.rendering import template_fault
 
 from ..names import END_TOKENS
 from .config import Reader, read_json
@@ -80,6 +81,8 @@ def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
     template = read_chat_template(path, config)
     if template is None:
         notes.append("no chat template: prompts will be used as plain text")
+    elif fault := template_fault(template):
+        notes.append(f"chat will not be possible: {fault}")
     unused = types.count(UNUSED)
     if unused:
         notes.append(f"{unused} of {vocab_size} ids are not in the tokenizer")

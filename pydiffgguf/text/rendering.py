@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydiffgguf.errors import UnsupportedError
+from pydiffgguf.errors import ModelFormatError, UnsupportedError
 from pydiffgguf.text.calls import QUOTE
 from pydiffgguf.text.messages import Conversation, Message
 from pydiffgguf.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from pydiffgguf.text.tools import Tool
 if TYPE_CHECKING:
     from pydiffgguf.text.template import ChatTemplate
 
-__all__ = ["chat_parts", "render"]
+__all__ = ["chat_parts", "render", "template_fault"]
 
 #: Texts in structures that are left to the template: names and words of JSON schemas, which it compares and changes.
 _PLAIN = re.compile(r"[\w.:/ -]*", re.ASCII)
@@ -68,6 +68,16 @@ def render(
         return _compiled(template).render(variables, len(template) + _size([*messages, *tools]))
     except TemplateRefusal as refusal:
         raise ValueError(f"the chat template refuses the messages: {' '.join(str(refusal).split())}") from None
+
+
+def template_fault(template: str) -> str | None:
+    """What is wrong with a file's chat template, found by rendering one question with it; None when nothing is."""
+    question = "Why is the sky blue?"
+    try:
+        text = render(template, [{"role": "user", "content": question}], bos_token="<bos>", eos_token="<eos>")
+    except (ModelFormatError, ValueError) as error:
+        return str(error)
+    return None if question in text else "the chat template leaves out what the user says"
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,7 +8,11 @@ already, where constants are folded.
 
 So the environment here counts work: every turn of a loop, every macro call, and every character and list entry that an
 operator, filter, method or output makes is paid for out of one allowance before it is made. What cannot be priced in
-advance (``%`` and ``format`` with a width, filters that pad) is left out; chat templates have no use for it.
+advance (``%`` and ``format`` with a width of three digits, filters that pad) is left out; chat templates have no use
+for it.
+
+minijinja, an engine in Rust that counts instructions, was tried in its place (3.1.0, docs/FILES.md has the figures): it
+renders the same, but its fuel does not count memory, and long expressions overflow its stack, which ends the process.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import string
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +31,9 @@ from typing import Any, NoReturn, cast
 from jinja2 import TemplateError, Undefined, nodes, pass_context
 from jinja2.environment import Template
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
 from jinja2.filters import FILTERS as DEFAULT_FILTERS
+from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.tests import TESTS as DEFAULT_TESTS
@@ -51,29 +58,41 @@ ENTRY = 8
 #: A second bound, for work that is only counted roughly (comparisons, searches): the thread's own time, so that a busy
 #: machine changes nothing. The clock is read once for so many units or payments, since reading it costs as much as a
 #: turn; what one payment stands for takes at most some milliseconds (``'a' in range(99999)``).
+#: Templates that look ahead from each message take time for every pair of messages (1.9 s for a thousand, in
+#: transformers too), so pairs add to it.
 MAX_SECONDS = 1.5
+SECONDS_PER_PAIR = 4e-6
+MAX_SECONDS_OF_PAIRS = 10.0
 CLOCK_UNITS = 20_000
 CLOCK_PAYMENTS = 64
 #: Longest text that a search looks for and longest set of characters to strip: both are quadratic at worst.
 MAX_NEEDLE = 1_000
+#: What a placeholder in a format string may take, so that none pads by more than two digits say; and the most that one
+#: can make of a number (``%.99f`` of 1e308).
+PERCENT = re.compile(r"%(?:%|(?:\(\w+\))?[-#0 +]{0,5}\d{0,2}(?:\.\d{0,2})?[diouxXeEfFgGcrsa])")
+BRACES = re.compile(r"[^{}]{0,2}[-+ #]{0,3}\d{0,2},?(?:\.\d{0,2})?[a-zA-Z%]?")
+PLACEHOLDER = 500
+#: Most digits that ``round`` keeps or drops.
+MAX_ROUND = 20
 
 # fmt: off
 FILTERS = (
-    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "indent",
-    "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace",
-    "reverse", "safe", "select", "selectattr", "sort", "string", "title", "trim", "truncate", "unique", "upper",
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format", "groupby",
+    "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
+    "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "sum", "title", "trim", "truncate",
+    "unique", "upper", "wordcount",
 )
 #: Filters that hand on what they were given, or look at its length only.
 CHEAP_FILTERS = ("count", "d", "default", "first", "last", "length")
 #: Filters that go through all of what they were given; a lazy sequence becomes a list before it is weighed.
-LIST_FILTERS = ("groupby", "join", "list", "max", "min", "reverse", "sort", "unique")
+LIST_FILTERS = ("groupby", "join", "list", "max", "min", "reverse", "sort", "sum", "unique")
 #: Filters that go through what they were given as their result is gone through, and may hand nothing on.
 LAZY_FILTERS = ("map", "reject", "rejectattr", "select", "selectattr")
 STRING_METHODS = (
-    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal",
-    "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition",
-    "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split",
-    "splitlines", "startswith", "strip", "swapcase", "title", "upper",
+    "capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii",
+    "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip",
+    "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip",
+    "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper",
 )
 # fmt: on
 METHODS: dict[type, tuple[str, ...]] = {
@@ -125,7 +144,7 @@ class ChatTemplate:
         """
         with self._lock:
             try:
-                self._environment.allow(size)
+                self._environment.allow(size, len(variables.get("messages", ())))
                 return self._template.render(variables)
             except TemplateRefusal:
                 raise
@@ -171,6 +190,16 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+class _Generation(Extension):
+    """``{% generation %}...{% endgeneration %}``, by which training marks what the model writes: rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with every operation priced."""
 
@@ -184,7 +213,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             optimized=False,
             finalize=self._output,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         self._units = 0
         self._payments = 0
@@ -203,12 +232,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         }
         self._functions = tuple(self.globals.values())
 
+    def wrap_str_format(self, value: Any) -> None:
+        """jinja2 puts a function in the place of ``str.format``; here `call` checks its text instead."""
+
     # What is paid
 
-    def allow(self, size: int) -> None:
-        """Sets the allowance for one rendering of `size` characters."""
+    def allow(self, size: int, messages: int = 0) -> None:
+        """Sets the allowance for one rendering of `size` characters in so many messages."""
         self._units = BASE_UNITS + UNITS_PER_CHARACTER * size
-        self._deadline = time.thread_time() + MAX_SECONDS
+        self._deadline = time.thread_time() + MAX_SECONDS + min(messages**2 * SECONDS_PER_PAIR, MAX_SECONDS_OF_PAIRS)
         self._next_look = self._units
 
     def pay(self, units: int) -> None:
@@ -261,7 +293,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             if operator == "*" and isinstance(one, (str, list, tuple)) and isinstance(other, int):
                 self.pay(max(other, 0) * (len(one) if isinstance(one, str) else ENTRY * len(one)))
         if operator == "%" and isinstance(left, str):
-            raise SecurityError("formatting with % is not offered")
+            self._weigh(right)
+            self._price_percent(left)
         if isinstance(left, int) and isinstance(right, int):
             self.pay(left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length())
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
@@ -292,12 +325,27 @@ class _Environment(ImmutableSandboxedEnvironment):
             self._weigh(items)
             self.pay(len(text) * len(items[0]) if items else 0)
             return (*items, *args[1:])
+        if name == "format":
+            self._price_braces(text)
         for argument in args:
-            if name != "replace" and isinstance(argument, str) and len(argument) > MAX_NEEDLE:
+            if name not in ("replace", "format") and isinstance(argument, str) and len(argument) > MAX_NEEDLE:
                 raise _OutOfUnits
         if name == "replace" and len(args) > 1:
             self._price_replace(text, args[0], args[1])
         return args
+
+    def _price_percent(self, text: str) -> None:
+        rest = PERCENT.sub("", text)
+        if "%" in rest:
+            raise SecurityError("formatting takes widths of two digits at most")
+        self.pay(text.count("%") * PLACEHOLDER)
+
+    def _price_braces(self, text: str) -> None:
+        for _, field, spec, _conversion in string.Formatter().parse(text):
+            if field is not None:
+                if not re.fullmatch(r"\w*", field) or not BRACES.fullmatch(spec or ""):
+                    raise SecurityError("str.format takes names and widths of two digits at most")
+                self.pay(PLACEHOLDER)
 
     def _price_replace(self, text: Any, old: Any, new: Any) -> None:
         if len(str(old)) > MAX_NEEDLE:
@@ -337,6 +385,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif name == "indent":
             width = kwargs.get("width", first if first is not None else 4)
             self.pay(len(str(value).splitlines()) * (len(width) if isinstance(width, str) else max(int(width), 0)))
+        elif name == "format":
+            self._price_percent(str(value))
+        elif name == "round" and abs(int(kwargs.get("precision", first or 0))) > MAX_ROUND:
+            raise _OutOfUnits
+        elif name == "sum":
+            if args or kwargs:
+                raise SecurityError("sum takes no options")
+            digits = max((n.bit_length() for n in value if isinstance(n, int)), default=0)
+            self.pay(len(value) * (1 + digits // 8))
         elif name == "trim" and len(kwargs.get("chars", first) or "") > MAX_NEEDLE:
             raise _OutOfUnits
         elif name == "int" and isinstance(value, str) and len(value) > MAX_NEEDLE:

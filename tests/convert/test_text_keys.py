@@ -106,11 +106,26 @@ def test_merges_may_be_strings_or_pairs(source: Path, copy: Path, tmp_path: Path
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_a_chat_template_that_cannot_be_used_is_noted(copy: Path, tmp_path: Path) -> None:
+    """Not only when somebody wants to chat; what training marks in a template is no fault."""
+    marked = tiny_checkpoint.CHAT_TEMPLATE.replace(
+        "{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"
+    )
+    for template, note in ((marked, None), ("{% nonsense %}", "unknown tag 'nonsense'")):
+        (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
+        notes = convert(copy, tmp_path / "x.gguf", type="f16").notes
+        assert [n for n in notes if "chat" in n] == ([] if note is None else [n for n in notes if note in n])
+        assert note is None or any(note in n for n in notes)
+
+
 def test_the_chat_template_may_stand_in_the_tokenizer_config(copy: Path, tmp_path: Path) -> None:
     """As a string or a list of named ones; chat_template.jinja wins; none at all is noted."""
     for template, expected in [
-        ("from config", "from config"),
-        ([{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}], "yes"),
+        ("{{ messages }}", "{{ messages }}"),
+        (
+            [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ messages[0] }}"}],
+            "{{ messages[0] }}",
+        ),
         (None, None),
     ]:
         edit_json(copy / "tokenizer_config.json", lambda c, t=template: c.update(chat_template=t))
