@@ -67,7 +67,7 @@ def seed_of(fields: Fields, default: int | None = None) -> int:
     if seed is None and default is not None:
         return default
     if seed in (None, -1, 2**32 - 1):
-        return secrets.randbits(64)
+        return secrets.randbits(53)  # what a page, whose numbers are floats, can hand back
     return seed % 2**64
 
 

@@ -119,10 +119,17 @@ class Native:
             count(service, request, [part])
             return [form.of_gap(asked, result, part, i) for i in range(max(1, len(result.candidates)))]
 
+        def whole(results: Sequence[Infill]) -> dict[str, Any]:
+            """The end of a stream: the best, and all of them beside it where several were asked for."""
+            found = objects(results)[: asked.n]
+            if asked.n == 1 or form.fields is not None:
+                return found[0]
+            names = ("content", "tokens_predicted", "score")
+            return {**found[0], "candidates": [{name: each[name] for name in names} for each in found]}
+
         if stream:
             service.engine.submit(job)
-            events = lambda items: form.stream(items, frames, lambda results: objects(results)[0])  # noqa: E731
-            return EventStream(service, job, events, headers)
+            return EventStream(service, job, lambda items: form.stream(items, frames, whole), headers)
         found = objects(await service.run(request, job))
         return reply(found[0] if asked.n == 1 else found[: asked.n], headers)
 

@@ -19,7 +19,7 @@ KINDS = {
 FILES = {
     "/": "index.html",
     "/ui/app.css": "app.css",
-    "/ui/app.js": "app.js",
+    **{f"/ui/{name}.js": f"{name}.js" for name in ("app", "canvas", "chat", "facts", "infill", "net", "reads")},
 }
 
 
