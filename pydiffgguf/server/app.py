@@ -43,6 +43,7 @@ def make_app(service: Service) -> Guard:
         ("GET", "/lora-adapters", looking.adapters),
         ("POST", "/tokenize", looking.tokenize),
         ("POST", "/detokenize", looking.detokenize),
+        ("POST", "/apply-template", looking.apply_template),
         ("POST", "/v1/chat/completions", openai.chat),
         ("POST", "/chat/completions", openai.chat),
         ("POST", "/v1/completions", openai.completions),

@@ -95,10 +95,10 @@ class Job:
     Args:
         work: not begun; every ``next()`` makes a step.
         kind: its class.
-        mailbox: gets every event of `work` that `wanted` lets through, and the Outcome last.
+        mailbox: gets every event of `work` that `wanted` lets through (None: none), and the Outcome last.
         client: who asks; None for nobody in particular.
         supersedes: ends older jobs of the same client that supersede, too.
-        finish_early: makes `work` end soon with a result of what there is, from any thread.
+        cancel: makes the step under way, and with it `work`, end soon with a result of what there is; from any thread.
     """
 
     work: Generator[Any, None, Any]
@@ -106,8 +106,8 @@ class Job:
     mailbox: Mailbox
     client: str | None = None
     supersedes: bool = False
-    wanted: Callable[[Any], bool | None] = lambda event: None
-    finish_early: Callable[[], None] | None = None
+    wanted: Callable[[Any], bool | None] | None = None
+    cancel: Callable[[], None] | None = None
     steps: int = 0
     number: int = 0
     ended: Why | None = None
@@ -224,6 +224,8 @@ class Engine:
             job.work.close()  # not begun: nothing of it runs
             job.mailbox.put(Outcome(ended=why))
         else:
+            if job.cancel is not None:
+                job.cancel()
             self._changed.notify()
 
     def _fits(self, job: Job) -> bool:
@@ -283,9 +285,7 @@ class Engine:
 
     def _advance(self, job: Job) -> None:
         outcome: Outcome | None = None
-        if job.ended == Why.STOPPING and job.finish_early is not None:
-            job.finish_early()
-        elif job.ended is not None:
+        if job.ended is not None and not (job.ended == Why.STOPPING and job.cancel is not None):
             outcome = Outcome(ended=job.ended)
             try:
                 job.work.close()
@@ -302,7 +302,7 @@ class Engine:
             else:
                 job.steps += 1
                 self._on_step(time.monotonic() - began)
-                draft = job.wanted(event)
+                draft = None if job.wanted is None else job.wanted(event)
                 if draft is not None:
                     job.mailbox.put(event, draft)
         if outcome is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,9 +82,9 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, ContextOverflowError):
         return ApiError(400, str(error), type="exceed_context_size_error")
     if isinstance(error, (ValueError, TypeError)):
-        return ApiError(400, str(error))
+        return ApiError(400, str(error), param=_named(error))
     if isinstance(error, UnsupportedError):
-        return ApiError(501, str(error))
+        return ApiError(400, str(error), param=_named(error))
     if isinstance(error, DeviceError):
         return ApiError(503, str(error), headers={"retry-after": "60"})
     if isinstance(error, (OutOfMemoryError, ModelFormatError)):
@@ -91,3 +92,9 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, DiffGGUFError):
         return ApiError(500, f"the engine failed: {error}")
     return ApiError(500, "a defect of the server; its log has the traceback")
+
+
+def _named(error: Exception) -> str | None:
+    """The field that a message of the library begins with, such as the "messages" of "messages[2].role is ..."."""
+    found = re.match(r"([a-z_]+)(?:\[\d+\]|\.\w+)*(?::| is | must | has | holds )", str(error))
+    return found[1] if found else None

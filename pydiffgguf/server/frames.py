@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pydiffgguf import DenoiseStep, DiffusionModel
+from pydiffgguf import DenoiseStep, DiffusionModel, Prefill
 
 __all__ = ["Frames", "wanted"]
 
@@ -18,7 +18,7 @@ def wanted(item: Any, frames: bool) -> bool | None:
     _, event = item
     if isinstance(event, DenoiseStep):
         return True if frames else None
-    return False
+    return None if isinstance(event, Prefill) else False
 
 
 class Frames:
@@ -57,7 +57,7 @@ class Frames:
             "step": step.step,
             "total": step.total_steps,
             "text": step.text,
-            "reasoning": getattr(step, "reasoning", ""),
+            "reasoning": step.reasoning,
         }
         if self._kind == "tokens":
             piece = self._model.tokenizer.piece

@@ -105,6 +105,12 @@ class How:
             diffusion=Diffusion.read(fields, settings.time_limit),
         )
 
+    def limited(self, call: Callable[..., Any], left: float) -> Any:
+        """The stream that `call` makes with these options, of at most `left` seconds. Of a warm-up, whose prompt goes
+        into the cache, one step is made, and thrown away."""
+        sampling = {**self.diffusion.sampling, "max_steps": 1} if self.warm_up else self.diffusion.sampling
+        return call(max_tokens=self.max_tokens, stop=self.stop, time_limit_s=left, **sampling)
+
     def seeds(self) -> list[int]:
         """One for each of `n` choices."""
         return [(self.seed + i) % 2**64 for i in range(self.n)]
@@ -127,7 +133,7 @@ class Series:
         self._time_limit = time_limit
         # The first is made here, off the engine: its arguments are checked before the request waits.
         self._first = makers[0](time_limit)
-        self._current: Any = None
+        self._current: Any = self._first
         self._early = False
 
     def work(self) -> Generator[tuple[int, Any], None, list[Any]]:
@@ -137,22 +143,18 @@ class Series:
             left = self._time_limit - (time.monotonic() - began)
             if self._early or (index and left <= 0):
                 break
-            self._current = self._first if index == 0 else make(left)
-            try:
-                while True:
-                    try:
-                        event = next(self._current)
-                    except StopIteration as end:
-                        results.append(end.value)
-                        break
+            if index:
+                self._current = make(left)
+            with self._current as stream:
+                for event in stream:
                     yield index, event
-            finally:
-                self._current.close()
+                results.append(stream.result)
         return results
 
-    def finish_early(self) -> None:
-        """Ends the generation under way with what there is."""
+    def cancel(self) -> None:
+        """Ends the generation under way with what there is, from any thread."""
         self._early = True
+        self._current.cancel()
 
 
 # ------------------------------------------------------------------------------------------------------------- costs
@@ -173,6 +175,8 @@ class Part:
     steps: Sequence[int]
     seed: int
     reasoning: str = ""
+    reasoning_tokens: int = 0
+    tool_calls: Sequence[dict[str, Any]] = ()
 
     @classmethod
     def of(cls, result: Generation) -> Part:
@@ -189,16 +193,20 @@ class Part:
             steps=stats.steps,
             seed=stats.seed,
             reasoning=result.reasoning,
+            reasoning_tokens=stats.reasoning_tokens,
+            tool_calls=result.tool_calls,
         )
 
     @classmethod
     def of_warm_up(cls, result: Generation) -> Part:
         """The empty answer to a request that only wants its prompt in the cache."""
-        return replace(cls.of(result), text="", reasoning="", finished=False, completion=0)
+        return replace(cls.of(result), text="", reasoning="", tool_calls=(), finished=False, completion=0)
 
     @property
     def finish_reason(self) -> str:
         """The SDK's types know no "cancelled": an answer that a limit or the server's end cut is one of "length"."""
+        if self.finished and self.tool_calls:
+            return "tool_calls"
         return "stop" if self.finished else "length"
 
 
@@ -210,7 +218,7 @@ def usage(parts: Sequence[Part]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(part.cached for part in parts)},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": sum(part.reasoning_tokens for part in parts)},
     }
 
 

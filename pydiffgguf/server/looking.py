@@ -11,9 +11,10 @@ from pydiffgguf.server.errors import ApiError
 from pydiffgguf.server.fields import Fields
 from pydiffgguf.server.service import Service, reply
 
-__all__ = ["Looking"]
+__all__ = ["MAX_IDS", "Looking", "chat_options", "check_ids", "messages_of"]
 
 MAX_IDS = 2**20
+MAX_MESSAGES = 4096
 
 
 class Looking:
@@ -72,8 +73,8 @@ class Looking:
                 "modalities": {"vision": False, "audio": False},
                 "chat_template": template,
                 "chat_template_caps": {
-                    "supports_tools": False,
-                    "supports_tool_calls": False,
+                    "supports_tools": "tools" in template,
+                    "supports_tool_calls": "tool_calls" in template,
                     "supports_system_role": "system" in template,
                 },
                 "bos_token": "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
@@ -131,6 +132,44 @@ class Looking:
             raise fields.refuse("tokens", '"tokens" is required')
         headers = self._service.headers(fields)
         return reply({"content": await self._service.text(model.detokenize, ids)}, headers)
+
+    async def apply_template(self, request: Request) -> Response:
+        """The prompt that a conversation becomes, as text."""
+        fields = await self._service.fields(request)
+        model = self._service.model
+        options = chat_options(fields)
+        messages = messages_of(fields)
+        headers = self._service.headers(fields)
+
+        def work() -> str:
+            return model.detokenize(model.chat_tokens(messages, **options))
+
+        return reply({"prompt": await self._service.text(work)}, headers)
+
+
+def messages_of(fields: Fields) -> list[Any]:
+    """A conversation, whose messages are looked at where they become a prompt."""
+    messages = fields.items("messages")
+    if messages is None:
+        raise fields.refuse("messages", '"messages" is required')
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise fields.wrong("messages", f"a list of 1 to {MAX_MESSAGES} messages", f"{len(messages)} messages")
+    return messages
+
+
+def chat_options(fields: Fields) -> dict[str, Any]:
+    """The options that a conversation's prompt depends on: thoughts and tools."""
+    given = Fields(fields.object("chat_template_kwargs") or {}, "chat_template_kwargs.")
+    effort = fields.string("reasoning_effort")
+    thinking = given.boolean("enable_thinking") or effort not in (None, "none", "minimal")
+    options: dict[str, Any] = {"thinking": thinking}
+    tools = fields.items("tools")
+    choice = fields.take("tool_choice")
+    if tools:
+        options["tools"] = tools
+        if choice is not None:
+            options["tool_choice"] = choice
+    return options
 
 
 def token_ids(fields: Fields, name: str, n_vocab: int) -> list[int] | None:

@@ -82,7 +82,7 @@ class Native:
             Kind.CHAT,
             Mailbox(),
             wanted=lambda item: wanted(item, how.stream and how.diffusion.frames is not None),
-            finish_early=series.finish_early,
+            cancel=series.cancel,
         )
 
         def whole(results: Sequence[Any]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Native:
             client=client_of(request),
             supersedes=supersedes,
             wanted=lambda item: wanted(item, stream and frames is not None),
-            finish_early=series.finish_early,
+            cancel=series.cancel,
         )
 
         def objects(results: Sequence[Infill]) -> list[dict[str, Any]]:

@@ -20,16 +20,13 @@ from pydiffgguf.server.fields import Fields
 from pydiffgguf.server.frames import Frames, wanted
 from pydiffgguf.server.gaps import DEFAULT_GAP, Asked
 from pydiffgguf.server.generations import How, Part, Series, timings, usage
-from pydiffgguf.server.looking import MAX_IDS, check_ids
+from pydiffgguf.server.looking import MAX_IDS, chat_options, check_ids, messages_of
 from pydiffgguf.server.service import EventStream, Service, client_of, count, reply
 
 if TYPE_CHECKING:
     from pydiffgguf import DiffusionModel
 
 __all__ = ["OpenAI", "plain_series", "prompts_of", "refuse_completion"]
-
-MAX_MESSAGES = 4096
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,20 @@ class _Answer:
             "system_fingerprint": self.service.fingerprint,
         }
 
-    def chunk(self, index: int, text: str, reason: str | None, role: bool = False, thought: str = "") -> dict[str, Any]:
+    def chunk(
+        self,
+        index: int,
+        text: str,
+        reason: str | None,
+        *,
+        role: bool = False,
+        thought: str = "",
+        call: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """A chunk of a stream."""
         delta: dict[str, Any] = {"role": "assistant", "content": ""} if role else {}
+        if call is not None:
+            delta["tool_calls"] = [call]
         if thought:
             delta["reasoning_content"] = thought
         if text:
@@ -82,6 +90,9 @@ class _Answer:
             message: dict[str, Any] = {"role": "assistant", "content": text}
             if part.reasoning:
                 message["reasoning_content"] = part.reasoning
+            if part.tool_calls:
+                message["tool_calls"] = list(part.tool_calls)
+                message["content"] = text if text.strip() else None
             choice["message"] = message
         if not self.chat:
             choice["text"] = text
@@ -107,16 +118,17 @@ class OpenAI:
         model = service.model
         fields = await service.fields(request)
         fields.take("model")
-        messages = _messages(fields)
+        messages, options = messages_of(fields), chat_options(fields)
         how = How.read(fields, service.settings, ("n_predict", "max_completion_tokens", "max_tokens"), 2**31)
-        thinking = _thinking(fields)
         _refuse_chat(fields)
         headers = service.headers(fields)
 
         def prepare() -> Series:
-            ids = model.chat_tokens(messages, thinking=thinking)
-            check_room(model, len(ids))
-            return series_of(model, [ids], how, service.settings.time_limit)
+            check_room(model, len(model.chat_tokens(messages, **options)))
+            makers = [
+                partial(how.limited, partial(model.stream_chat, messages, seed=seed, **options)) for seed in how.seeds()
+            ]
+            return Series(makers, service.settings.time_limit)
 
         series = await service.text(prepare)
         answer = _Answer(service, "chatcmpl-" + secrets.token_hex(12), int(time.time()), True, how)
@@ -175,8 +187,8 @@ class OpenAI:
             kind,
             Mailbox(),
             client=client_of(request),
-            wanted=lambda item: wanted(item, how.stream and how.diffusion.frames is not None),
-            finish_early=series.finish_early,
+            wanted=None if how.warm_up else partial(wanted, frames=how.stream and how.diffusion.frames is not None),
+            cancel=series.cancel,
         )
         if how.stream:
             service.engine.submit(job)
@@ -198,6 +210,7 @@ class OpenAI:
         frames = Frames(service.model, how.diffusion.frames)
         back = max((len(stop) for stop in how.stop), default=1) - 1
         texts: dict[int, _Held] = {}
+        thoughts: dict[int, _Held] = {}
         parts: list[Part] = []
         async for item in items:
             if isinstance(item, list):
@@ -205,25 +218,29 @@ class OpenAI:
                 break
             index, event = item
             if index not in texts:
-                texts[index] = _Held(back)
+                texts[index], thoughts[index] = _Held(back), _Held(0)
                 yield answer.opening(index)
             frame = frames.take(event) if isinstance(event, DenoiseStep) else frames.flush()
             if frame is not None:
                 yield {**answer.chunk(index, "", None), **frame}
-            if isinstance(event, Block) and (text := texts[index].add(event.text)):
-                yield answer.chunk(index, text, None)
+            if isinstance(event, Block):
+                text, thought = texts[index].add(event.text), thoughts[index].add(event.reasoning)
+                if text or thought:
+                    yield answer.chunk(index, text, None, thought=thought)
         count(service, request, parts)
         costs = {"timings": timings(parts, service.model.config.canvas_length)}
         for index, part in enumerate(parts):
             if index not in texts:
-                texts[index] = _Held(back)
+                texts[index], thoughts[index] = _Held(back), _Held(0)
                 yield answer.opening(index)
             if (frame := frames.flush()) is not None:
                 yield {**answer.chunk(index, "", None), **frame}
             rest = texts[index].rest(part.text) + answer.echo(index)[1]
-            thought = part.reasoning if answer.chat else ""
+            thought = thoughts[index].rest(part.reasoning)
             if rest or thought:
                 yield answer.chunk(index, rest, None, thought=thought)
+            for i, call in enumerate(part.tool_calls):
+                yield answer.chunk(index, "", None, call={"index": i, **call})
             last = answer.chunk(index, "", part.finish_reason)
             yield {**last, **costs} if index == len(parts) - 1 and not how.include_usage else last
         if how.include_usage:
@@ -266,15 +283,8 @@ def check_room(model: DiffusionModel, n_prompt: int) -> None:
 def series_of(model: DiffusionModel, prompts: Sequence[Sequence[int]], how: How, time_limit: float) -> Series:
     """Generations of token ids: `how.n` of each prompt."""
 
-    def maker(ids: Sequence[int], seed: int) -> Callable[[float], Any]:
-        options = how.diffusion.sampling
-        if how.warm_up:  # the prompt goes into the cache; one step is thrown away
-            options = {**options, "max_steps": 1}
-        return lambda left: model.stream(
-            ids, max_tokens=how.max_tokens, seed=seed, stop=how.stop, time_limit_s=left, **options
-        )
-
-    return Series([maker(ids, seed) for ids in prompts for seed in how.seeds()], time_limit)
+    makers = [partial(how.limited, partial(model.stream, ids, seed=seed)) for ids in prompts for seed in how.seeds()]
+    return Series(makers, time_limit)
 
 
 def plain_series(model: DiffusionModel, prompts: Sequence[Any], how: How, time_limit: float) -> Series:
@@ -306,40 +316,6 @@ def _gap(fields: Fields, prompts: list[Any]) -> fim.Gap | None:
     return None if one is None else fim.split(one)
 
 
-def _messages(fields: Fields) -> list[dict[str, str]]:
-    messages = fields.items("messages")
-    if messages is None:
-        raise fields.refuse("messages", '"messages" is required')
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise fields.wrong("messages", f"a list of 1 to {MAX_MESSAGES} messages", f"{len(messages)} messages")
-    out = []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise fields.wrong(where, "an object", message)
-        role = message.get("role")
-        if role not in ROLES:
-            raise fields.wrong(f"{where}.role", "one of " + ", ".join(ROLES), role)
-        out.append({"role": role, "content": _content(fields, where, message.get("content"))})
-    return out
-
-
-def _content(fields: Fields, where: str, content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise fields.wrong(f"{where}.content", "a string or a list of parts", content)
-    texts = []
-    for j, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image_url", "input_audio", "file", "image"):
-            raise fields.refuse("messages", "image input is not supported: this file has no vision tower")
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise fields.wrong(f"{where}.content[{j}]", 'a part {"type":"text","text":"..."}', part)
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 def prompts_of(fields: Fields, n_vocab: int) -> list[Any]:
     """Strings or lists of ids."""
     prompt = fields.take("prompt")
@@ -360,13 +336,6 @@ def prompts_of(fields: Fields, n_vocab: int) -> list[Any]:
         raise fields.wrong("prompt", f"at most {MAX_IDS} ids", f"{len(prompt)} ids")
     check_ids(fields, "prompt", prompt, n_vocab)
     return [prompt]
-
-
-def _thinking(fields: Fields) -> bool:
-    options = Fields(fields.object("chat_template_kwargs") or {}, "chat_template_kwargs.")
-    effort = fields.string("reasoning_effort")
-    thinking = options.boolean("enable_thinking")
-    return thinking or effort not in (None, "none", "minimal")
 
 
 def _refuse_chat(fields: Fields) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--remote-debugging-pipe", "--hide-scrollbars",
 )  # fmt: skip
 
@@ -94,7 +95,12 @@ class Page:
         """One key, pressed and let go, as a keyboard sends it."""
         codes = {"Enter": 13, "Tab": 9, "Escape": 27, "ArrowRight": 39, "ArrowLeft": 37, " ": 32}
         text = {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 else "")
-        both = {"key": key, "code": key, "windowsVirtualKeyCode": codes.get(key, ord(key[0].upper())), "modifiers": modifiers}
+        both = {
+            "key": key,
+            "code": key,
+            "windowsVirtualKeyCode": codes.get(key, ord(key[0].upper())),
+            "modifiers": modifiers,
+        }
         self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **both)
         self.call("Input.dispatchKeyEvent", type="keyUp", **both)
 

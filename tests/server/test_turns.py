@@ -265,7 +265,7 @@ def test_stopping_refuses_new_work_and_ends_the_old_with_what_it_has() -> None:
                 yield "step"
             return "what there was"
 
-        job = Job(work(), Kind.CHAT, Mailbox(), finish_early=early.set)
+        job = Job(work(), Kind.CHAT, Mailbox(), cancel=early.set)
         waits = steps.job("w", Kind.CHAT, 1)
         steps.engine.submit(job)
         steps.engine.submit(waits)

@@ -7,6 +7,8 @@ import { setKey } from "./net.js";
 import { startReads } from "./reads.js";
 
 const WAIT_MS = 1000;
+// The bundled model is a toy that knows a few tasks only.
+const DEMO_QUESTION = "Solve this Sudoku:\n42..\n1..4\n..42\n2.1.";
 
 function problem(error) {
   const place = document.getElementById("problem");
@@ -55,7 +57,8 @@ function startTheme() {
 
 async function start() {
   try {
-    await showFacts();
+    const props = await showFacts();
+    if (props.model_path === "demo.gguf") chat.suggest(DEMO_QUESTION);
     problem("");
   } catch (error) {
     problem(error);
@@ -71,7 +74,7 @@ document.getElementById("key").addEventListener("submit", (event) => {
 });
 startTabs();
 startTheme();
-startChat(problem, speak);
+const chat = startChat(problem, speak);
 startInfill(problem, speak);
 startReads(problem);
 start();

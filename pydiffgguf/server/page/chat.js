@@ -90,4 +90,10 @@ export function startChat(problem, speak) {
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") running?.abort();
   });
+  return {
+    // A first question, where nothing was written yet.
+    suggest(text) {
+      if (!field.text.value && !messages.length) field.text.value = text;
+    },
+  };
 }

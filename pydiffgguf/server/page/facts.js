@@ -1,4 +1,4 @@
-// What the model is, and what it takes.
+// What the model is, and what it takes; returns what the server says of it.
 
 import { element } from "./canvas.js";
 import { ask } from "./net.js";
@@ -42,4 +42,5 @@ export async function showFacts() {
   table.append(line);
   place.replaceChildren(table);
   document.getElementById("model").textContent = models.data[0].id;
+  return props;
 }

@@ -4,8 +4,8 @@ import { Film, element, words } from "./canvas.js";
 import { events } from "./net.js";
 
 const MARK = "<gap/>";
-const EXAMPLE = 'def add_scores(scores):\n    """Add all scores."""\n    total = 0\n    for score in scores:\n' +
-  "        total <gap/>\n    return total\n";
+const EXAMPLE = "On Sunday Emma found a<gap/> in the school. Emma gave the white cup to Mia. Mia took<gap/> home that " +
+  "Sunday and never went back to the school.";
 
 export function startInfill(problem, speak) {
   const form = document.getElementById("fill");
