@@ -1,6 +1,7 @@
 #include "model/devices.h"
 
 #include "base/error.h"
+#include "model/local_devices.h"
 
 #include "ggml-cpu.h"
 
@@ -42,9 +43,26 @@ std::recursive_mutex &connection(const std::string &endpoint) {
     return connections[endpoint];
 }
 
-bool is_accelerator(ggml_backend_dev_t device) {
-    const enum ggml_backend_dev_type type = ggml_backend_dev_type(device);
-    return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+// This machine's GPUs that a model may lie on.
+std::vector<ggml_backend_dev_t> local_gpus() {
+    std::vector<ggml_backend_dev_t> handles;
+    std::vector<LocalDevice> devices;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        const ggml_backend_dev_t handle = ggml_backend_dev_get(i);
+        const enum ggml_backend_dev_type type = ggml_backend_dev_type(handle);
+        if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
+            ggml_backend_dev_props properties = {};
+            ggml_backend_dev_get_props(handle, &properties);
+            handles.push_back(handle);
+            devices.push_back(
+                {type == GGML_BACKEND_DEVICE_TYPE_IGPU, properties.device_id ? properties.device_id : ""});
+        }
+    }
+    std::vector<ggml_backend_dev_t> usable;
+    for (const size_t i : usable_devices(devices)) {
+        usable.push_back(handles[i]);
+    }
+    return usable;
 }
 
 Device described(ggml_backend_dev_t handle, const std::string &endpoint) {
@@ -83,9 +101,9 @@ Devices::Devices(const std::vector<std::string> &rpc, bool local) {
     if (local && has_gpu_failed()) {
         throw gpu_failure("it did so earlier");
     }
-    for (size_t i = 0; local && i < ggml_backend_dev_count(); ++i) {
-        if (is_accelerator(ggml_backend_dev_get(i))) {
-            list_.push_back(described(ggml_backend_dev_get(i), ""));
+    if (local) {
+        for (const ggml_backend_dev_t handle : local_gpus()) {
+            list_.push_back(described(handle, ""));
         }
     }
 }
@@ -185,12 +203,7 @@ Devices::Turn::Turn(const Devices &devices) {
 void serve(const std::string &endpoint, int32_t n_threads) {
     check_endpoint(endpoint);
     const auto start = reinterpret_cast<StartServer>(rpc_function("ggml_backend_rpc_start_server"));
-    std::vector<ggml_backend_dev_t> devices;
-    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        if (is_accelerator(ggml_backend_dev_get(i))) {
-            devices.push_back(ggml_backend_dev_get(i));
-        }
-    }
+    std::vector<ggml_backend_dev_t> devices = local_gpus();
     if (devices.empty()) {
         devices.push_back(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
     }
