@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -517,6 +518,7 @@ dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t
         s.check_ids("canvas", canvas, n_rows);
         session->loop.drop();
         if (self_conditioning) {
+            dg::check_logits("self_conditioning", self_conditioning, n_rows, s.model().config().n_vocab);
             s.set_logits(self_conditioning, n_rows);
             s.condition_on_logits(n_rows);
         } else {
@@ -584,11 +586,15 @@ dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sa
         dg::RowRules rules;
         rules.pinned = pinned;
         dg::check_rules(rules, n_rows, n_vocab);
+        dg::check_logits("z", z, n_rows, n_vocab);
+        const auto t = static_cast<float>(dg::temperature(*sampling, step));
         std::vector<float> processed(z, z + static_cast<int64_t>(n_rows) * n_vocab);
+        if (!std::isfinite(*std::max_element(processed.begin(), processed.end()) / t)) {
+            throw dg::Error(DG_ERROR_ARGUMENT, dg::format("z: divided by the temperature %g it is not finite", t));
+        }
         dg::SamplerScratch scratch;
         const dg::StepOutput out = {argmax, canvas, accepted, entropy, nullptr};
         if (ggml_operators) {
-            const auto t = static_cast<float>(dg::temperature(*sampling, step));
             const std::vector<dg::RowResult> rows =
                 dg::sample_by_graph(processed.data(), n_rows, n_vocab, t, noise->uniform);
             dg::take_rows(rows.data(), n_rows, rules, scratch, out);

@@ -393,7 +393,9 @@ DG_API dg_status dg_session_tokens(const dg_session *session, int32_t *out, int3
                                    size_t err_size);
 
 /* Writes the prefix (tokens and cache) to a file, under its final name only when whole; reads it back into a session
- * of the same model, type_kv and a context that holds it. A failed load leaves an empty prefix. */
+ * of the same model, type_kv and a context that holds it. Two threads may save to one path: it is the one's or the
+ * other's. Another model is told by its figures and by the name, type, shape and first and last bytes of each tensor:
+ * DG_ERROR_FORMAT. A failed load leaves an empty prefix. */
 DG_API dg_status dg_session_save(dg_session *session, const char *path, char *err, size_t err_size);
 DG_API dg_status dg_session_load(dg_session *session, const char *path, char *err, size_t err_size);
 
@@ -406,7 +408,8 @@ DG_API dg_status dg_session_score(dg_session *session, const int32_t *ids, const
 
 /* Decoder mode, once: canvas [n_rows] ids (1 .. C) -> logits [n_rows, V] float32, softcapped, before temperature. The
  * cache is read, not changed. `self_conditioning` [n_rows, V]: the *processed* logits of the step before, or NULL for a
- * zero signal. A canvas that was under way is dropped. */
+ * zero signal; a row of it that holds NaN or has no finite maximum: DG_ERROR_ARGUMENT. A canvas that was under way is
+ * dropped. */
 DG_API dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t n_rows,
                                     const float *self_conditioning, float *logits, char *err, size_t err_size);
 
@@ -472,9 +475,10 @@ DG_API dg_status dg_session_canvas_rows(dg_session *session, int32_t index, dg_s
 DG_API dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, size_t err_size);
 
 /* The sampler alone, on handed-in logits z [n_rows, n_vocab] (softcapped, before temperature); no session is needed.
- * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. Needs finite or -inf logits.
- * `ggml_operators`: as the logits of a device are sampled, in float32: where u lies within rounding of a cumulative
- * probability, the neighbouring id may be drawn. */
+ * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. A row that holds NaN or whose greatest logit
+ * is not finite, as it is or divided by the temperature: DG_ERROR_ARGUMENT. `ggml_operators`: as the logits of a device
+ * are sampled, in float32: where u lies within rounding of a cumulative probability, the neighbouring id may be drawn.
+ */
 DG_API dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
                            const dg_noise *noise, const int32_t *pinned, bool ggml_operators, int32_t *argmax,
                            int32_t *canvas, uint8_t *accepted, double *entropy, char *err, size_t err_size);

@@ -89,17 +89,6 @@ def test_a_number_that_is_none_ends_in_an_error(tmp_path: Path, level: str, valu
     assert not silent
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_signal_of_no_numbers_gives_no_numbers(level: str, value: float) -> None:
-    """Logits that are handed in as self-conditioning: a row with NaN or infinity, or none above minus infinity."""
-    with DiffusionModel(demo_model_path(), n_threads=1, cpu=level) as model, model.session() as session:
-        session.encode(np.arange(20, 50))
-        signal = np.zeros((C, model.config.n_vocab), np.float32)
-        signal[5] = value
-        assert np.isnan(session.denoise(np.arange(C) + 10, self_conditioning=signal)).all()
-
-
 def test_the_best_level_is_used_unless_another_is_named() -> None:
     """`DiffusionModel.cpu` names it; it is the last that doctor lists as built in and had by this processor."""
     with DiffusionModel(demo_model_path()) as model:

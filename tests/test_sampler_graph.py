@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from shapes import write_head
 
-from pydiffgguf import DiffGGUFError, DiffusionModel
+from pydiffgguf import DiffusionModel
 from pydiffgguf._binding.functions import sample
 from pydiffgguf._binding.records import RawSample, Sampling
 
@@ -89,10 +89,18 @@ def test_odd_rows_are_sampled_alike() -> None:
 def test_broken_logits_are_an_error(value: float) -> None:
     z = np.zeros((3, 600), dtype=np.float32)
     z[1, 550] = value
-    with pytest.raises(DiffGGUFError, match="NaN or has no finite maximum"):
+    with pytest.raises(ValueError, match="z: row 1 holds NaN or has no finite maximum"):
         both(z, np.full(3, 0.5))[1]
-    with pytest.raises(DiffGGUFError, match="NaN or has no finite maximum"):
+    with pytest.raises(ValueError, match="z: row 1 holds NaN or has no finite maximum"):
         sample(z, OPTIONS, step=0, uniform=[0.5] * 3, renoise=[0] * 3, ggml_operators=True)
+
+
+def test_logits_that_the_temperature_makes_infinite_are_an_error_of_the_caller() -> None:
+    """3e38 is finite, and divided by 0.4 it is not."""
+    z = np.zeros((3, 600), dtype=np.float32)
+    z[1, 550] = 3e38
+    with pytest.raises(ValueError, match="divided by the temperature"):
+        both(z, np.full(3, 0.5))
 
 
 def test_rows_in_several_slices_are_sampled_alike() -> None:

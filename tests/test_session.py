@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from pydiffgguf import CancelledError, ContextOverflowError, DiffusionModel, ModelFormatError, Session, SessionBusyError
+from pydiffgguf.convert import convert
 
 PROMPT = [2, 40, 41, 42, 43, 60, 61]
 
@@ -88,12 +93,96 @@ def test_save_and_load_give_the_same_logits_and_refuse_strangers(
         other.load(path)
         assert other.tokens().tolist() == session.tokens().tolist()
         np.testing.assert_array_equal(other.denoise(canvas), expected)
-        for content in (b"", b"nonsense" * 10, path.read_bytes()[:-1], b"DGPREF01" + b"\xff" * 200):
+        least = path.read_bytes()[:20] + (-(2**31)).to_bytes(4, "little", signed=True) + path.read_bytes()[24:]
+        for content in (b"", b"nonsense" * 10, path.read_bytes()[:-1], b"DGPREF01" + b"\xff" * 200, least):
             broken = tmp_path / "broken"
             broken.write_bytes(content)
             with pytest.raises(ModelFormatError):
                 other.load(broken)
             assert other.n_past == 0
+
+
+@pytest.mark.parametrize("change", ["a matrix", "a type"])
+def test_a_prefix_of_another_model_is_refused(session: Session, tiny_gguf: Path, tmp_path: Path, change: str) -> None:
+    """Also of one that differs in the values of a matrix alone, or in the type of its weights."""
+    other = tmp_path / "other.gguf"
+    if change == "a type":
+        convert(tiny_gguf, other, type="bf16")
+    else:
+        shutil.copy(tiny_gguf, other)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(other, "r+").tensors}
+        weights = tensors["blk.2.ffn_up.weight"].data
+        weights[:] = np.roll(weights, 1, axis=0)
+        weights.flush()
+    session.save(tmp_path / "prefix")
+    with (
+        DiffusionModel(other, n_ctx=256, type_kv="f32") as model,
+        model.session() as stranger,
+        pytest.raises(ModelFormatError, match="another model"),
+    ):
+        stranger.load(tmp_path / "prefix")
+
+
+def test_two_sessions_may_save_to_one_path(model: DiffusionModel, tmp_path: Path) -> None:
+    """What is read there is the one's prefix or the other's, at any time: each writes to a file of its own first."""
+    path = tmp_path / "prefix"
+    failures: list[Exception] = []
+
+    def save(length: int) -> None:
+        with model.session() as writer:
+            writer.encode(PROMPT * length)
+            try:
+                for _ in range(60):
+                    writer.save(path)
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(length,)) for length in (1, 30)]
+    for thread in threads:
+        thread.start()
+    with model.session() as reader:
+        while any(thread.is_alive() for thread in threads):
+            if path.exists():
+                reader.load(path)
+                assert reader.n_past in (len(PROMPT), 30 * len(PROMPT))
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert [p.name for p in tmp_path.iterdir()] == ["prefix"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody write to a mapped file")
+def test_a_touched_file_is_the_same_and_a_written_one_is_not(tiny_gguf: Path, tmp_path: Path) -> None:
+    """Not the time of the change counts, but the bytes; and the system's note of it, which nobody sets back."""
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny_gguf, path)
+    with DiffusionModel(path, n_ctx=256, n_gpu_layers=0) as model, model.session() as session:
+        session.encode(PROMPT)
+        canvas = some_canvas(model)
+        before = session.denoise(canvas)
+        times = path.stat()
+        os.utime(path)
+        path.chmod(0o600)
+        np.testing.assert_array_equal(session.denoise(canvas), before)
+        with path.open("r+b") as file:
+            file.seek(-256, os.SEEK_END)
+            file.write(b"\x01" * 256)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(OSError, match="was changed"):
+            session.denoise(canvas)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_signal_that_is_no_number_is_refused(session: Session, model: DiffusionModel, value: float) -> None:
+    """A row of NaN, and one without a finite maximum; ids that a row may not take are -inf, and that is fine."""
+    canvas = some_canvas(model)
+    signal = np.zeros((len(canvas), model.config.n_vocab), np.float32)
+    signal[5] = value
+    with pytest.raises(ValueError, match="self_conditioning: row 5"):
+        session.denoise(canvas, signal)
+    signal[5] = 0.0
+    signal[5, 1:] = -np.inf
+    assert np.isfinite(session.denoise(canvas, signal)).all()
 
 
 def test_truncating_back_gives_the_same_logits(model: DiffusionModel, session: Session) -> None:

@@ -3,6 +3,7 @@
 #include "base/error.h"
 #include "base/process.h"
 
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -48,15 +49,19 @@ std::FILE *open_file(const std::string &path, const char *mode) {
 
 void remove_file(const std::string &path) { _wremove(wide(path).c_str()); }
 
-bool replace_file(const std::string &from, const std::string &to) {
-    return MoveFileExW(wide(from).c_str(), wide(to).c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
+std::string replace_file(const std::string &from, const std::string &to) {
+    const bool moved = MoveFileExW(wide(from).c_str(), wide(to).c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
+    return moved ? "" : format("error %lu", GetLastError()); // this call leaves nothing in errno
 }
 #else
 std::FILE *open_file(const std::string &path, const char *mode) { return std::fopen(path.c_str(), mode); }
 
 void remove_file(const std::string &path) { std::remove(path.c_str()); }
 
-bool replace_file(const std::string &from, const std::string &to) { return std::rename(from.c_str(), to.c_str()) == 0; }
+// Why not; empty when it was.
+std::string replace_file(const std::string &from, const std::string &to) {
+    return std::rename(from.c_str(), to.c_str()) == 0 ? "" : std::strerror(errno);
+}
 #endif
 
 // An open file with its size.
@@ -187,15 +192,16 @@ class MappedFile final : public FileBytes {
             ::munmap(const_cast<unsigned char *>(data_), size_);
         }
     }
-    void check_unchanged() const override {
+    int64_t last_change() const override {
         struct stat now = {};
-        if (::fstat(file_.fd, &now) == 0 && now.st_size == opened_.st_size && same_time(now, opened_)) {
-            return;
+        if (::fstat(file_.fd, &now) != 0 || now.st_size != opened_.st_size) {
+            fail_changed(path_);
         }
-        throw Error(DG_ERROR_IO,
-                    format("%s: it was changed after it was opened: open it again, and with use_mmap off if "
-                           "it is written to in place",
-                           path_.c_str()));
+#    ifdef __APPLE__
+        return int64_t{now.st_ctimespec.tv_sec} * 1'000'000'000 + now.st_ctimespec.tv_nsec;
+#    else
+        return int64_t{now.st_ctim.tv_sec} * 1'000'000'000 + now.st_ctim.tv_nsec;
+#    endif
     }
 
   private:
@@ -212,16 +218,8 @@ class MappedFile final : public FileBytes {
         const int fd;
     };
 
-    static bool same_time(const struct stat &a, const struct stat &b) {
-#    ifdef __APPLE__
-        return a.st_mtimespec.tv_sec == b.st_mtimespec.tv_sec && a.st_mtimespec.tv_nsec == b.st_mtimespec.tv_nsec;
-#    else
-        return a.st_mtim.tv_sec == b.st_mtim.tv_sec && a.st_mtim.tv_nsec == b.st_mtim.tv_nsec;
-#    endif
-    }
-
     std::string path_;
-    Descriptor file_; // stays open, for check_unchanged
+    Descriptor file_; // stays open, for last_change
     struct stat opened_ = {};
 
   public:
@@ -240,6 +238,12 @@ void FileBytes::read(uint64_t offset, void *out, size_t n) const {
     }
 }
 
+void fail_changed(const std::string &path) {
+    throw Error(DG_ERROR_IO, path +
+                                 ": it was changed after it was opened: open it again, and with use_mmap off if it is "
+                                 "written to in place");
+}
+
 std::unique_ptr<FileBytes> FileBytes::open(const std::string &path, bool map) {
     if (map) {
         return std::make_unique<MappedFile>(path);
@@ -249,10 +253,12 @@ std::unique_ptr<FileBytes> FileBytes::open(const std::string &path, bool map) {
 
 AtomicFile::AtomicFile(const std::string &path) : path_(path) {
 #ifdef _WIN32
-    temporary_ = path + format(".tmp%d", _getpid());
+    const int process = _getpid();
 #else
-    temporary_ = path + format(".tmp%d", static_cast<int>(::getpid()));
+    const auto process = static_cast<int>(::getpid());
 #endif
+    static std::atomic<unsigned> count{0}; // two threads of a process may write to one path
+    temporary_ = path + format(".tmp%d-%u", process, count.fetch_add(1));
     file_ = open_file(temporary_, "wb");
     if (!file_) {
         fail_io(path_, "cannot write");
@@ -287,12 +293,10 @@ void AtomicFile::commit() {
     std::FILE *file = file_;
     file_ = nullptr;
     const bool closed = std::fclose(file) == 0;
-    const bool renamed = closed && replace_file(temporary_, path_);
-    if (!renamed) {
-        const int reason = errno;
+    const std::string reason = closed ? replace_file(temporary_, path_) : std::strerror(errno);
+    if (!reason.empty()) {
         remove_file(temporary_);
-        errno = reason;
-        fail_io(path_, "cannot write");
+        throw Error(DG_ERROR_IO, format("%s: cannot write: %s", path_.c_str(), reason.c_str()));
     }
 }
 

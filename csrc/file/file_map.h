@@ -28,14 +28,18 @@ class FileBytes : public ByteSource {
     const unsigned char *data() const { return data_; }
     uint64_t size() const final { return size_; }
     void read(uint64_t offset, void *out, size_t n) const final;
-    // Throws dg::Error (IO) when the mapped file was cut or written to since it was opened: its pages may be gone, and
-    // reading one would end the process. Where the system keeps others from writing (Windows), there is nothing to do.
-    virtual void check_unchanged() const {}
+    // When the mapped file, or what is known of it (its times, its mode), was last changed, by the system's own clock,
+    // which nobody sets back. Throws dg::Error (IO) when it has another size than it had: pages may be gone, and
+    // reading one would end the process. 0 where others cannot write to it: in memory of our own, and on Windows.
+    virtual int64_t last_change() const { return 0; }
 
   protected:
     const unsigned char *data_ = nullptr;
     size_t size_ = 0;
 };
+
+// Throws DG_ERROR_IO: others wrote to the mapped file.
+[[noreturn]] void fail_changed(const std::string &path);
 
 // A file that appears under its final name only when commit() succeeds; dropped without it, nothing is left behind.
 class AtomicFile {

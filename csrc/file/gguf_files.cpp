@@ -1,10 +1,22 @@
 #include "file/gguf_files.h"
 
 #include "base/error.h"
+#include "base/hash.h"
 
 #include "ggml-backend.h"
 
+#include <algorithm>
+#include <numeric>
+
 namespace dg {
+namespace {
+
+// What is looked at of a tensor, to tell files apart: all of a small one, so that no scale or norm is left out, else
+// the first and the last bytes. Of the released model 8 KB each of 692 tensors, 8 ms.
+constexpr size_t WHOLE_SAMPLE = 1 << 16;
+constexpr size_t SAMPLE = 1 << 12;
+
+} // namespace
 
 GgufFiles::GgufFiles(const std::string &path, bool map)
     : mapped_(map), head_(path, [this](const std::string &part) -> const ByteSource & {
@@ -34,6 +46,10 @@ GgufFiles::GgufFiles(const std::string &path, bool map)
         tensors_.push_back({tensor, files_[found.part]->data() + info.offset, buffers_[found.part].get()});
         n_bytes_ += info.n_bytes;
     }
+    for (size_t part = 0; part < files_.size(); ++part) {
+        last_changes_.push_back(std::make_unique<std::atomic<int64_t>>(files_[part]->last_change()));
+        samples_.push_back(samples_of(part));
+    }
 }
 
 const FileTensor *GgufFiles::find(const std::string &name) const {
@@ -42,9 +58,42 @@ const FileTensor *GgufFiles::find(const std::string &name) const {
 }
 
 void GgufFiles::check_unchanged() const {
-    for (const auto &file : files_) {
-        file->check_unchanged();
+    for (size_t part = 0; part < files_.size(); ++part) {
+        const int64_t change = files_[part]->last_change();
+        if (change == last_changes_[part]->load(std::memory_order_relaxed)) {
+            continue;
+        }
+        if (samples_of(part) != samples_[part]) {
+            fail_changed(head_.parts()[part].path);
+        }
+        last_changes_[part]->store(change, std::memory_order_relaxed);
     }
 }
+
+uint64_t GgufFiles::samples_of(size_t part) const {
+    uint64_t sum = 0; // whatever the parts that they are in
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+        if (head_.tensors()[i].part != part) {
+            continue;
+        }
+        Hash hash;
+        const FileTensor &found = tensors_[i];
+        const size_t size = ggml_nbytes(found.tensor);
+        hash.add(std::string(ggml_get_name(found.tensor)));
+        hash.add(static_cast<int32_t>(found.tensor->type));
+        for (const int64_t n : found.tensor->ne) {
+            hash.add(n);
+        }
+        hash.add(found.data, std::min(size, SAMPLE));
+        if (size > SAMPLE) {
+            const size_t rest = std::min(size - SAMPLE, size > WHOLE_SAMPLE ? SAMPLE : WHOLE_SAMPLE);
+            hash.add(found.data + size - rest, rest);
+        }
+        sum += hash.value();
+    }
+    return sum;
+}
+
+uint64_t GgufFiles::samples() const { return std::accumulate(samples_.begin(), samples_.end(), uint64_t{0}); }
 
 } // namespace dg

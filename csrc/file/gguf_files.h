@@ -6,6 +6,8 @@
 
 #include "ggml-cpp.h"
 
+#include <atomic>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -35,8 +37,11 @@ class GgufFiles {
     // Of all tensors.
     size_t n_bytes() const { return n_bytes_; }
     bool mapped() const { return mapped_; }
-    // Throws DG_ERROR_IO when a mapped file was cut or written to since it was opened.
+    // Throws DG_ERROR_IO when a mapped file was cut or written to since it was opened: when the system notes a change,
+    // and the samples are not what they were.
     void check_unchanged() const;
+    // A hash of every tensor's name, type, shape and samples.
+    uint64_t samples() const;
 
   private:
     bool mapped_;
@@ -46,6 +51,10 @@ class GgufFiles {
     std::vector<ggml_backend_buffer_ptr> buffers_;
     std::vector<FileTensor> tensors_;
     size_t n_bytes_ = 0;
+    std::vector<uint64_t> samples_;                                   // of each part, as it was opened
+    std::vector<std::unique_ptr<std::atomic<int64_t>>> last_changes_; // up to which they were the same
+
+    uint64_t samples_of(size_t part) const;
 };
 
 } // namespace dg

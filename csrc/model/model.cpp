@@ -2,6 +2,7 @@
 #include "model/model.h"
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "cpu/levels.h"
 #include "file/gguf_keys.h"
 #include "file/names.h"
@@ -34,14 +35,6 @@ bool ends_with(const std::string &text, const std::string &tail) {
     return text.size() >= tail.size() && text.compare(text.size() - tail.size(), tail.size(), tail) == 0;
 }
 
-uint64_t fnv1a(uint64_t hash, const void *data, size_t size) {
-    const auto *bytes = static_cast<const unsigned char *>(data);
-    for (size_t i = 0; i < size; ++i) {
-        hash = (hash ^ bytes[i]) * 1099511628211ull;
-    }
-    return hash;
-}
-
 } // namespace
 
 // Reads one file into one Model; everything that can be wrong with a file is found here.
@@ -55,7 +48,6 @@ class ModelReader {
         model_.placement_ = place_layers(sizes_of(files_, model_.config_, model_.layers(), options.expected),
                                          *model_.devices_, options);
         bind();
-        model_.fingerprint_ = fnv1a(model_.fingerprint_, &model_.config_, sizeof model_.config_);
     }
 
   private:
@@ -264,7 +256,6 @@ class ModelReader {
             fail(DG_ERROR_UNSUPPORTED, format("tensor %s has type %s, which cannot be read as numbers", name.c_str(),
                                               ggml_type_name(tensor->type)));
         }
-        model_.fingerprint_ = fnv1a(model_.fingerprint_, out.data(), n * sizeof(float));
         return out;
     }
 
@@ -458,6 +449,23 @@ std::vector<dg_layer_config> Model::layers() const {
         layers.push_back({l.sliding, static_cast<int32_t>(l.n_head_kv), static_cast<int32_t>(l.head_dim)});
     }
     return layers;
+}
+
+uint64_t Model::fingerprint() const {
+    const dg_config &c = config_;
+    Hash hash;
+    for (const int32_t figure : {c.n_layer, c.n_embd, c.n_vocab, c.n_head, c.n_ff, c.n_ff_exp, c.n_expert,
+                                 c.n_expert_used, c.sliding_window, c.canvas_length}) {
+        hash.add(figure);
+    }
+    for (const float figure : {c.norm_eps, c.logit_softcap, c.rope_base_full, c.rope_base_sliding}) {
+        hash.add(figure);
+    }
+    for (const LayerWeights &l : weights_.layers) {
+        hash.add(l.sliding);
+    }
+    hash.add(files_->samples());
+    return hash.value();
 }
 
 int64_t Model::active_parameters() const {

@@ -85,8 +85,9 @@ class Model {
     size_t weights_on(int32_t device) const { return placed_->bytes(device); }
     // Weights that one row of a pass is multiplied with.
     int64_t active_parameters() const;
-    // Differs between models whose caches are not exchangeable: a hash of the metadata and the small tensors.
-    uint64_t fingerprint() const { return fingerprint_; }
+    // Differs between models whose caches are not exchangeable: a hash of the figures and of every tensor's name, type
+    // and samples.
+    uint64_t fingerprint() const;
 
   private:
     friend class ModelReader;
@@ -100,7 +101,6 @@ class Model {
     dg_sampling sampling_ = {};
     Weights weights_;
     std::vector<std::string> warnings_;
-    uint64_t fingerprint_ = 0;
 };
 
 } // namespace dg

@@ -129,6 +129,15 @@ BlockSums sum_row(const float *z, int32_t n_vocab, float greatest, std::vector<d
 
 void throw_unsound_row() { throw Error(DG_ERROR_INTERNAL, "a row of logits holds NaN or has no finite maximum"); }
 
+void check_logits(const char *name, const float *z, int32_t n_rows, int32_t n_vocab) {
+    for (int32_t row = 0; row < n_rows; ++row, z += n_vocab) {
+        const bool has_nan = std::any_of(z, z + n_vocab, [](float x) { return x != x; });
+        if (has_nan || !std::isfinite(*std::max_element(z, z + n_vocab))) {
+            throw Error(DG_ERROR_ARGUMENT, format("%s: row %d holds NaN or has no finite maximum", name, row));
+        }
+    }
+}
+
 double log_probability(const float *z, int32_t n_vocab, int32_t id) {
     const float greatest = *std::max_element(z, z + n_vocab);
     return static_cast<double>(z[id] - greatest) - std::log(sum_row(z, n_vocab, greatest, nullptr).weight);

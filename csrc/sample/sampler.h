@@ -85,6 +85,9 @@ void finish_step(int32_t n_rows, const dg_sampling &sampling, const dg_noise &no
 // DG_ERROR_INTERNAL, for a row that holds NaN or has no finite maximum.
 [[noreturn]] void throw_unsound_row();
 
+// Throws DG_ERROR_ARGUMENT for such rows among those that a caller hands in, `name` of [n_rows, n_vocab].
+void check_logits(const char *name, const float *z, int32_t n_rows, int32_t n_vocab);
+
 // Stable when the argmax canvas equals each of the last `threshold` ones.
 class StabilityHistory {
   public:

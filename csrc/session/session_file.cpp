@@ -42,6 +42,9 @@ std::vector<Run> runs(const KvCache &cache, bool sliding, int32_t first, int32_t
     return result;
 }
 
+// The first position that a sliding layer needs behind a prefix of n_past, 0 or more.
+int32_t first_of_window(int32_t n_past, const dg_config &c) { return std::max(0, n_past - (c.sliding_window - 1)); }
+
 } // namespace
 
 void Session::save(const std::string &path) {
@@ -50,7 +53,7 @@ void Session::save(const std::string &path) {
     header.fingerprint = model_->fingerprint();
     header.type_kv = figures_.type_kv;
     header.n_past = n_past();
-    header.first_sliding = std::max(0, n_past() - (model_->config().sliding_window - 1));
+    header.first_sliding = first_of_window(n_past(), model_->config());
     AtomicFile file(path);
     file.write(&header, sizeof header);
     file.write(tokens_.data(), tokens_.size() * sizeof tokens_[0]);
@@ -84,11 +87,10 @@ void Session::load(const std::string &path) {
         throw Error(DG_ERROR_FORMAT, format("%s: not a saved session", path.c_str()));
     }
     take(&header, sizeof header);
-    const int32_t expected_first = std::max(0, header.n_past - (model_->config().sliding_window - 1));
     if (header.fingerprint != model_->fingerprint() || header.type_kv != figures_.type_kv) {
         throw Error(DG_ERROR_FORMAT, format("%s: saved from another model or with another type_kv", path.c_str()));
     }
-    if (header.n_past < 0 || header.first_sliding != expected_first) {
+    if (header.n_past < 0 || header.first_sliding != first_of_window(header.n_past, model_->config())) {
         throw Error(DG_ERROR_FORMAT, format("%s: damaged header", path.c_str()));
     }
     if (header.n_past > figures_.n_ctx - model_->config().canvas_length) {

@@ -63,9 +63,6 @@ struct Matrix {
           row_bytes(t->nb[1]), depth(t->ne[0]) {}
 };
 
-// Column blocks as the product of a type of weights wants them: floats, or groups of integers (int8.h).
-[[maybe_unused]] bool wants_int8(const ggml_tensor *w) { return has_int8_product(w->type) && w->ne[0] % GROUP == 0; }
-
 struct Columns {
     const float *at; // block b at b * block_floats
     int64_t n;
