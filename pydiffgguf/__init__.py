@@ -22,7 +22,7 @@ _HOME = {
     "engine.call": "Stream",
     "engine.options": (
         "Cancel EditOptions FillOptions Gap GenerateOptions "
-        "InfillMode InfillOptions KvType ModelOptions Noise Prompt SamplerName SamplingOptions"
+        "InfillMode InfillOptions KvType ModelOptions Noise Progress Prompt SamplerName SamplingOptions"
     ),
     "errors": (
         "CancelledError ContextOverflowError DeviceError DiffGGUFError "
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from pydiffgguf.engine.options import KvType as KvType
     from pydiffgguf.engine.options import ModelOptions as ModelOptions
     from pydiffgguf.engine.options import Noise as Noise
+    from pydiffgguf.engine.options import Progress as Progress
     from pydiffgguf.engine.options import Prompt as Prompt
     from pydiffgguf.engine.options import SamplerName as SamplerName
     from pydiffgguf.engine.options import SamplingOptions as SamplingOptions

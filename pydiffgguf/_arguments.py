@@ -71,12 +71,13 @@ def id_array(name: str, value: object, length: int | None = None) -> npt.NDArray
 
 
 def float_array(name: str, value: object, dtype: type[np.generic], shape: tuple[int | None, ...]) -> Any:
-    """`value` as a contiguous array of exactly `dtype` (nothing is rounded in silence) and `shape` (None: any)."""
+    """`value` as a contiguous array of `dtype` and `shape` (None: any). An array of other floats is converted: what
+    numpy computes is float64 unless one takes care. Raises TypeError for integers and all else."""
     array = np.asarray(value)
-    if array.dtype != dtype:
+    if array.dtype.kind != "f":
         raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, but has {array.dtype}")
     _check_shape(name, array, shape)
-    return np.ascontiguousarray(array)
+    return np.ascontiguousarray(array, dtype=dtype)
 
 
 def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int | None, ...]) -> None:

@@ -194,13 +194,22 @@ def stream_ids(
         sampling=sampling,
         stop=StopStrings(options.get("stop") or ()),
         seed=seed_of(options.get("seed")),
-        noise=options.get("noise"),
+        noise=_check_noise(options.get("noise")),
         thought_tokens=thought_tokens,
         logprobs=logprobs,
         watched=watched,
     )
     call = Call(options.get("cancel"), time_limit)
     return Stream(_run(engine, request, call), call)
+
+
+def _check_noise(noise: Noise | None) -> Noise | None:
+    missing = [name for name in ("canvas", "uniform", "renoise") if not callable(getattr(noise, name, None))]
+    if noise is not None and missing:
+        raise TypeError(
+            f"noise must have the methods canvas, uniform and renoise; {type(noise).__name__} lacks {missing[0]}"
+        )
+    return noise
 
 
 def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None, Generation]:

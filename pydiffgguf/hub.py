@@ -5,8 +5,11 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydiffgguf.engine.options import Progress
 
 __all__ = ["choose_files", "resolve_hub", "resolve_model", "resolve_source"]
 
@@ -30,7 +33,7 @@ _CHECKPOINT_FILES = (
 )
 
 
-def resolve_model(spec: str) -> Path:
+def resolve_model(spec: str, progress: Callable[[Progress], object] | None = None) -> Path:
     """The file that a model is named by: a path as it is, or ``hf:OWNER/REPO[:PATTERN]``, downloaded when it is not in
     the cache; of a model in several files the first. Without a pattern the repository must hold one model; see
     `choose_files`.
@@ -44,7 +47,7 @@ def resolve_model(spec: str) -> Path:
     repo_id, _, pattern = spec[len(PREFIX) :].partition(":")
     if not re.fullmatch(_REPO_ID, repo_id):
         raise ValueError(f"{spec!r} is not of the form hf:OWNER/REPO or hf:OWNER/REPO:PATTERN")
-    return resolve_hub(repo_id, pattern or "*")
+    return resolve_hub(repo_id, pattern or "*", progress=progress)
 
 
 def resolve_source(spec: str) -> Path:
@@ -94,25 +97,54 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def resolve_hub(repo_id: str, pattern: str, *, revision: str | None = None) -> Path:
+def resolve_hub(
+    repo_id: str,
+    pattern: str,
+    *,
+    revision: str | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> Path:
     """Downloads the model of a repository that `pattern` names, unless it is cached, and returns its first file; see
-    `choose_files` and `resolve_model`. `revision`: branch, tag or commit; None for the main branch."""
+    `choose_files` and `resolve_model`. `revision`: branch, tag or commit; None for the main branch. `progress`: called
+    while bytes come, in place of the bar on stderr."""
     files, cached_only = _list_files(repo_id, revision)
     where = f"{PREFIX}{repo_id}{' in the cache' if cached_only else ''}"
     names = choose_files(files, pattern, where)
-    paths = [_fetch(repo_id, name, revision, cached_only) for name in names]
+    paths = [_fetch(repo_id, name, revision, cached_only, progress) for name in names]
     if len({path.parent for path in paths}) > 1:
         raise OSError(f"{where}: it changed while its {len(paths)} files were fetched; once more, please")
     return paths[0]
 
 
-def _fetch(repo_id: str, name: str, revision: str | None, cached_only: bool) -> Path:
+def _fetch(
+    repo_id: str, name: str, revision: str | None, cached_only: bool, progress: Callable[[Progress], object] | None
+) -> Path:
     from huggingface_hub import hf_hub_download
 
+    options: dict[str, Any] = {} if progress is None else {"tqdm_class": _reporting(name, progress)}
     try:
-        return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=cached_only))
+        return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=cached_only, **options))
     except Exception as error:
         raise _one_line(repo_id, error) from error
+
+
+def _reporting(name: str, progress: Callable[[Progress], object]) -> type:
+    """A bar for huggingface_hub that draws nothing and tells the caller instead."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Reporting(tqdm):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._done = int(options.get("initial") or 0)
+            super().__init__(*arguments, **{**options, "disable": True})
+            self._total = int(options.get("total") or 0)
+            progress(Progress("downloading", name, self._done, self._total))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._done += int(n or 0)
+            progress(Progress("downloading", name, self._done, max(self._total, self._done)))
+            return None
+
+    return Reporting
 
 
 def choose_files(files: Iterable[str], pattern: str, where: str) -> list[str]:

@@ -11,7 +11,7 @@ text. Nothing is ever taken from the text: what this file leaves out is context 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +58,9 @@ def resolve_mode(mode: str, file_mode: object, has_template: bool) -> Literal["r
 
 
 def check_extra(extra: object) -> list[tuple[str, str]]:
-    """Raises TypeError unless `extra` holds pairs of strings (name, text)."""
+    """The pairs of strings (name, text), also of a dict. Raises TypeError for anything else."""
+    if isinstance(extra, Mapping):
+        extra = list(extra.items())
     if not isinstance(extra, Sequence) or isinstance(extra, str):
         raise TypeError(f"extra must be a list of pairs (name, text), not {type(extra).__name__}")
     pairs = []

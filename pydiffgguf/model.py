@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydiffgguf._arguments import flag, integer
 from pydiffgguf._binding.file import Metadata
 from pydiffgguf._binding.library import StrPath
-from pydiffgguf._binding.native import NativeModel
 from pydiffgguf._binding.records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf._log import logger
 from pydiffgguf.chat import chat_prompt
@@ -22,6 +21,7 @@ from pydiffgguf.describe import describe
 from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.engine.call import Stream, drain
 from pydiffgguf.engine.core import Engine
+from pydiffgguf.engine.opening import find, model_options, open_native, session_options
 from pydiffgguf.engine.options import (
     Cancel,
     ChatOptions,
@@ -31,6 +31,7 @@ from pydiffgguf.engine.options import (
     InfillOptions,
     KvType,
     ModelOptions,
+    Progress,
     Prompt,
     SamplerName,
     SessionOptions,
@@ -65,14 +66,16 @@ class DiffusionModel:
 
     Args:
         path: the GGUF file; of a model in several (``NAME-00001-of-0000N.gguf``) the first, with the others beside it.
+            Or ``hf:OWNER/REPO[:PATTERN]``, as for `from_pretrained`.
         n_ctx: positions of a session: prefix, finished canvases and the live canvas. None: the smaller of 8192 and the
             file's context_length.
-        n_batch: a prompt is encoded in chunks of so many tokens.
-        n_threads: None: as many as this process may use, but no more than a step of this model is worth.
-        n_gpu_layers: so many layers, counted from the last, lie on devices: this machine's GPUs, where one was built
-            in, and what RPC servers offer. "auto": what fits into the memory that they report free, all layers without
-            their experts before any expert (docs/DEVICES.md); `devices()` and `verbose` say what came of it.
-        n_cpu_moe: the experts of the first so many layers stay on the CPU; with "auto", at least these.
+        n_batch: a prompt is encoded in chunks of this many tokens.
+        n_threads: CPU threads. None: all that this process may use, or fewer for a very small model, which more threads
+            would slow down.
+        n_gpu_layers: how many layers to put on GPUs (this machine's, or those of RPC servers), counted from the last.
+            "auto" puts as many there as fit into free memory, the attention and dense parts of all layers before any
+            expert (docs/DEVICES.md); "all" and -1 put all there. `devices()` and `verbose` say what came of it.
+        n_cpu_moe: the experts of this many first layers stay on the CPU; with "auto", at least these.
         tensor_split: each device's share of the layers; None: as their free memory.
         main_gpu: index in `devices()`-order of the device with the head and the sampler; None: the last.
         offload_kv: a layer's cache lies where the layer does; False: on the CPU.
@@ -87,6 +90,7 @@ class DiffusionModel:
         n_sessions: how many prefixes are kept between calls, each with a cache and buffers of its own. Two let a chat
             and an autocompleter take turns without reading their texts again; the second is made when it is needed.
             More calls than that at a time wait for each other.
+        progress: called with a `Progress` while a file is downloaded and opened, on the thread that works.
         verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
             logger "pydiffgguf".
 
@@ -100,6 +104,13 @@ class DiffusionModel:
         ValueError, TypeError: an option out of range or of the wrong type.
     """
 
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *arguments: Any, **options: Any) -> Any:
+            """Names what another library calls an option; type checkers read `__init__`."""
+            check_names("DiffusionModel", options, ModelOptions, also=("path",))
+            return super().__new__(cls)
+
     def __init__(
         self,
         path: StrPath,
@@ -107,7 +118,7 @@ class DiffusionModel:
         n_ctx: int | None = None,
         n_batch: int = 512,
         n_threads: int | None = None,
-        n_gpu_layers: int | Literal["auto"] = "auto",
+        n_gpu_layers: int | Literal["auto", "all"] = "auto",
         n_cpu_moe: int = 0,
         tensor_split: Sequence[float] | None = None,
         main_gpu: int | None = None,
@@ -118,31 +129,17 @@ class DiffusionModel:
         cpu: str | None = None,
         use_mmap: bool = True,
         n_sessions: int = 2,
+        progress: Callable[[Progress], object] | None = None,
         verbose: bool = False,
     ) -> None:
-        if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
-            raise ValueError(f'n_gpu_layers is {n_gpu_layers!r}: it must be "auto" or a number')
-        options: dict[str, Any] = {
-            "n_ctx": 0 if n_ctx is None else integer("n_ctx", n_ctx, 1, 2**31 - 1),
-            "n_batch": n_batch,
-            "n_threads": 0 if n_threads is None else integer("n_threads", n_threads, 1, 512),
-            "type_kv": type_kv,
-            "sampler": sampler,
-        }
+        options = session_options(n_ctx, n_batch, n_threads, type_kv, sampler)
+        placing = model_options(n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv, rpc, cpu, use_mmap)
         integer("n_sessions", n_sessions, 1, 1024)
-        self.path = Path(path)
-        native = NativeModel(
-            path,
-            use_mmap=use_mmap,
-            cpu=_level_name(cpu),
-            n_gpu_layers=-1 if n_gpu_layers == "auto" else integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1),
-            n_cpu_moe=n_cpu_moe,
-            tensor_split=tensor_split or (),
-            main_gpu=-1 if main_gpu is None else integer("main_gpu", main_gpu, 0, 2**31 - 1),
-            offload_kv=offload_kv,
-            rpc=rpc,
-            expected=options,
-        )
+        flag("verbose", verbose)
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be a function of one argument, but is {progress!r:.60}")
+        self.path = find(path, progress)
+        native = open_native(self.path, placing, options, progress)
         name = self.path.name
         self._predicted = native.memory(**options)
         self._engine = Engine(native, name, options, n_sessions=n_sessions, verbose=verbose)
@@ -170,7 +167,8 @@ class DiffusionModel:
         """
         from pydiffgguf.hub import resolve_hub
 
-        return cls(resolve_hub(repo_id, filename, revision=revision), **options)
+        path = resolve_hub(repo_id, filename, revision=revision, progress=options.get("progress"))
+        return cls(path, **options)
 
     # ------------------------------------------------------------------------------------------------ looking inside
 
@@ -226,7 +224,8 @@ class DiffusionModel:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included; a character that is cut at the end is left out."""
-        return self._engine.tokenizer.decode(ids)
+        n = self.config.n_vocab
+        return self._engine.tokenizer.decode([integer(f"ids[{i}]", id_, 0, n - 1) for i, id_ in enumerate(ids)])
 
     @property
     def sampling(self) -> Sampling:
@@ -514,6 +513,7 @@ class DiffusionModel:
         self._engine.close()
 
     def __enter__(self) -> DiffusionModel:
+        self._engine.check_open()
         return self
 
     def __exit__(
@@ -521,18 +521,14 @@ class DiffusionModel:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a model cannot be pickled or copied: hand on its path, and open it in each process with "
+            f"DiffusionModel({str(self.path)!r})"
+        )
+
     def __repr__(self) -> str:
         return f"<DiffusionModel {self.path.name}{' (closed)' if self.closed else ''}>"
-
-
-def _level_name(cpu: str | None) -> str:
-    if cpu is None:
-        return ""
-    if not isinstance(cpu, str):
-        raise TypeError(f"cpu must be a level's name or None, not {type(cpu).__name__}")
-    if not cpu or "\0" in cpu:
-        raise ValueError(f"cpu is {cpu!r}: it must be a level's name, as `pydiffgguf doctor` lists them, or None")
-    return cpu
 
 
 def _together(parts: Sequence[Memory]) -> Memory:

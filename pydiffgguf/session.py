@@ -336,6 +336,12 @@ class Session:
         """Frees cache and buffers. Idempotent."""
         self._native.close()
 
+    def __reduce__(self) -> str:
+        raise TypeError("a session cannot be pickled or copied: save() its prefix, and load() it in another session")
+
+    def __repr__(self) -> str:
+        return "<Session (closed)>" if self.closed else f"<Session: {self.n_past} of {self.n_ctx} positions>"
+
     def __enter__(self) -> Session:
         return self
 

@@ -181,6 +181,9 @@ class Metadata(Mapping[str, MetadataValue]):
     def __len__(self) -> int:
         return len(self._index)
 
+    def __repr__(self) -> str:
+        return f"<Metadata: {len(self)} keys>"
+
     def _decode(self, key: str, i: int) -> MetadataValue:
         info = lib.dg_file_key(self._file, i)
         element = VALUE_TYPES[info.element]

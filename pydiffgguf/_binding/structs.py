@@ -125,7 +125,7 @@ def session_options(
     sampler: str = "auto",
 ) -> Any:
     for name, value, known in (("type_kv", type_kv, KV_TYPES), ("sampler", sampler, SAMPLERS)):
-        if value not in known:
+        if value not in tuple(known):  # a tuple: what cannot be hashed is no key, and is told like any other value
             raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(repr, known))}")
     options = ffi.new("dg_session_options *", lib.dg_session_options_default())
     options.n_ctx = int32("n_ctx", n_ctx)

@@ -5,7 +5,8 @@ The names are written here once: a type checker reads the TypedDicts, and `check
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy.typing as npt
@@ -22,6 +23,7 @@ __all__ = [
     "KvType",
     "ModelOptions",
     "Noise",
+    "Progress",
     "Prompt",
     "SamplerName",
     "SamplingOptions",
@@ -65,6 +67,17 @@ class Cancel(Protocol):
 
     def is_set(self) -> bool:
         """True ends the call."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the opening of a model has come. `stage`: "downloading", which a cached file skips, or "opening". `name`:
+    the file's. `done` of `total` are bytes; a mapped file is opened at once, so there are two of these."""
+
+    stage: str
+    name: str
+    done: int
+    total: int
 
 
 class ScheduleOptions(TypedDict, total=False):
@@ -146,7 +159,7 @@ class ModelOptions(TypedDict, total=False):
     n_ctx: int | None
     n_batch: int
     n_threads: int | None
-    n_gpu_layers: int | Literal["auto"]
+    n_gpu_layers: int | Literal["auto", "all"]
     n_cpu_moe: int
     tensor_split: Sequence[float] | None
     main_gpu: int | None
@@ -157,6 +170,7 @@ class ModelOptions(TypedDict, total=False):
     cpu: str | None
     use_mmap: bool
     n_sessions: int
+    progress: Callable[[Progress], object] | None
     verbose: bool
 
 
@@ -171,4 +185,10 @@ def check_names(call: str, given: Iterable[str], *options: type, also: Iterable[
     known = [*also, *(name for each in options for name in each.__annotations__)]
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}; {call}() takes {', '.join(dict.fromkeys(known))}")
+        from pydiffgguf.engine.habits import hint
+
+        help_ = hint(unknown[0], known)
+        names = f"{call}() takes {', '.join(dict.fromkeys(known))}"
+        raise TypeError(
+            f"unknown option {unknown[0]!r}: {help_}" if help_ else f"unknown option {unknown[0]!r}; {names}"
+        )

@@ -161,6 +161,9 @@ class Tokenizer:
         self._plain = _wrap(model, user_defined, [])
         return self
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer: {self.n_vocab} tokens>"
+
     def encode(self, text: str, add_bos: bool = False, special: bool = True) -> list[int]:
         """Ids of a text. With ``special=False`` the texts of special tokens are ordinary text: what a stranger wrote
         cannot end a turn. Tokens that the file calls user-defined are always matched whole.
