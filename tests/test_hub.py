@@ -265,3 +265,24 @@ except FileNotFoundError as error:
         "tiny-00001-of-00004.gguf 144",
         "hf:a/quants: no such revision",
     ], run.stderr
+
+
+def test_a_name_opens_in_python_and_its_download_is_told(hub: Hub, tmp_path: Path, tiny_gguf: Path) -> None:
+    """In place of the bar on stderr; a file of the cache has nothing to download."""
+    code = """
+from pydiffgguf import DiffusionModel
+for _ in range(2):
+    seen = []
+    with DiffusionModel("hf:a/quants:Q8_0", progress=seen.append) as model:
+        stages = sorted({event.stage for event in seen})
+        ends = {event.stage: (event.name, event.done == event.total) for event in seen}
+        print(stages, ends, max(event.total for event in seen))
+"""
+    env = environment(hub.url, tmp_path)
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    size, name = tiny_gguf.stat().st_size, ("x-Q8_0.gguf", True)
+    assert run.stdout.splitlines() == [
+        f"['downloading', 'opening'] { ({'downloading': name, 'opening': name}) } {size}",
+        f"['opening'] { ({'opening': name}) } {size}",
+    ], run.stderr
+    assert run.stderr == ""
