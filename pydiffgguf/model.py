@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -104,13 +105,6 @@ class DiffusionModel:
         ValueError, TypeError: an option out of range or of the wrong type.
     """
 
-    if not TYPE_CHECKING:
-
-        def __new__(cls, *arguments: Any, **options: Any) -> Any:
-            """Names what another library calls an option; type checkers read `__init__`."""
-            check_names("DiffusionModel", options, ModelOptions, also=("path",))
-            return super().__new__(cls)
-
     def __init__(
         self,
         path: StrPath,
@@ -151,6 +145,14 @@ class DiffusionModel:
         for warning in native.warnings:
             logger.warning("%s: %s", name, warning)
             warnings.warn(f"{name}: {warning}", ModelWarning, stacklevel=2)
+
+    if not TYPE_CHECKING:
+
+        @functools.wraps(__init__)
+        def __new__(cls, *arguments: Any, **options: Any) -> Any:
+            # Python's own message for an unknown keyword cannot say what another library's option is called here.
+            check_names("DiffusionModel", options, ModelOptions, also=("path",))
+            return super().__new__(cls)
 
     @classmethod
     def from_pretrained(
