@@ -359,6 +359,10 @@ class NativeSession:
         if pointer is not None:
             lib.dg_session_cancel(pointer)
 
+    def clear_cancel(self) -> None:
+        """Forgets a cancel() that met no call."""
+        lib.dg_session_clear_cancel(self._open_pointer())
+
     def stop_when(self, wanted: Callable[[], bool] | None) -> None:
         """From here on calls that compute raise CancelledError as soon as `wanted()` is true, which they ask before
         they begin and every 20 ms; None: never."""
