@@ -132,7 +132,6 @@ def test_what_is_no_prompt_says_what_it_is(model: DiffusionModel, prompt: Any, a
     ("call", "name"),
     [
         (lambda model: model.generate("x", raw="no"), "raw"),
-        (lambda model: model.chat([{"role": "user", "content": "x"}], thinking="no"), "thinking"),
         (lambda model: model.infill("a", "b", heal="no"), "heal"),
         (lambda model: model.infill("a", "b", ends=0), "ends"),
         (lambda model: DiffusionModel(model.path, use_mmap="false"), "use_mmap"),
