@@ -29,6 +29,8 @@ FOREIGN = re.compile(r"\.gguf\"|hf:|from_pretrained|google/")
 OTHERS = {".", "cc", "cmake", "export", "fuzz_open", "gcov", "git", "infill", "pip", "pytest", "python", "python3"}
 OTHERS |= {"run", "ssh"}
 
+FOLDERS = ("benchmarks", "cmake", "convert", "csrc", "docs", "examples", "pydiffgguf", "tests", "tools", "vendor")
+
 
 def of(*languages: str) -> list[CodeBlock]:
     return [block for block in BLOCKS if block.language in languages]
@@ -50,6 +52,49 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_named_files_are_there(page: Path) -> None:
+    """A path in code style that begins with one of the project's folders; what a build makes is not looked for."""
+    if page.name == "CHANGELOG.md":  # it speaks of files that were
+        return
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)[`: ]", text)
+    named += re.findall(r"\bpython ((?:benchmarks|tools|examples)/[\w/]+\.py)", text)
+    named = [name for name in named if not name.endswith(".so")]
+    assert [name for name in named if not (ROOT / name).exists() and not (page.parent / name).exists()] == []
+
+
+def map_of_the_source() -> set[Path]:
+    """The files that docs/ARCHITECTURE.md's map names. A bold folder begins a part; a name without a folder is in that
+    of the part, or of the name before it."""
+    text = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8").split("\n## The map\n")[1].split("\n## ")[0]
+    files: set[Path] = set()
+    part = ROOT
+    for cell in re.findall(r"^\| (.*?) \|", text, re.MULTILINE):
+        if bold := re.fullmatch(r"\*\*(.+?)/?\*\*", cell):
+            part = ROOT / bold[1]
+            continue
+        folder = part
+        for name in re.findall(r"`([\w./]+)`", cell):
+            path = part / name if (part / name).exists() else folder / name
+            assert path.exists(), f"the map's {name} is not in {folder.relative_to(ROOT)}"
+            files.add(path)
+            folder = path.parent
+    return files
+
+
+def test_the_map_has_every_module() -> None:
+    """Every module of csrc, pydiffgguf and convert is in docs/ARCHITECTURE.md, a header with its source."""
+    named = {path.with_suffix("") for path in map_of_the_source()}
+    there = {
+        path.with_suffix("")
+        for folder in ("csrc", "pydiffgguf", "convert")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".cpp", ".h", ".cu", ".py") and path.name != "__init__.py"
+    }
+    assert sorted(str(path.relative_to(ROOT)) for path in there - named) == []
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.page == p for b in of("python"))], ids=page_name)

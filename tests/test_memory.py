@@ -79,8 +79,7 @@ def test_a_full_session_holds_what_was_predicted(model_file: Path, type_kv: str)
 
 
 @pytest.mark.skipif(bool(LOCAL), reason="a server of this build allocates on a GPU")
-@pytest.mark.parametrize("type_kv", ["f16", "q8_0"])
-@pytest.mark.parametrize("offload_kv", [True, False], ids=["whole", "cache on the CPU"])
+@pytest.mark.parametrize(("type_kv", "offload_kv"), [("f16", True), ("q8_0", False)], ids=["whole", "cache on the CPU"])
 def test_a_server_holds_what_was_predicted_and_this_process_what_is_here(
     model_file: Path, type_kv: str, offload_kv: bool
 ) -> None:
