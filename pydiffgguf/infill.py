@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -14,12 +15,14 @@ from pydiffgguf._binding.records import Sampling
 from pydiffgguf._log import logger
 from pydiffgguf.engine.call import Call, OutOfTime, Stream
 from pydiffgguf.engine.core import Engine
-from pydiffgguf.engine.options import Gap
+from pydiffgguf.engine.options import Gap, Until
 from pydiffgguf.errors import CancelledError
 from pydiffgguf.generate import DenoiseStep, FinishReason, Prefill, Stats, encode_prompt
 from pydiffgguf.layout import Layout, check_extra, lay_out, resolve_mode
-from pydiffgguf.search import Draft, Filled, SearchStats, fill_hole
-from pydiffgguf.session import resolve_sampling
+from pydiffgguf.search import Draft, Filled, SearchStats, fill_hole, write_on
+from pydiffgguf.session import Session, resolve_sampling
+from pydiffgguf.text.document import newline_of, plain
+from pydiffgguf.text.joint import complete, is_blank_line, without_indentation, without_repeat
 from pydiffgguf.text.tokenizer import Tokenizer
 
 __all__ = ["Candidate", "Fill", "Infill", "InfillStats", "stream_fill", "stream_infill"]
@@ -136,7 +139,37 @@ class _Options:
     mode: str
     heal: bool
     ends: bool
+    until: Until | None
     sampling: Sampling
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The text around a gap as the model reads it, lines ended by a newline alone; and what they end with in truth.
+    `open_end`: nothing follows that would say how long the gap is."""
+
+    prefix: str
+    suffix: str
+    newline: str
+    open_end: bool = False
+
+    @classmethod
+    def of(cls, prefix: str, suffix: str, newline: str | None = None, open_end: bool = False) -> _Place:
+        """`newline`: None for the most frequent one around the gap."""
+        return cls(plain(prefix), plain(suffix), newline or newline_of(prefix + suffix), open_end)
+
+    def with_line_ends(self, text: str) -> str:
+        return text if self.newline == "\n" else text.replace("\n", self.newline)
+
+    def finished(self, text: str, options: _Options) -> str:
+        """A filling as it goes into the document."""
+        text = plain(text)
+        if options.until is not None:
+            text = text[: complete(self.prefix, text, options.until)]
+        if options.gap == "auto":
+            text = without_indentation(self.prefix, text)
+            text = without_repeat(self.prefix, text, self.suffix)
+        return self.with_line_ends(text)
 
 
 def _check(engine: Engine, options: Mapping[str, Any]) -> tuple[_Options, Call]:
@@ -154,6 +187,11 @@ def _check(engine: Engine, options: Mapping[str, Any]) -> tuple[_Options, Call]:
         raise ValueError(f"min_gap is {min_gap}: it must be at most max_gap, {max_gap}")
     if not isinstance(gap, str) and min_gap > gap:
         raise ValueError(f"min_gap is {min_gap}, but the gap is to have {gap} tokens: leave it out, or give gap='auto'")
+    until = options.get("until")
+    if until not in (None, "line", "block", "end"):
+        raise ValueError(f"until is {until!r}: it must be 'line', 'block' or 'end'")
+    if until is not None and gap != "auto":
+        raise ValueError(f"until is {until!r}, but the gap is to have {gap} tokens: leave one of them out")
     sampling, limit = resolve_sampling(engine.sampling, options)
     file_mode, has_template = engine.native.metadata.get("diffusion.infill_mode"), bool(engine.prompts.template)
     checked = _Options(
@@ -166,6 +204,7 @@ def _check(engine: Engine, options: Mapping[str, Any]) -> tuple[_Options, Call]:
         mode=resolve_mode(options.get("mode", "auto"), file_mode, has_template),
         heal=flag("heal", options.get("heal", True)),
         ends=flag("ends", options.get("ends", True)),
+        until=until,
         sampling=sampling,
     )
     return checked, Call(options.get("cancel"), limit)
@@ -183,19 +222,18 @@ def stream_infill(
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a str, not {type(text).__name__}")
     checked, call = _check(engine, options)
-    if not suffix and checked.gap == "auto":
-        raise ValueError(
-            "the suffix is empty, so nothing tells how long the gap is: give gap=N, or use generate(prefix, raw=True)"
-        )
-    layout = _lay_out(engine, prefix, suffix, checked)
-    return Stream(_one(engine, layout, checked, call), call)
+    if checked.until is not None and suffix.strip():
+        raise ValueError("until is for the end of a text: where a suffix follows, it says where the gap ends")
+    place = _Place.of(prefix, suffix, open_end=checked.gap == "auto" and (not suffix or checked.until is not None))
+    layout = _lay_out(engine, place, checked)
+    return Stream(_one(engine, place, layout, checked, call), call)
 
 
-def _lay_out(engine: Engine, prefix: str, suffix: str, options: _Options, later: Sequence[int] = ()) -> Layout:
-    return lay_out(
+def _lay_out(engine: Engine, place: _Place, options: _Options, later: Sequence[int] = ()) -> Layout:
+    layout = lay_out(
         engine.tokenizer,
-        prefix,
-        suffix,
+        place.prefix,
+        "" if place.open_end else place.suffix,
         gap=options.gap,
         min_gap=options.min_gap,
         max_gap=options.max_gap,
@@ -205,19 +243,35 @@ def _lay_out(engine: Engine, prefix: str, suffix: str, options: _Options, later:
         n_ctx=engine.n_ctx,
         chat=engine.prompts.turn if options.mode == "chat" else None,
         later=later,
-        ends=options.ends,
+        ends=options.ends and not place.open_end,
     )
+    if options.gap != "auto" or not is_blank_line(place.prefix):
+        return layout
+    # White space alone is no answer on a line that holds nothing else.
+    blank = _Blank(engine.tokenizer, layout.head_text)
+    return replace(layout, hole=replace(layout.hole, refused=blank))
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """Whether a filling is white space alone."""
+
+    tokenizer: Tokenizer
+    head_text: str
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        return not self.tokenizer.decode(tokens, skip_special=True)[len(self.head_text) :].strip()
 
 
 def _one(
-    engine: Engine, layout: Layout, options: _Options, call: Call
+    engine: Engine, place: _Place, layout: Layout, options: _Options, call: Call
 ) -> Generator[Prefill | DenoiseStep, None, Infill]:
     call.begin()
-    return (yield from _run(engine, layout, options, call))
+    return (yield from _run(engine, place, layout, options, call))
 
 
 def _run(
-    engine: Engine, layout: Layout, options: _Options, call: Call
+    engine: Engine, place: _Place, layout: Layout, options: _Options, call: Call
 ) -> Generator[Prefill | DenoiseStep, None, Infill]:
     tokenizer = engine.tokenizer
     cost = Stats(seed=options.seed, prompt_tokens=len(layout.prompt))
@@ -228,27 +282,17 @@ def _run(
 
     def show(draft: Draft) -> DenoiseStep:
         nonlocal last
-        event = _event(tokenizer, layout, draft, call)
+        event = _event(tokenizer, place, layout, draft, call)
         last = event.text
         return event
 
     try:
         with engine.pool.take(layout.prompt, call) as session:
             yield from encode_prompt(session, layout.prompt, cost, call)
-            drafts = fill_hole(
-                session,
-                layout.hole,
-                gap=options.gap,
-                min_gap=options.min_gap,
-                max_gap=options.max_gap,
-                n=options.n,
-                sampling=options.sampling,
-                stats=stats.search,
-                seed=options.seed,
-                deadline=call.deadline,
-            )
+            drafts = _drafts(engine, session, place, layout, options, stats.search, call)
             with closing(drafts):  # before the session goes back to the pool
-                found = yield from _shown(drafts, show)
+                found, whole = yield from _shown(drafts, show)
+                reason = "stop" if whole else "length"
     except CancelledError:
         reason = "cancelled"
     except OutOfTime:
@@ -261,25 +305,74 @@ def _run(
     logger.debug("infilled: %s, %s", reason, stats)
     by_text: dict[str, Candidate] = {}  # other tokens may read the same: a word as typed and healed, say
     for filled in found:
-        candidate = _candidate(tokenizer, layout, filled)
+        candidate = _candidate(tokenizer, place, layout, filled, options)
         by_text.setdefault(candidate.text, candidate)
     candidates = list(by_text.values())
     best = candidates[0] if candidates else Candidate(last, 0, float("-inf"), 0.0, False)
     return Infill(best.text, best.gap_tokens, best.score, candidates, reason, stats)
 
 
+def _drafts(
+    engine: Engine,
+    session: Session,
+    place: _Place,
+    layout: Layout,
+    options: _Options,
+    stats: SearchStats,
+    call: Call,
+) -> Generator[Draft, None, tuple[list[Filled], bool]]:
+    """The fillings, best first, and whether the best is whole: a text without a suffix may not have come to its end."""
+    if not place.open_end:
+        found = yield from fill_hole(
+            session,
+            layout.hole,
+            gap=options.gap,
+            min_gap=max(options.min_gap, int(is_blank_line(place.prefix))),
+            max_gap=options.max_gap,
+            n=options.n,
+            sampling=options.sampling,
+            stats=stats,
+            seed=options.seed,
+            deadline=call.deadline,
+        )
+        return found, True
+
+    def enough(tokens: Sequence[int]) -> int | None:
+        text = _text(engine.tokenizer, layout, tokens)
+        n = complete(place.prefix, text, options.until or "end")
+        if n is None:
+            return None
+        characters = len(layout.head_text) + n
+        read = engine.tokenizer.decode
+        return bisect.bisect_left(range(len(tokens)), characters, key=lambda i: len(read(tokens[:i], True)))
+
+    return (
+        yield from write_on(
+            session,
+            layout.hole,
+            max_gap=options.max_gap,
+            sampling=options.sampling,
+            stats=stats,
+            enough=enough,
+            n=options.n,
+            seed=options.seed,
+            deadline=call.deadline,
+        )
+    )
+
+
 def _shown(
-    drafts: Generator[Draft, None, list[Filled]], show: Callable[[Draft], DenoiseStep]
-) -> Generator[DenoiseStep, None, list[Filled]]:
+    drafts: Generator[Draft, None, tuple[list[Filled], bool]], show: Callable[[Draft], DenoiseStep]
+) -> Generator[DenoiseStep, None, tuple[list[Filled], bool]]:
     """The drafts as events, and what they come to."""
-    found: list[Filled] = []
+    results: list[tuple[list[Filled], bool]] = []
 
     def whole() -> Generator[Draft, None, None]:
-        found.extend((yield from drafts))
+        results.append((yield from drafts))
 
     for draft in whole():
         yield show(draft)
-    return found
+    return results[0]
 
 
 def _text(tokenizer: Tokenizer, layout: Layout, tokens: Sequence[int]) -> str:
@@ -287,12 +380,12 @@ def _text(tokenizer: Tokenizer, layout: Layout, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, skip_special=True)[len(layout.head_text) :]
 
 
-def _candidate(tokenizer: Tokenizer, layout: Layout, filled: Filled) -> Candidate:
-    text = _text(tokenizer, layout, filled.tokens)
+def _candidate(tokenizer: Tokenizer, place: _Place, layout: Layout, filled: Filled, options: _Options) -> Candidate:
+    text = place.finished(_text(tokenizer, layout, filled.tokens), options)
     return Candidate(text, filled.gap_tokens, filled.score, filled.confidence, filled.healed)
 
 
-def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, call: Call) -> DenoiseStep:
+def _event(tokenizer: Tokenizer, place: _Place, layout: Layout, draft: Draft, call: Call) -> DenoiseStep:
     step = draft.step
     return DenoiseStep(
         draft.canvas,
@@ -301,7 +394,7 @@ def _event(tokenizer: Tokenizer, layout: Layout, draft: Draft, call: Call) -> De
         step.argmax,
         step.accepted,
         step.entropy,
-        _text(tokenizer, layout, draft.tokens),
+        place.with_line_ends(_text(tokenizer, layout, draft.tokens)),
         call.elapsed_s,
         draft.pinned,
     )
@@ -380,8 +473,6 @@ def stream_fill(engine: Engine, template: str, options: Mapping[str, Any]) -> St
     """
     checked, call = _check(engine, {**options, "gap": "auto", "n": 1})
     markers = parse_template(template, checked.min_gap, checked.max_gap)
-    if not template[markers[-1].end :] and markers[-1].gap == "auto":
-        raise ValueError("the template ends with a gap, so nothing tells how long it is: write <gap len=N/>")
     return Stream(_fill(engine, template, markers, checked, call), call)
 
 
@@ -400,10 +491,12 @@ def _fill(
         later: list[int] = []
         for here, after in pairwise(following):
             assert here is not None  # the last one alone is
-            between = literal(template[here.end : after.start if after else None])
+            between = plain(literal(template[here.end : after.start if after else None]))
             later += [-1] * here.nominal + encode(between, special=False)
         mine = replace(options, gap=marker.gap, min_gap=marker.min_gap, max_gap=marker.max_gap)
-        infill = yield from _run(engine, _lay_out(engine, text, suffix, mine, later), mine, call)
+        open_end = marker.gap == "auto" and not template[marker.end :]
+        place = _Place.of(text, suffix, newline_of(template), open_end)
+        infill = yield from _run(engine, place, _lay_out(engine, place, mine, later), mine, call)
         costs.append(infill.stats)
         if infill.finish_reason != "stop":
             reason = infill.finish_reason

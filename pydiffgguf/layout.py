@@ -27,6 +27,9 @@ MOST_HEAD = 4
 #: Tokens of the prefix that open the answer in the chat form.
 CHAT_TAIL = 64
 SEPARATOR = "\n\n"
+#: How much of a long text is looked at first: more characters than n_ctx tokens have in most texts, and no less than
+#: what takes little time (32,000 characters without a space: 0.1 s).
+CHARACTERS_PER_ID, CHARACTERS = 6, 2**15
 
 #: A trailing space belongs to the token of the word behind it: left in the cache, it keeps that token from being used.
 _LAST_WORD = re.compile(r"(?:\w+|[ \t]+)\Z")
@@ -94,6 +97,24 @@ def split_head(
     return nothing
 
 
+def _near(tokenizer: Tokenizer, text: str, n_ctx: int, at_end: bool) -> tuple[str, list[int], int]:
+    """(the end or the beginning of a text, its ids, about how many ids the rest has): all of it, or else more than
+    n_ctx ids. Ids of two megabytes without a line end would take half a minute, and n_ctx has no room for them."""
+    size = max(CHARACTERS_PER_ID * n_ctx, CHARACTERS)
+    while True:
+        step = size // 4
+        part = text
+        if len(text) > size + step:
+            # A beginning that moves in large steps: the next keystrokes find the same one in the cache.
+            first = (len(text) - size) // step * step if at_end else 0
+            line = text.find("\n", first, first + step) + 1 if at_end else 0
+            part = text[line or first :] if at_end else text[:size]
+        ids = tokenizer.encode(part, special=False)
+        if len(part) == len(text) or len(ids) > n_ctx:
+            return part, ids, round(len(ids) / max(1, len(part)) * (len(text) - len(part)))
+        size *= 2
+
+
 def chat_message(prefix: str, suffix: str, extra: Sequence[tuple[str, str]]) -> str:
     """The user's turn of the chat form."""
     marker = "[MISSING]"
@@ -140,8 +161,18 @@ def lay_out(
         ValueError: an empty prefix, and no bos token to stand in its place.
     """
     start = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
-    before = tokenizer.encode(prefix, special=False)
-    behind = tokenizer.encode(suffix, special=False)
+    prefix, before, dropped = _near(tokenizer, prefix, n_ctx, at_end=True)
+    suffix, behind, dropped_behind = _near(tokenizer, suffix, n_ctx, at_end=False)
+    dropped += dropped_behind
+    others: list[tuple[str, str]] = []
+    files: list[list[int]] = []
+    for name, text in extra:
+        _, ids, more = _near(tokenizer, f"{name}:\n{text}{SEPARATOR}", n_ctx, at_end=False)
+        if len(ids) > n_ctx:
+            dropped += len(ids) + more
+        else:
+            others.append((name, text))
+            files.append(ids)
     before, head, healed, head_text = split_head(tokenizer, prefix, before, min(MOST_HEAD, canvas // 4) if heal else 0)
     if not start and not before and not chat:
         if not head:
@@ -163,7 +194,7 @@ def lay_out(
             "larger n_ctx"
         )
     if chat is not None:
-        return _chat_layout(tokenizer, prefix, suffix, before, hole, head_text, extra, chat, room)
+        return _chat_layout(tokenizer, prefix, suffix, before, hole, head_text, others, chat, room, dropped)
 
     # The suffix behind the shortest gap does not fit onto the canvas: what is behind the longest gap's part is quoted.
     # It is the same for every keystroke in the prefix, so the cache keeps it.
@@ -173,7 +204,6 @@ def lay_out(
         near = max(suffix_rows(canvas), canvas - MOST_HEAD - longest)
         far = behind[near:]
     separator = tokenizer.encode(SEPARATOR, special=False)
-    files = [tokenizer.encode(f"{name}:\n{text}{SEPARATOR}", special=False) for name, text in extra]
     quoted = [*far, *separator] if far else []
     whole = sum(map(len, files)) + len(quoted) + len(before)
     # What is farthest from the gap goes first: other files, the suffix's end, the prefix's beginning.
@@ -188,7 +218,7 @@ def lay_out(
         over = len(quoted) + len(before) - room
         before = before[min(len(before) - 1, -(-over // canvas) * canvas) :]
     prompt = [*(id_ for ids in files for id_ in ids), *quoted, *before]
-    return Layout([*start, *prompt], hole, head_text, whole - len(prompt))
+    return Layout([*start, *prompt], hole, head_text, dropped + whole - len(prompt))
 
 
 def _chat_layout(
@@ -201,11 +231,11 @@ def _chat_layout(
     extra: Sequence[tuple[str, str]],
     chat: Callable[[str], list[int]],
     room: int,
+    dropped: int,
 ) -> Layout:
     """The file goes into the user's turn; other files are left out first, then both ends of this one."""
     tail = before[-CHAT_TAIL:]
     files, head, rear = list(extra), prefix, suffix
-    dropped = 0
     while True:
         prompt = [*chat(chat_message(head, rear, files)), *tail]
         over = len(prompt) - room

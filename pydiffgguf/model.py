@@ -377,9 +377,13 @@ class DiffusionModel:
         gap and suffix stand on the canvas. docs/INFILL.md says what happens.
 
         Args:
-            prefix, suffix: the text around the gap. Never changed; markup in it stays text.
+            prefix, suffix: the text around the gap. Never changed; markup in it stays text. Either may be empty. The
+                result has the line ends that most of the lines around it have.
             gap: tokens of the gap, or "auto" (the default): lengths from `min_gap` (0) to `max_gap` (128) are tried,
-                and the causal pass over the fillings chooses.
+                and the causal pass over the fillings chooses. With an empty suffix the text goes on to its end.
+            until: where a text without a suffix ends: "line", "block" (before the first line with less indentation, or
+                the first empty line of a text that has none), or "end" (the default), where the model ends it; after
+                `max_gap` tokens at the latest, with finish_reason "length".
             n: how many ranked candidates are wanted (1); there may be fewer, as none has the text of another.
             extra: (name, text) of other files, put before the prefix.
             seed: keys all draws (0); None or -1: a fresh one.
@@ -393,7 +397,7 @@ class DiffusionModel:
             options: also `generate`'s sampling options; `time_limit_s` returns the best so far.
 
         Raises:
-            ValueError, TypeError: a gap of 0, an empty suffix with gap="auto", an option out of range or unknown.
+            ValueError, TypeError: a gap of 0, an option out of range or unknown, `until` where a suffix follows.
             ContextOverflowError: what cannot fit n_ctx, however much context is left out.
             UnsupportedError: the file holds no tokenizer.
         """
@@ -421,8 +425,8 @@ class DiffusionModel:
 
         The options are those of `infill`; `min_gap` and `max_gap` hold where a marker says nothing.
 
-        Raises ValueError for a template without a gap, one that ends with a gap of unknown length, two gaps that touch,
-        an attribute that is unknown or contradicts another; and what `infill` raises.
+        Raises ValueError for a template without a gap, two gaps that touch, an attribute that is unknown or contradicts
+        another; and what `infill` raises.
         """
         return drain(self._fill("fill", template, options))
 

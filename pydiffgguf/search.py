@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from pydiffgguf.engine.options import Gap
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
-__all__ = ["Draft", "Filled", "Hole", "SearchStats", "fill_hole", "suffix_rows"]
+__all__ = ["Draft", "Filled", "Hole", "SearchStats", "fill_hole", "suffix_rows", "write_on"]
 
 #: Rows of suffix behind a gap whose length is being looked for, and tokens of it that the causal pass judges. More cost
 #: more and tell no more: the suffix's first words say whether the gap joins.
@@ -53,12 +53,14 @@ class Hole:
 
     `head`: ids between the session's prefix and the gap, pinned. `healed`: ids that may stand in place of all of
     `head`, as the gap's first token; empty: none. `suffix`: the ids that follow, as many as there are or may be of use,
-    -1 for a row that a later gap leaves free. `end_ids`: ids that end a text, which therefore never stand in a gap."""
+    -1 for a row that a later gap leaves free. `end_ids`: ids that end a text, which therefore never stand in a gap.
+    `refused`: told a filling's tokens, whether any other one is better."""
 
     suffix: Sequence[int]
     head: Sequence[int] = ()
     healed: Sequence[int] = ()
     end_ids: frozenset[int] = frozenset()
+    refused: Callable[[Sequence[int]], bool] = field(default=lambda tokens: False, compare=False)
 
     @property
     def known_suffix(self) -> list[int]:
@@ -303,7 +305,7 @@ class _Search:
 
     def judge(self, states: Sequence[_State]) -> list[Filled]:
         """Scores fillings by the causal pass over them and the suffix's first tokens. Greatest first; of equal texts
-        the better one stays; those that hold an end token are left out, unless all do."""
+        the better one stays; those that hold an end token, or that the hole refuses, are left out, unless all are."""
         began = time.monotonic()
         most = self.session.config.canvas_length
         known = self.hole.known_suffix
@@ -318,7 +320,31 @@ class _Search:
             if twin is None or filled.score > twin.score:
                 best[tuple(filled.tokens)] = filled
         ranked = sorted(best.values(), key=lambda filled: -filled.score)
-        return [filled for filled in ranked if self.hole.end_ids.isdisjoint(filled.tokens)] or ranked
+        fit = [filled for filled in ranked if self.hole.end_ids.isdisjoint(filled.tokens)] or ranked
+        return [filled for filled in fit if not self.hole.refused(filled.tokens)] or fit
+
+    def judge_open(
+        self, states: Sequence[_State], enough: Callable[[Sequence[int]], int | None]
+    ) -> list[tuple[Filled, bool]]:
+        """Texts that nothing follows, each up to its end where it has one, and whether it has; best first."""
+        cut: list[tuple[_State, list[int], bool]] = []
+        for state in states:
+            tokens = list(itertools.takewhile(lambda id_: id_ not in self.hole.end_ids, state.tokens))
+            n = enough([*self.before, *tokens])
+            ended = n is not None or len(tokens) < len(state.tokens)
+            cut.append((state, tokens if n is None else tokens[: max(0, n - len(self.before))], ended))
+        began = time.monotonic()
+        scores = iter(self.session.score([tokens for _, tokens, _ in cut if tokens]))
+        self.stats.score_s += time.monotonic() - began
+        found: list[tuple[bool, float, Filled, bool]] = []
+        for state, tokens, ended in cut:
+            logprobs = next(scores) if tokens else np.zeros(0)
+            filled = self.filled(state, logprobs)
+            filled = replace(filled, tokens=tokens, gap_tokens=max(0, len(tokens) - state.candidate.start))
+            mean = float(logprobs.mean()) if tokens else -np.inf
+            found.append((self.hole.refused([*self.before, *tokens]), -mean, filled, ended))
+        found.sort(key=lambda one: one[:2])
+        return [(filled, ended) for _, _, filled, ended in found]
 
     def filled(self, state: _State, logprobs: Float64Array) -> Filled:
         c = state.candidate
@@ -476,6 +502,49 @@ def _beyond_one_canvas(search: _Search, least: int, most: int, n: int) -> Genera
     finally:
         session.truncate(kept)
     return [_joined([first, filled]) for filled in found]
+
+
+def write_on(
+    session: Session,
+    hole: Hole,
+    *,
+    max_gap: int,
+    sampling: Sampling,
+    stats: SearchStats,
+    enough: Callable[[Sequence[int]], int | None],
+    n: int = 1,
+    seed: int = 0,
+    deadline: float | None = None,
+) -> Generator[Draft, None, tuple[list[Filled], bool]]:
+    """Writes on behind the session's prefix and the hole's head, where no suffix says how long: canvas after canvas, up
+    to an end token, to where it is enough, or to `max_gap` tokens. The prefix is as it was afterwards.
+
+    Args:
+        enough: told the tokens so far, the head's among them: how many of them count where they are complete, None
+            while they are not.
+        n: how many different fillings are wanted; a text of several canvases has one.
+
+    Returns fillings, best first, by their mean score for a token; and whether the best came to its end.
+    """
+    search = _Search(session, replace(hole, suffix=()), sampling, seed, deadline, stats)
+    canvas, kept = session.config.canvas_length, session.n_past
+    done: list[Filled] = []
+    try:
+        while True:
+            left = max_gap - sum(filled.gap_tokens for filled in done)
+            length = min(canvas - len(search.hole.head), left)
+            states = yield from search.finish(search.forms(length, draws=1 if done else n))
+            ranked = search.judge_open(states, enough)
+            best, ended = ranked[0]
+            whole = [*done, best]
+            room = session.n_past + len(best.tokens) + canvas <= session.n_ctx
+            if ended or best.gap_tokens >= left or not room or search.late():
+                return [_joined(whole)] if done else [filled for filled, _ in ranked[:n]], ended
+            session.encode(best.tokens)
+            search = search.following(best.tokens)
+            done = whole
+    finally:
+        session.truncate(kept)
 
 
 def _no_room(session: Session, hole: Hole, gap: int) -> ContextOverflowError:

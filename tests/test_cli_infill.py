@@ -193,11 +193,11 @@ def test_options_reach_the_library(
         ("FILE --at 0", "--at: line 0 is not in FILE: lines are from 1 to 3"),
         ("FILE --at 2:15", "--at: column 15 is not in line 2 of FILE: columns are from 1 to 14"),
         ("FILE --at 2:0", "--at: column 0 is not in line 2 of FILE: columns are from 1 to 14"),
-        ("FILE --at 3", "nothing stands behind the gap, so its length cannot be found: give --gap N"),
-        ("--template a<gap/>", "nothing stands behind the gap, so its length cannot be found: give --gap N"),
+        ("FILE --at 1:4 --until line", "--until says where a text ends that nothing follows"),
+        ("--template a<gap/>b<gap/> --until line", "--until says where a text ends that nothing follows"),
+        ("FILE --at 3 --gap 3 --until line", "--until and --gap N both say how long the gap is"),
         ("--template a", "--template: the template has no gap: mark it with <gap/>"),
         ("--template <gap/><gap/>b", "--template: two gaps stand side by side"),
-        ("--template a<gap/>b<gap/>", "the template ends with a gap, so its length cannot be found: write"),
         ("--template a<gap/>b<gap/>c --gap 2", "--gap is for one gap, and the template has several"),
         ("--template a<gap/>b<gap/>c -n 2", "-n ranks the fillings of one gap, and the template has several"),
         ("--template a<gap$len=3/>b --gap 2", "the template says that its gap has 3 tokens: leave out --gap"),
@@ -409,13 +409,14 @@ def test_a_file_that_changed_meanwhile_is_left(file: Path) -> None:
         (b"ab\r\ncd\r\n", "2:2", "ab\nc", b"ab\r\ncx\r\nyd\r\n"),
         (b"ab\r\ncd\r\n", "3", "ab\ncd\n", b"ab\r\ncd\r\nx\r\ny"),
         (b"ab\r\ncd\nef\n", "3:1", "ab\ncd\n", b"ab\r\ncd\nx\nyef\n"),
-        (b"a\rb\n", "1", "a\rb", b"a\rbx\ny\n"),
+        (b"a\rb\n", "1", "a", b"ax\ny\rb\n"),
+        (b"a\rb\rc", "2", "a\nb", b"a\rbx\ry\rc"),
         ("é日\U0001f600z\n".encode(), "1:4", "é日\U0001f600", "é日\U0001f600x\nyz\n".encode()),
         (b"\xef\xbb\xbfab\n", "1:1", "", b"\xef\xbb\xbfx\nyab\n"),
     ],
 )
 def test_positions(tmp_path: Path, data: bytes, position: str, prefix: str, inserted: bytes) -> None:
-    """Characters from 1; a CRLF is one line end, a byte order mark no character."""
+    """Characters from 1; a CRLF or a lone CR is one line end, a byte order mark no character."""
     path = tmp_path / "file"
     path.write_bytes(data)
     document = Document(str(path))

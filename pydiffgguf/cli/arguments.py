@@ -185,6 +185,11 @@ def _add_infill(subparsers: Any) -> None:
     group.add_argument("--gap", type=gap, metavar="N|auto", help="its length in tokens (auto: lengths are tried)")
     group.add_argument("--min-gap", type=at_least(0), metavar="N", help="shortest that auto tries (0)")
     group.add_argument("--max-gap", type=at_least(1), metavar="N", help="longest that auto tries (128)")
+    group.add_argument(
+        "--until",
+        choices=("line", "block", "end"),
+        help="at the end of a text: stop with the line, with the block of lines, or where the model ends it (end)",
+    )
     group.add_argument("--mode", choices=("auto", "raw", "chat"), help="a document, or a request in the chat template")
     group.add_argument("--no-heal", action="store_true", help="do not go on with the prefix's last, unfinished word")
     group.add_argument("--extra", action="append", metavar="FILE", help="another file to know; may be given repeatedly")

@@ -125,8 +125,10 @@ def infill(args: argparse.Namespace) -> int:
             parts = (Document(args.prefix_file).text, Document(args.suffix_file).text)
     if args.extra:
         options["extra"] = [(path, Document(path).text) for path in args.extra]
-    if parts is not None and not parts[1] and options.get("gap", "auto") == "auto":
-        args.command.error("nothing stands behind the gap, so its length cannot be found: give --gap N")
+    if args.until is not None:
+        if parts is None or parts[1].strip():
+            args.command.error("--until says where a text ends that nothing follows, and here a text follows the gap")
+        options["until"] = args.until
     with open_model(args) as model:
         if parts is None:
             return fill_template(model, args.template, **output, options=options)
@@ -177,6 +179,8 @@ def _check_infill(args: argparse.Namespace) -> None:
         error(f"--min-gap {least} is more than --max-gap {most}: give a --max-gap of at least {least}")
     if isinstance(args.gap, int) and (args.min_gap is not None or args.max_gap is not None):
         error("--min-gap and --max-gap bound a gap of unknown length: leave them out, or give --gap auto")
+    if isinstance(args.gap, int) and args.until is not None:
+        error("--until and --gap N both say how long the gap is: leave one of them out")
 
 
 def _template_parts(args: argparse.Namespace) -> tuple[tuple[str, str] | None, dict[str, Any]]:
@@ -192,9 +196,6 @@ def _template_parts(args: argparse.Namespace) -> tuple[tuple[str, str] | None, d
             args.command.error("--gap is for one gap, and the template has several: write <gap len=N/> there")
         if args.n is not None:
             args.command.error("-n ranks the fillings of one gap, and the template has several: leave it out")
-        last = markers[-1]
-        if last.gap == "auto" and last.end == len(args.template):
-            args.command.error("the template ends with a gap, so its length cannot be found: write <gap len=N/>")
         return None, {}
     (marker,) = markers
     if marker.gap != "auto" and args.gap is not None:

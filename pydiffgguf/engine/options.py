@@ -28,6 +28,7 @@ __all__ = [
     "SamplerName",
     "SamplingOptions",
     "SessionOptions",
+    "Until",
     "check_names",
 ]
 
@@ -36,6 +37,9 @@ Prompt: TypeAlias = str | Sequence[int]
 
 #: Tokens of a gap, or "auto": to be found.
 Gap: TypeAlias = int | Literal["auto"]
+
+#: Where a text that nothing follows ends: with its line, with its block of lines, or where the model ends it.
+Until: TypeAlias = Literal["line", "block", "end"]
 
 #: How a gap is put to the model; "auto" goes by the file.
 InfillMode: TypeAlias = Literal["auto", "raw", "chat"]
@@ -142,6 +146,7 @@ class InfillOptions(FillOptions, total=False):
 
     gap: Gap
     n: int
+    until: Until | None
 
 
 class SessionOptions(TypedDict, total=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -12,8 +13,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Literal, TypeAlias
 
-__all__ = ["Document", "Position", "decode", "read_bytes"]
+from pydiffgguf._arguments import integer
+
+__all__ = [
+    "Document",
+    "Position",
+    "Unit",
+    "decode",
+    "from_units",
+    "newline_of",
+    "plain",
+    "read_bytes",
+    "to_units",
+]
+
+#: What a place in a text is counted in: Python's characters, the bytes of a file, or the units of editors that are
+#: written in JavaScript or Java and of the language server protocol.
+Unit: TypeAlias = Literal["characters", "utf-8", "utf-16"]
 
 BOM = b"\xef\xbb\xbf"
 
@@ -64,9 +82,9 @@ class Document:
         self.path = path
         self.name, self._data = read_bytes(path)
         self._raw = decode(self.name, self._data).removeprefix("\ufeff")
-        self.text = _plain(self._raw)
+        self.text = plain(self._raw)
         #: What ends most lines, and will end those of an insertion.
-        self.newline = "\r\n" if 2 * self._raw.count("\r\n") > self._raw.count("\n") else "\n"
+        self.newline = newline_of(self._raw)
 
     def offset(self, position: Position) -> int:
         """Characters of `text` before a position. Raises ValueError with the range for one outside of the file."""
@@ -80,6 +98,15 @@ class Document:
                 f"column {column} is not in line {position.line} of {self.name}: columns are from 1 to {length + 1}"
             )
         return sum(len(line) + 1 for line in lines[: position.line - 1]) + column - 1
+
+    def offset_at(self, n: int, unit: Unit = "characters") -> int:
+        """Characters of `text` before a place that an editor gives: counted in the file as it is, line ends with all
+        their characters, without the byte order mark. Raises ValueError for a place outside of the file, within a
+        character, or an unknown unit."""
+        at = from_units(self._raw, n, unit)
+        if self._raw[max(0, at - 1) : at + 1] == "\r\n":
+            at -= 1
+        return len(plain(self._raw[:at]))
 
     def check_writable(self) -> None:
         """Raises OSError or ValueError for all that would keep `insert` and `write` from writing, as far as it can be
@@ -108,30 +135,30 @@ class Document:
     def write(self, text: str) -> None:
         """Writes the file so that it reads as `text`. Line ends outside of what differs stay as they are; the rest is
         as for `insert`."""
-        old, new = self.text, _plain(text)
+        old, new = self.text, plain(text)
         begin = _common(old, new)
         end = _common(reversed(old[begin:]), reversed(new[begin:]))
         self._splice(begin, len(old) - end, new[begin : len(new) - end])
 
     def _splice(self, begin: int, end: int, text: str) -> None:
         self._check_unchanged()
-        raw = self._raw[: self._raw_offset(begin)] + _plain(text).replace("\n", self.newline)
+        raw = self._raw[: self._raw_offset(begin)] + plain(text).replace("\n", self.newline)
         raw += self._raw[self._raw_offset(end) :]
         data = (BOM if self._data.startswith(BOM) else b"") + raw.encode("utf-8")
         try:
             _replace(Path(self.path), data)
         except OSError as error:  # its file name is that of a temporary file, which nobody knows
             raise OSError(error.errno, error.strerror, self.path) from error
-        self._data, self._raw, self.text = data, raw, _plain(raw)
+        self._data, self._raw, self.text = data, raw, plain(raw)
 
     def _check_unchanged(self) -> None:
         if read_bytes(self.path)[1] != self._data:
             raise ValueError(f"{self.name} has changed since it was read: nothing is written")
 
     def _raw_offset(self, offset: int) -> int:
-        # Every line end before the offset may be a character longer in the file.
-        line, column = self.text.count("\n", 0, offset), offset - (self.text.rfind("\n", 0, offset) + 1)
-        return sum(len(part) + 1 for part in self._raw.split("\n")[:line]) + column
+        # A line end of two characters is one in the text.
+        longer = (match.start() - i for i, match in enumerate(re.finditer("\r\n", self._raw)))
+        return offset + sum(1 for _ in takewhile(lambda place: place < offset, longer))
 
 
 def _common(a: Iterable[str], b: Iterable[str]) -> int:
@@ -139,8 +166,44 @@ def _common(a: Iterable[str], b: Iterable[str]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def _plain(text: str) -> str:
-    return text.replace("\r\n", "\n")
+def plain(text: str) -> str:
+    """A text with every line ended by a newline alone, as models have seen them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def newline_of(text: str) -> str:
+    """What ends most of a text's lines."""
+    both = text.count("\r\n")
+    counts = {"\n": text.count("\n") - both, "\r\n": both, "\r": text.count("\r") - both}
+    return max(counts, key=lambda newline: counts[newline])
+
+
+def from_units(text: str, n: int, unit: Unit) -> int:
+    """Characters of a text before a place that is counted in other units.
+
+    Raises ValueError for an unknown unit, a place outside of the text, and one within a character.
+    """
+    whole = to_units(text, len(text), unit)
+    if not 0 <= integer("the offset", n, -(2**63), 2**63) <= whole:
+        raise ValueError(f"the offset is {n}: it must be from 0 to {whole} in {unit}")
+    if unit == "characters":
+        return n
+    raw = text.encode("utf-8" if unit == "utf-8" else "utf-16-le")
+    try:
+        return len(raw[: n * len(raw) // max(1, whole)].decode("utf-8" if unit == "utf-8" else "utf-16-le"))
+    except UnicodeDecodeError:
+        raise ValueError(f"the offset is {n} in {unit}: that is within a character") from None
+
+
+def to_units(text: str, offset: int, unit: Unit) -> int:
+    """A place after so many characters, counted in other units. Raises ValueError for an unknown unit."""
+    if unit == "characters":
+        return len(text[:offset])
+    if unit == "utf-8":
+        return len(text[:offset].encode("utf-8"))
+    if unit == "utf-16":
+        return len(text[:offset].encode("utf-16-le")) // 2
+    raise ValueError(f"unit is {unit!r}: it must be 'characters', 'utf-8' or 'utf-16'")
 
 
 def _replace(path: Path, data: bytes) -> None:
