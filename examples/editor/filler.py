@@ -14,11 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydiffgguf import Block, DenoiseStep, DiffusionModel, Event, Generation, Infill, Stream
+from pydiffgguf import DenoiseStep, DiffusionModel
 
 __all__ = ["Draft", "Failed", "Filled", "Filler", "Message", "Opened", "Piece"]
 
-#: Text behind the last character has no suffix that could tell its end: so many tokens are written there.
+#: Behind the last character nothing says how long the text is to be: this many tokens at most are written there.
 TOKENS_AT_THE_END = 64
 
 
@@ -131,24 +131,15 @@ class Filler:
 
     def _fill(self, model: DiffusionModel, job: _Job) -> None:
         began = time.monotonic()
-        stream: Stream[Event, Infill | Generation]
-        if job.suffix:
-            stream = model.stream_infill(job.prefix, job.suffix, cancel=job.cancelled)
-        else:
-            stream = model.stream(job.prefix, raw=True, max_tokens=TOKENS_AT_THE_END, cancel=job.cancelled)
-        before = ""  # text of finished canvases
+        longest = 128 if job.suffix else TOKENS_AT_THE_END
+        stream = model.stream_infill(job.prefix, job.suffix, max_gap=longest, cancel=job.cancelled)
         for event in stream:
-            if isinstance(event, Block):
-                before += event.text
-            elif isinstance(event, DenoiseStep):
-                pieces = [Piece(before, False), *_pieces(model, event)]
+            if isinstance(event, DenoiseStep):
+                pieces = _pieces(model, event)
                 self.messages.put(Draft(job.number, pieces, event.step, event.total_steps))
         result = stream.result
         seconds = time.monotonic() - began
-        if isinstance(result, Infill):
-            summary = f"{result.gap_tokens} tokens, {result.stats.candidates} candidates, {seconds:.1f} s"
-        else:
-            summary = f"{len(result.tokens)} tokens, {sum(result.stats.steps)} steps, {seconds:.1f} s"
+        summary = f"{result.gap_tokens} tokens, {result.stats.candidates} candidates, {seconds:.1f} s"
         self.messages.put(Filled(job.number, result.text, result.finish_reason == "cancelled", summary))
 
 
@@ -161,7 +152,7 @@ def _pieces(model: DiffusionModel, event: DenoiseStep) -> list[Piece]:
     ends = [len(model.tokenizer.decode(tokens[:i], skip_special=True)) for i in range(len(tokens) + 1)]
     # The draft begins before these rows where earlier canvases belong to the gap, and within the first one where the
     # model goes on with a word that the prefix ends with.
-    shift = len(event.text) - ends[-1] if event.pinned is not None else 0
+    shift = len(event.text) - ends[-1]
     pieces = [Piece(event.text[: max(0, shift)], False)]
     for (start, end), is_live in zip(pairwise(ends), live, strict=True):
         pieces.append(Piece(event.text[max(0, start + shift) : max(0, end + shift)], is_live))
