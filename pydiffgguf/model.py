@@ -21,6 +21,7 @@ from pydiffgguf.completions import CompletionStream, create_chat_completion, cre
 from pydiffgguf.describe import describe
 from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.engine.call import Stream, drain
+from pydiffgguf.engine.conversation import load_cache, read_messages, save_conversation
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.opening import find, model_options, open_native, session_options
 from pydiffgguf.engine.options import (
@@ -359,6 +360,27 @@ class DiffusionModel:
         """
         self._engine.check_open()
         return create_completion(self._engine, prompt, suffix, flag("stream", stream), options)
+
+    def save_conversation(
+        self, path: StrPath, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]
+    ) -> bool:
+        """Writes a conversation to a file (JSON, which only the owner may read), and what the model has read of it to
+        another beside it, NAME.cache. Returns whether there was anything to write there.
+
+        Args:
+            options: as given to `chat`; those that matter are `thinking` and `tools`.
+        """
+        return save_conversation(self._engine, path, messages, self.chat_tokens(messages, **options))
+
+    def load_conversation(self, path: StrPath, **options: Unpack[ChatOptions]) -> list[dict[str, Any]]:
+        """The messages of a saved conversation, to hand to `chat` with the next one. Where the cache beside the file is
+        this model's, they are not read again; where it is not, a line in the log says so.
+
+        Raises OSError and ValueError for a file that cannot be read, or holds no conversation.
+        """
+        messages = read_messages(path)
+        load_cache(self._engine, path, self.chat_tokens(messages, **options))
+        return messages
 
     def _chat(
         self, call: str, messages: Sequence[Mapping[str, Any]], options: ChatOptions, watched: bool = True

@@ -26,6 +26,7 @@ __all__ = [
     "newline_of",
     "plain",
     "read_bytes",
+    "replace_file",
     "to_units",
 ]
 
@@ -146,7 +147,7 @@ class Document:
         raw += self._raw[self._raw_offset(end) :]
         data = (BOM if self._data.startswith(BOM) else b"") + raw.encode("utf-8")
         try:
-            _replace(Path(self.path), data)
+            replace_file(Path(self.path), data)
         except OSError as error:  # its file name is that of a temporary file, which nobody knows
             raise OSError(error.errno, error.strerror, self.path) from error
         self._data, self._raw, self.text = data, raw, plain(raw)
@@ -206,20 +207,22 @@ def to_units(text: str, offset: int, unit: Unit) -> int:
     raise ValueError(f"unit is {unit!r}: it must be 'characters', 'utf-8' or 'utf-16'")
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Puts a new file in the place of one, with its permissions and owner; a link stays a link to it."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all. One that was there keeps its permissions and owner, a link stays a link to
+    it; a new one is its owner's alone to read."""
     path = path.resolve()
-    status = path.stat()
+    status = path.stat() if path.exists() else None
     handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)  # short: `path` may have a long name
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, stat.S_IMODE(status.st_mode))
-        if hasattr(os, "chown") and (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-            with contextlib.suppress(PermissionError):  # only root may give a file away
-                os.chown(name, status.st_uid, status.st_gid)
+        if status is not None:
+            os.chmod(name, stat.S_IMODE(status.st_mode))
+            if hasattr(os, "chown") and (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+                with contextlib.suppress(PermissionError):  # only root may give a file away
+                    os.chown(name, status.st_uid, status.st_gid)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
