@@ -67,6 +67,15 @@ KEYS: dict[str, str] = {
     "tokenizer.chat_template": "str",
 }
 
+# Keys of an adapter: llama.cpp's, but for the region; one of another method than plain LoRA is refused by its key.
+ADAPTER_KEYS: dict[str, str] = {
+    "adapter.type": "str",
+    "adapter.lora.alpha": "f32",
+    "diffusion.adapter.region": "str",
+    "adapter.alora.invocation_tokens": "arr[u32]",
+    "general.base_model.0.name": "str",
+}
+
 # Keys of the parts of a split file, which other programs write: which part this is, from 0, how many there are, and the
 # tensors of all together.
 SPLIT_KEYS: dict[str, str] = {"split.no": "u16", "split.count": "u16", "split.tensors.count": "i32"}

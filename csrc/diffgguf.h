@@ -92,6 +92,7 @@ typedef enum dg_sampler {
 
 typedef struct dg_file dg_file;
 typedef struct dg_model dg_model;
+typedef struct dg_adapter dg_adapter;
 typedef struct dg_session dg_session;
 
 /* ------------------------------------------------------------------------------------------------- file */
@@ -288,8 +289,9 @@ typedef struct dg_memory {
     size_t weights_mapped;     /* of which are file pages, shared and reclaimable */
     size_t weights_on_devices; /* and which lie on devices; the CPU needs no pages for them */
     size_t kv_cache;
-    size_t compute; /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
-    size_t logits;  /* the logits of a step, V * R floats */
+    size_t compute;  /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
+    size_t logits;   /* the logits of a step, V * R floats */
+    size_t adapters; /* those that the session runs; shared with other sessions that run the same */
 } dg_memory;
 
 /* The n_ctx of a session with these options: what 0 comes to. DG_ERROR_CONTEXT as at dg_session_create. */
@@ -393,7 +395,7 @@ DG_API dg_status dg_session_tokens(const dg_session *session, int32_t *out, int3
                                    size_t err_size);
 
 /* Writes the prefix (tokens and cache) to a file, under its final name only when whole; reads it back into a session
- * of the same model, type_kv and a context that holds it. Two threads may save to one path: it is the one's or the
+ * of the same model, type_kv, adapters (their encoder key) and a context that holds it. Two threads may save to one path: it is the one's or the
  * other's. Another model is told by its figures and by the name, type, shape and first and last bytes of each tensor:
  * DG_ERROR_FORMAT. A failed load leaves an empty prefix. */
 DG_API dg_status dg_session_save(dg_session *session, const char *path, char *err, size_t err_size);
@@ -412,6 +414,54 @@ DG_API dg_status dg_session_score(dg_session *session, const int32_t *ids, const
  * dropped. */
 DG_API dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t n_rows,
                                     const float *self_conditioning, float *logits, char *err, size_t err_size);
+
+/* ------------------------------------------------------------------------------------------------ adapters */
+
+/* In which passes an adapter's layers act: decoder mode (every denoise step), encoder mode (the prompt, finished
+ * canvases, scored texts), or both alike. */
+typedef enum dg_region {
+    DG_REGION_OF_FILE = 0, /* as the file says */
+    DG_REGION_BOTH = 1,
+    DG_REGION_DECODER = 2,
+    DG_REGION_ENCODER = 3
+} dg_region;
+
+typedef struct dg_adapter_info {
+    bool both; /* which sets its layers' pairs are in */
+    bool decoder;
+    bool encoder;
+    int32_t n_pairs; /* that act */
+    int32_t n_zero;  /* that were left out: their product is zero */
+    int32_t n_ranks; /* different ones */
+    size_t n_bytes;  /* in memory, in float32, beside the matrices that they adapt */
+} dg_adapter_info;
+
+/* Opens a low-rank adapter for a model: a GGUF file at `path`, or, unless `data` is NULL, `size` bytes of one, which
+ * are not needed afterwards. `name` begins every message. `region`: a dg_region; other than OF_FILE it says where the
+ * layers' pairs act, whatever the file says. Every tensor is checked against the model. An adapter is immutable, may be
+ * shared between sessions and threads, and keeps its model alive. Broken, or made for another base: DG_ERROR_FORMAT;
+ * another method than plain LoRA: DG_ERROR_UNSUPPORTED; a region for an adapter of two sets: DG_ERROR_ARGUMENT. On
+ * failure *out is NULL. */
+DG_API dg_status dg_adapter_open(dg_adapter **out, dg_model *model, const char *path, const void *data, size_t size,
+                                 const char *name, int32_t region, char *err, size_t err_size);
+DG_API void dg_adapter_free(dg_adapter *adapter); /* NULL is allowed; sessions that run it keep it */
+DG_API dg_adapter_info dg_adapter_get_info(const dg_adapter *adapter);
+DG_API int32_t dg_adapter_rank(const dg_adapter *adapter, int32_t index); /* ascending; 0 when out of range */
+DG_API const char *dg_adapter_base(const dg_adapter *adapter);            /* what it was trained on; "" if unknown */
+
+/* What a prefix that is encoded with these adapters depends on besides its tokens: 0 where none of them acts in encoder
+ * mode, so that it is the bare model's. Adapters with equal numbers have equal keys. */
+DG_API uint64_t dg_encoder_key(dg_adapter *const *adapters, const float *scales, int32_t n);
+
+/* From here on the session runs these adapters, each times its scale; 0 leaves one out, and without any the session
+ * computes what it would have without adapters, bit for bit. A canvas that was under way is dropped. Where the encoder
+ * key changes, the prefix's tokens are encoded again, and `encoded` (or NULL) says how many: DG_ERROR_CANCELLED can
+ * leave a shorter prefix. Adapters of another model, a scale that is not finite, a session that collects:
+ * DG_ERROR_ARGUMENT; nothing is changed then, nor with DG_ERROR_MEMORY. */
+DG_API dg_status dg_session_set_adapters(dg_session *session, dg_adapter *const *adapters, const float *scales,
+                                         int32_t n, int32_t *encoded, char *err, size_t err_size);
+/* That of the session's adapters. */
+DG_API uint64_t dg_session_encoder_key(const dg_session *session);
 
 /* -------------------------------------------------------------------------------------- denoising canvases */
 

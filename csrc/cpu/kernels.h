@@ -3,6 +3,7 @@
 // (levels.h). Everything outside of kernels/ is compiled for the build's floor.
 #pragma once
 
+#include "adapter/low_rank.h"
 #include "cpu/work.h"
 
 #include "ggml.h"
@@ -33,6 +34,7 @@ struct Kernels {
     ggml_custom_op_t quantize; // Work
     ggml_custom_op_t multiply; // MultiplyWork
     ggml_custom_op_t gated;    // MultiplyWork
+    ggml_custom_op_t low;      // LowWork
     ggml_custom_op_t experts;  // ExpertsWork
     ggml_custom_op_t combine;  // Work
     ggml_custom_op_t norm;     // NormWork
@@ -62,9 +64,19 @@ struct MultiplyWork : Work {
     float softcap = 0.0f;
 };
 
+struct LowWork : Work {
+    const ggml_tensor *scales = nullptr; // [R]
+    int64_t n = 0;                       // columns
+};
+
 struct ExpertsWork : Work {
     int64_t n_expert = 0;
     int64_t n_ff = 0;
+    int64_t n_assigned = 0;
+    LowRank gate_up = {}; // what is added to gate and up, [R, 2 X, E], and to down; null without
+    LowRank down = {};
+    // Floats that each thread has for them behind the outputs: a block of columns, and what A makes of all.
+    int64_t low_floats = 0;
     bool int8 = false; // what gate and up are multiplied with
     bool int8_down = false;
 };

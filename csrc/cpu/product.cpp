@@ -1,6 +1,8 @@
 #include "cpu/product.h"
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 namespace dg {
 namespace {
@@ -68,26 +70,45 @@ ggml_tensor *ProductOps::blocks(Operand &x, bool int8) const {
     return made;
 }
 
-ggml_tensor *ProductOps::multiply(ggml_tensor *w, Operand &x, float softcap) const {
+ggml_tensor *ProductOps::low_blocks(const LowRank &low, Operand &x) const {
+    auto *work = add_work<LowWork>(work_);
+    work->scales = low.scales;
+    work->n = x.n;
+    return custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, low.a->ne[1] * kernels_.columns, kernels_.column_blocks(x.n),
+                  {low.a, blocks(x, false), scratch_}, kernels_.low, work);
+}
+
+ggml_tensor *ProductOps::multiply(ggml_tensor *w, Operand &x, float softcap, const LowRank *low) const {
     auto *work = add_work<MultiplyWork>(work_);
     work->int8 = wants_int8(w);
     work->softcap = softcap;
-    return custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, w->ne[1], x.n, {w, blocks(x, work->int8), scratch_},
-                  kernels_.multiply, work);
+    std::vector<ggml_tensor *> sources = {w, blocks(x, work->int8), scratch_};
+    if (low) {
+        sources.insert(sources.end(), {low->b, low_blocks(*low, x)});
+    }
+    return custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, w->ne[1], x.n, std::move(sources), kernels_.multiply, work);
 }
 
-Operand ProductOps::gated(ggml_tensor *gate, ggml_tensor *up, Operand &x) const {
+Operand ProductOps::gated(ggml_tensor *gate, ggml_tensor *up, Operand &x, const LowRank *low_gate,
+                          const LowRank *low_up) const {
     auto *work = add_work<MultiplyWork>(work_);
     work->n = x.n;
     work->int8 = wants_int8(gate) && wants_int8(up);
-    ggml_tensor *product =
-        custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, gate->ne[1] * kernels_.columns, kernels_.column_blocks(x.n),
-               {gate, up, blocks(x, work->int8), scratch_}, kernels_.gated, work);
+    std::vector<ggml_tensor *> sources = {gate, up, blocks(x, work->int8), scratch_};
+    if (low_gate || low_up) {
+        for (const LowRank *low : {low_gate, low_up}) {
+            sources.push_back(low ? low->b : nullptr);
+            sources.push_back(low ? low_blocks(*low, x) : nullptr);
+        }
+    }
+    ggml_tensor *product = custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, gate->ne[1] * kernels_.columns,
+                                  kernels_.column_blocks(x.n), std::move(sources), kernels_.gated, work);
     return {nullptr, x.n, product, nullptr};
 }
 
 ggml_tensor *ProductOps::experts(ggml_tensor *x, ggml_tensor *selected, ggml_tensor *weights, ggml_tensor *gate_up,
-                                 ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) const {
+                                 ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down, const LowRank *low_gate_up,
+                                 const LowRank *low_down) const {
     const int64_t n_assigned = ggml_nelements(selected);
     auto *route = add_work<ExpertsWork>(work_);
     route->n_expert = down->ne[2];
@@ -100,7 +121,17 @@ ggml_tensor *ProductOps::experts(ggml_tensor *x, ggml_tensor *selected, ggml_ten
     work->n_ff = down->ne[0];
     work->int8 = wants_int8(first) && wants_int8(second);
     work->int8_down = wants_int8(down);
-    ggml_tensor *outputs = custom(ctx_, Part::EXPERTS, GGML_TYPE_F32, x->ne[0], n_assigned,
+    work->n_assigned = n_assigned;
+    int64_t rank = 0;
+    for (const LowRank *low : {low_gate_up, low_down}) {
+        if (low) {
+            (low == low_gate_up ? work->gate_up : work->down) = *low;
+            rank = std::max(rank, low->a->ne[1]);
+        }
+    }
+    work->low_floats = rank > 0 ? x->ne[0] * kernels_.columns + rank * EXPERT_COLUMNS : 0;
+    const int64_t low_rows = (work->low_floats * scratch_->ne[1] + x->ne[0] - 1) / x->ne[0];
+    ggml_tensor *outputs = custom(ctx_, Part::EXPERTS, GGML_TYPE_F32, x->ne[0], n_assigned + low_rows,
                                   {x, routes, first, second, down, scratch_}, kernels_.experts, work);
     return custom(ctx_, Part::EXPERTS, GGML_TYPE_F32, x->ne[0], x->ne[1], {outputs, weights}, kernels_.combine,
                   add_work<Work>(work_));

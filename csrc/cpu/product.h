@@ -27,14 +27,17 @@ class ProductOps {
     ProductOps(ggml_context *ctx, const Kernels &kernels, WorkList &work, ggml_tensor *scratch)
         : ctx_(ctx), kernels_(kernels), work_(work), scratch_(scratch) {}
 
-    // w [depth, n_out] times x -> [n_out, n]; softcapped where softcap > 0
-    ggml_tensor *multiply(ggml_tensor *w, Operand &x, float softcap = 0.0f) const;
+    // w [depth, n_out] times x -> [n_out, n]; softcapped where softcap > 0. `low`: what is added to the product; null:
+    // nothing.
+    ggml_tensor *multiply(ggml_tensor *w, Operand &x, float softcap = 0.0f, const LowRank *low = nullptr) const;
     // gelu_tanh(gate x) * (up x)
-    Operand gated(ggml_tensor *gate, ggml_tensor *up, Operand &x) const;
+    Operand gated(ggml_tensor *gate, ggml_tensor *up, Operand &x, const LowRank *low_gate, const LowRank *low_up) const;
     // x [n_embd, n] through the experts that `selected` I32 [n_used, n] names -> [n_embd, n]: the sum of their outputs,
     // times `weights` F32 [n_used, n]. Either gate_up [n_embd, 2 X, E] or gate and up [n_embd, X, E].
+    // `low_gate_up`: beside gate and up together, however they are spelled.
     ggml_tensor *experts(ggml_tensor *x, ggml_tensor *selected, ggml_tensor *weights, ggml_tensor *gate_up,
-                         ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) const;
+                         ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down, const LowRank *low_gate_up,
+                         const LowRank *low_down) const;
 
   private:
     ggml_context *ctx_;
@@ -44,6 +47,7 @@ class ProductOps {
 
     bool wants_int8(const ggml_tensor *w) const;
     ggml_tensor *blocks(Operand &x, bool int8) const;
+    ggml_tensor *low_blocks(const LowRank &low, Operand &x) const;
 };
 
 } // namespace dg

@@ -44,14 +44,18 @@ ggml_tensor *DeviceWeights::add(int32_t device, std::vector<float> values, int64
     return tensor;
 }
 
-void DeviceWeights::load() {
+ggml_tensor *DeviceWeights::add(int32_t device, int64_t ne0, int64_t ne1, int64_t ne2) {
+    return ggml_new_tensor_3d(contexts_[static_cast<size_t>(device)].get(), GGML_TYPE_F32, ne0, ne1, ne2);
+}
+
+void DeviceWeights::load(const char *what) {
     for (size_t i = 0; i < contexts_.size(); ++i) {
         ggml_context *ctx = contexts_[i].get();
         if (!ggml_get_first_tensor(ctx)) {
             continue;
         }
         const auto device = static_cast<int32_t>(i);
-        buffers_.push_back(devices_.allocate(ctx, device, "weights"));
+        buffers_.push_back(devices_.allocate(ctx, device, what));
         ggml_backend_buffer_set_usage(buffers_.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     }
     for (const Source &source : sources_) {
@@ -62,6 +66,14 @@ void DeviceWeights::load() {
         }
     }
     sources_.clear();
+}
+
+size_t DeviceWeights::bytes() const {
+    size_t n = 0;
+    for (int32_t device = 0; device <= devices_.cpu(); ++device) {
+        n += bytes(device);
+    }
+    return n;
 }
 
 size_t DeviceWeights::bytes(int32_t device) const {

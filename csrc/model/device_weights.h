@@ -22,11 +22,14 @@ class DeviceWeights {
     ggml_tensor *add(int32_t device, const ggml_tensor *tensor, const void *data);
     // A float32 tensor of these values.
     ggml_tensor *add(int32_t device, std::vector<float> values, int64_t ne0, int64_t ne1 = 1);
-    // Allocates all of them and fills them. Throws MEMORY.
-    void load();
+    // A float32 tensor that the caller fills once it is allocated.
+    ggml_tensor *add(int32_t device, int64_t ne0, int64_t ne1, int64_t ne2 = 1);
+    // Allocates all of them and fills them; `what` they are, for messages. Throws MEMORY.
+    void load(const char *what = "weights");
 
     // Bytes of the tensors on a device.
     size_t bytes(int32_t device) const;
+    size_t bytes() const;
 
   private:
     struct Source {

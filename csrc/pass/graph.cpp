@@ -17,6 +17,7 @@ namespace {
 constexpr size_t NODES_PER_LAYER = 96;   // 66 in the widest layer, plus 2 for each expert that a row uses
 constexpr size_t NODES_PER_SEGMENT = 32; // of a layer: 27 in its attention
 constexpr size_t NODES_BESIDES = 64;
+constexpr size_t NODES_OF_ADAPTERS = 64; // of a layer: 4 for each of 11 products, and views
 // Vulkan's get_rows gives up on ids that do not begin at a multiple of a device's alignment: 4 to 64 bytes of most, 256
 // at most.
 constexpr size_t ALIGNED_BYTES = 256;
@@ -68,13 +69,15 @@ ggml_tensor *rows_of_io(ggml_context *ctx, ggml_tensor *input, int64_t first, in
 
 class PassBuilder {
   public:
-    PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass, Importance *importance)
+    PassBuilder(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass, Importance *importance,
+                const ActiveAdapters *adapters)
         : model_(model), c_(model.config()), cache_(cache), io_(io), pass_(pass), importance_(importance),
-          n_(pass.rows()),
+          adapters_(adapters), n_(pass.rows()),
           graph_(make_graph(
-              static_cast<size_t>(c_.n_layer) * (NODES_PER_LAYER + 2 * static_cast<size_t>(c_.n_expert_used) +
-                                                 NODES_PER_SEGMENT * pass.segments.size()) +
-              NODES_BESIDES +
+              static_cast<size_t>(c_.n_layer) *
+                  (NODES_PER_LAYER + (adapters ? NODES_OF_ADAPTERS : 0) + 2 * static_cast<size_t>(c_.n_expert_used) +
+                   NODES_PER_SEGMENT * pass.segments.size()) +
+              NODES_BESIDES + (adapters ? NODES_OF_ADAPTERS : 0) +
               (pass.sampled || pass.watched ? sample_nodes(c_.n_vocab, n_) + signal_nodes(c_.n_vocab, c_.n_embd) : 0))),
           ctx_(graph_.context.get()), settler_(graph_, model.devices()) {}
 
@@ -103,7 +106,8 @@ class PassBuilder {
     const GraphIo &io_;
     const Pass pass_;
     Importance *importance_; // nullptr unless it is collected
-    const int64_t n_;        // rows of all segments
+    const ActiveAdapters *adapters_;
+    const int64_t n_; // rows of all segments
     Graph graph_;
     ggml_context *ctx_;
     Settler settler_;
@@ -163,10 +167,15 @@ class PassBuilder {
         if (importance_) {
             importance_->watch(ctx_, graph_.nodes, weight, x.rows, nullptr);
         }
+        const LowRank *low = low_rank(weight);
         if (own_operators()) {
-            return own().multiply(weight, x, softcap);
+            return own().multiply(weight, x, softcap, low);
         }
         ggml_tensor *product = mark(ggml_mul_mat(ctx_, weight, x.rows), Part::PRODUCTS);
+        if (low) {
+            // Into the product itself, which the head has placed in its logits.
+            product = mark(ggml_add_inplace(ctx_, product, low_product(*low, x.rows)), Part::PRODUCTS);
+        }
         if (softcap > 0.0f) {
             product = ggml_tanh_inplace(ctx_, ggml_scale_inplace(ctx_, product, 1.0f / softcap));
             product = ggml_scale_inplace(ctx_, product, softcap);
@@ -177,6 +186,22 @@ class PassBuilder {
         Operand in = {x, n_, nullptr, nullptr};
         return multiply(weight, in);
     }
+    // What runs beside a matrix in this pass; null: nothing.
+    const LowRank *low_rank(const ggml_tensor *weight) const {
+        return adapters_ ? adapters_->find(weight, pass_.causal()) : nullptr;
+    }
+
+    // B (scales * (A x))
+    ggml_tensor *low_product(const LowRank &low, ggml_tensor *x) const {
+        ggml_tensor *t = mark(ggml_mul_mat(ctx_, low.a, x), Part::PRODUCTS);
+        return mark(ggml_mul_mat(ctx_, low.b, ggml_mul(ctx_, t, low.scales)), Part::PRODUCTS);
+    }
+    // The same of the experts that each row has selected: x [n_in, 1 or n_used, n] -> [n_out, n_used, n].
+    ggml_tensor *low_experts(const LowRank &low, ggml_tensor *x, ggml_tensor *selected) const {
+        ggml_tensor *t = mark(ggml_mul_mat_id(ctx_, low.a, x, selected), Part::EXPERTS);
+        return mark(ggml_mul_mat_id(ctx_, low.b, ggml_mul(ctx_, t, low.scales), selected), Part::EXPERTS);
+    }
+
     ggml_tensor *multiply_experts(ggml_tensor *weights, ggml_tensor *x, ggml_tensor *selected) const {
         if (importance_) {
             importance_->watch(ctx_, graph_.nodes, weights, x, selected);
@@ -197,8 +222,8 @@ class PassBuilder {
     ggml_tensor *gated_mlp(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) {
         Operand in = {x, n_, nullptr, nullptr};
         if (own_operators() && !importance_) {
-            Operand hidden = own().gated(gate, up, in);
-            return own().multiply(down, hidden);
+            Operand hidden = own().gated(gate, up, in, low_rank(gate), low_rank(up));
+            return own().multiply(down, hidden, 0.0f, low_rank(down));
         }
         ggml_tensor *gated = gelu_mul(multiply(gate, in), multiply(up, in));
         return multiply(down, gated);
@@ -379,22 +404,34 @@ class PassBuilder {
 
         ggml_tensor *h = norm(x, l.pre_ffw_norm_2);
         const Elsewhere expert_device(*this, model_.placement().experts[index]);
+        const LowRank *low_gate_up = low_rank(l.gate_up_exps ? l.gate_up_exps : l.gate_exps);
+        const LowRank *low_down = low_rank(l.down_exps);
         if (own_operators() && !importance_) {
-            return own().experts(h, selected, weights, l.gate_up_exps, l.gate_exps, l.up_exps, l.down_exps);
+            return own().experts(h, selected, weights, l.gate_up_exps, l.gate_exps, l.up_exps, l.down_exps, low_gate_up,
+                                 low_down);
         }
         h = ggml_reshape_3d(ctx_, h, c_.n_embd, 1, n_);
         ggml_tensor *gate = nullptr;
         ggml_tensor *up = nullptr; // both [n_ff_exp, n_used, n]
+        ggml_tensor *low = low_gate_up ? low_experts(*low_gate_up, h, selected) : nullptr;
+        const auto half = [&](ggml_tensor *both, int64_t first) {
+            return ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2],
+                                static_cast<size_t>(first) * both->nb[0]);
+        };
         if (l.gate_up_exps) {
             ggml_tensor *both = multiply_experts(l.gate_up_exps, h, selected);
-            gate = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2], 0);
-            up = ggml_view_3d(ctx_, both, c_.n_ff_exp, n_used, n_, both->nb[1], both->nb[2],
-                              static_cast<size_t>(c_.n_ff_exp) * both->nb[0]);
+            both = low ? ggml_add(ctx_, both, low) : both;
+            gate = half(both, 0);
+            up = half(both, c_.n_ff_exp);
         } else {
             gate = multiply_experts(l.gate_exps, h, selected);
             up = multiply_experts(l.up_exps, h, selected);
+            gate = low ? ggml_add(ctx_, gate, half(low, 0)) : gate;
+            up = low ? ggml_add(ctx_, up, half(low, c_.n_ff_exp)) : up;
         }
-        ggml_tensor *out = multiply_experts(l.down_exps, gelu_mul(gate, up), selected); // [n_embd, n_used, n]
+        ggml_tensor *hidden = gelu_mul(gate, up);
+        ggml_tensor *out = multiply_experts(l.down_exps, hidden, selected); // [n_embd, n_used, n]
+        out = low_down ? ggml_add(ctx_, out, low_experts(*low_down, hidden, selected)) : out;
         out = ggml_mul(ctx_, out, ggml_reshape_3d(ctx_, weights, 1, n_used, n_));
         ggml_tensor *sum = nullptr;
         for (int64_t i = 0; i < n_used; ++i) {
@@ -459,9 +496,9 @@ int64_t scratch_floats(const Model &model) {
     return (n + 15) / 16 * 16; // each thread's part begins at a vector
 }
 
-Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
-                 Importance *importance) {
-    return PassBuilder(model, cache, io, pass, importance).build();
+Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass, Importance *importance,
+                 const ActiveAdapters *adapters) {
+    return PassBuilder(model, cache, io, pass, importance, adapters).build();
 }
 
 Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,

@@ -3,6 +3,7 @@
 // Denoise runs over canvases, each of which sees itself whole and the cache, and ends in logits.
 #pragma once
 
+#include "adapter/adapter.h"
 #include "cpu/work.h"
 #include "model/model.h"
 #include "pass/cache.h"
@@ -99,9 +100,10 @@ int64_t scratch_floats(const Model &model);
 
 // One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
 // whose rows are those of the segments, one after the other.
-// `importance`: what the pass multiplies weights by is added up there; nullptr: nowhere.
+// `importance`: what the pass multiplies weights by is added up there; nullptr: nowhere. `adapters`: what runs beside
+// the weights; nullptr: nothing.
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
-                 Importance *importance = nullptr);
+                 Importance *importance = nullptr, const ActiveAdapters *adapters = nullptr);
 
 // n_rows of io.logits (processed), from first_logit on -> those of io.soft from first_row on: the softmax of each row
 // times the embedding, over the whole vocabulary, in slices that bound the memory for the transposed embedding.

@@ -158,13 +158,84 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
 void Session::prepare(const Pass &pass) {
     renew_in_fork();
     ready_ = {};
-    pass_graph_ = build_pass(*model_, *cache_, io_, pass, importance_.get());
+    pass_graph_ = build_pass(*model_, *cache_, io_, pass, importance_.get(), adapters_.get());
     passes_->place(pass_graph_);
     set_pass_inputs(pass);
     cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
 }
 
+int32_t Session::set_adapters(const Adapters &adapters, const std::vector<float> &scales) {
+    Adapters acting;
+    std::vector<float> factors;
+    for (size_t i = 0; i < adapters.size(); ++i) {
+        if (adapters[i]->model() != model_) {
+            throw Error(DG_ERROR_ARGUMENT, format("adapter %zu was opened for another model", i));
+        }
+        if (!std::isfinite(scales[i])) {
+            throw Error(DG_ERROR_ARGUMENT, format("scale %zu is not a finite number", i));
+        }
+        if (std::count(adapters.begin(), adapters.end(), adapters[i]) > 1) {
+            throw Error(DG_ERROR_ARGUMENT, format("adapter %zu is named twice", i));
+        }
+        if (scales[i] != 0.0f) {
+            acting.push_back(adapters[i]);
+            factors.push_back(scales[i]);
+        }
+    }
+    if (importance_ && !acting.empty()) {
+        throw Error(DG_ERROR_ARGUMENT,
+                    "importance is collected of the bare model: end that, or leave the adapters out");
+    }
+    renew_in_fork();
+    ready_ = {};
+    if (acting.empty()) {
+        activate(nullptr);
+    } else if (adapters_ && adapters_->set().adapters() == acting) {
+        adapters_->set_scales(factors);
+    } else {
+        activate(std::make_unique<ActiveAdapters>(AdapterSet::of(acting), factors));
+    }
+    const uint64_t key = dg::encoder_key(acting, factors);
+    if (key == encoder_key_) {
+        return 0;
+    }
+    const std::vector<int32_t> kept = tokens_;
+    truncate(0);
+    encoder_key_ = key;
+    if (!kept.empty()) {
+        encode(kept.data(), static_cast<int32_t>(kept.size()));
+    }
+    return static_cast<int32_t>(kept.size());
+}
+
+// What a failure leaves is what was there.
+void Session::activate(std::unique_ptr<ActiveAdapters> adapters) {
+    pass_graph_ = {};
+    std::swap(adapters_, adapters);
+    memory_.adapters = adapters_ ? adapters_->bytes() : 0;
+    std::vector<uint64_t> ids;
+    for (const std::shared_ptr<const Adapter> &adapter : adapters_ ? adapters_->set().adapters() : Adapters()) {
+        ids.push_back(adapter->id());
+    }
+    if (ids.empty() || ids == reserved_) {
+        return;
+    }
+    try {
+        const size_t rest = memory_.compute - passes_->bytes();
+        make_pass_executor(true);
+        memory_.compute = rest + passes_->bytes();
+        reserved_ = std::move(ids);
+    } catch (...) {
+        std::swap(adapters_, adapters);
+        memory_.adapters = adapters_ ? adapters_->bytes() : 0;
+        throw;
+    }
+}
+
 void Session::collect(bool on) {
+    if (on && adapters_) {
+        throw Error(DG_ERROR_ARGUMENT, "importance is collected of the bare model: this session runs adapters");
+    }
     ready_ = {}; // its graph points to the sums that go
     pass_graph_ = {};
     importance_ = on ? std::make_unique<Importance>() : nullptr;

@@ -2,6 +2,7 @@
 // guards that. Errors leave the state that diffgguf.h promises.
 #pragma once
 
+#include "adapter/adapter.h"
 #include "cuda/device_loop.h"
 #include "model/figures.h"
 #include "model/model.h"
@@ -55,6 +56,10 @@ class Session {
     void truncate(int32_t n);
     void save(const std::string &path);
     void load(const std::string &path);
+
+    // As dg_session_set_adapters; returns how many tokens were encoded again.
+    int32_t set_adapters(const Adapters &adapters, const std::vector<float> &scales);
+    uint64_t encoder_key() const { return encoder_key_; }
 
     // Encoder mode over texts side by side, each behind the prefix; keeps nothing. logprob[i]: the natural log of the
     // probability of ids[i] after the prefix and the ids before it in its text.
@@ -126,7 +131,10 @@ class Session {
     Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
     Graph soft_graph_;
     std::unique_ptr<Importance> importance_;
-    int32_t soft_graph_first_ = 0; // the rows that soft_graph_ is for
+    std::unique_ptr<ActiveAdapters> adapters_; // null: none
+    uint64_t encoder_key_ = 0;                 // of the prefix in the cache, too
+    std::vector<uint64_t> reserved_; // ids of the adapters whose graphs passes_ has room for, as for the bare model's
+    int32_t soft_graph_first_ = 0;   // the rows that soft_graph_ is for
     int32_t soft_graph_rows_ = 0;
     std::vector<int32_t> tokens_;
     std::atomic<int32_t> n_past_{0};
@@ -163,6 +171,8 @@ class Session {
     void stop_threads();
     void renew_in_fork();
     void make_executors(bool allocate);
+    void make_pass_executor(bool allocate);
+    void activate(std::unique_ptr<ActiveAdapters> adapters);
     std::unique_ptr<Executor> make_executor(const std::vector<Graph> &largest, bool allocate);
     void set_past(int32_t n);
     void set_pass_inputs(const Pass &pass);

@@ -21,6 +21,8 @@ struct SavedHeader {
     int32_t reserved;
 };
 constexpr char SAVED_MAGIC[8] = {'D', 'G', 'P', 'R', 'E', 'F', '0', '1'};
+// With the adapters' encoder key behind the header, where that is not 0.
+constexpr char ADAPTED_MAGIC[8] = {'D', 'G', 'P', 'R', 'E', 'F', '0', '2'};
 
 // Rows of a cache tensor that lie one behind the other.
 struct Run {
@@ -49,13 +51,16 @@ int32_t first_of_window(int32_t n_past, const dg_config &c) { return std::max(0,
 
 void Session::save(const std::string &path) {
     SavedHeader header = {};
-    std::memcpy(header.magic, SAVED_MAGIC, sizeof header.magic);
+    std::memcpy(header.magic, encoder_key_ ? ADAPTED_MAGIC : SAVED_MAGIC, sizeof header.magic);
     header.fingerprint = model_->fingerprint();
     header.type_kv = figures_.type_kv;
     header.n_past = n_past();
     header.first_sliding = first_of_window(n_past(), model_->config());
     AtomicFile file(path);
     file.write(&header, sizeof header);
+    if (encoder_key_) {
+        file.write(&encoder_key_, sizeof encoder_key_);
+    }
     file.write(tokens_.data(), tokens_.size() * sizeof tokens_[0]);
     std::vector<char> bytes;
     for (const CacheLayer &layer : cache_->layers()) {
@@ -83,12 +88,23 @@ void Session::load(const std::string &path) {
         at += size;
     };
     SavedHeader header = {};
-    if (file->size() < sizeof header || std::memcmp(file->data(), SAVED_MAGIC, sizeof SAVED_MAGIC) != 0) {
+    const auto begins_with = [&](const char (&magic)[8]) {
+        return file->size() >= sizeof header && std::memcmp(file->data(), magic, sizeof magic) == 0;
+    };
+    const bool adapted = begins_with(ADAPTED_MAGIC);
+    if (!adapted && !begins_with(SAVED_MAGIC)) {
         throw Error(DG_ERROR_FORMAT, format("%s: not a saved session", path.c_str()));
     }
     take(&header, sizeof header);
+    uint64_t key = 0;
+    if (adapted) {
+        take(&key, sizeof key);
+    }
     if (header.fingerprint != model_->fingerprint() || header.type_kv != figures_.type_kv) {
         throw Error(DG_ERROR_FORMAT, format("%s: saved from another model or with another type_kv", path.c_str()));
+    }
+    if (key != encoder_key_) {
+        throw Error(DG_ERROR_FORMAT, format("%s: saved with other adapters (or other scales)", path.c_str()));
     }
     if (header.n_past < 0 || header.first_sliding != first_of_window(header.n_past, model_->config())) {
         throw Error(DG_ERROR_FORMAT, format("%s: damaged header", path.c_str()));

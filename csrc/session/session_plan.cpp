@@ -42,6 +42,16 @@ void Session::plan(bool allocate) {
 }
 
 void Session::make_executors(bool allocate) {
+    make_pass_executor(allocate);
+    if (model_->config().has_self_conditioning) {
+        std::vector<Graph> soft;
+        soft.push_back(build_soft_embedding(*model_, io_, 0, 0, figures_.pass_rows));
+        soft_ = make_executor(soft, allocate);
+    }
+    memory_.weights = model_->files().n_bytes();
+}
+
+void Session::make_pass_executor(bool allocate) {
     const int32_t canvas = model_->config().canvas_length;
     const int32_t longest_chunk = figures_.longest_chunk();
     std::vector<int32_t> canvases(static_cast<size_t>(figures_.pass_rows / canvas), canvas);
@@ -55,21 +65,15 @@ void Session::make_executors(bool allocate) {
     steps.sampled = steps.watched = sampler_ == DG_SAMPLER_OPERATORS;
     std::vector<Graph> largest;
     for (const Pass &pass : {chunk, texts, steps}) {
-        largest.push_back(build_pass(*model_, *cache_, io_, pass));
+        largest.push_back(build_pass(*model_, *cache_, io_, pass, nullptr, adapters_.get()));
     }
     // Whole canvases have the largest nodes, as many segments as there can be the most.
     const int32_t n_short = std::min(MOST_SEGMENTS, figures_.pass_rows) - 1;
     std::vector<int32_t> many(static_cast<size_t>(n_short), 1);
     many.push_back(std::min(canvas, figures_.pass_rows - n_short));
     steps.segments = many;
-    largest.push_back(build_pass(*model_, *cache_, io_, steps));
+    largest.push_back(build_pass(*model_, *cache_, io_, steps, nullptr, adapters_.get()));
     passes_ = make_executor(largest, allocate);
-    if (model_->config().has_self_conditioning) {
-        std::vector<Graph> soft;
-        soft.push_back(build_soft_embedding(*model_, io_, 0, 0, figures_.pass_rows));
-        soft_ = make_executor(soft, allocate);
-    }
-    memory_.weights = model_->files().n_bytes();
 }
 
 std::unique_ptr<Executor> Session::make_executor(const std::vector<Graph> &largest, bool allocate) {

@@ -141,6 +141,7 @@ class Memory:
     kv_cache: int
     compute: int
     logits: int
+    adapters: int
 
 
 @dataclass(frozen=True)

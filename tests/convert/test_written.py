@@ -256,7 +256,7 @@ def test_the_engines_names_are_the_converters() -> None:
     engine = dict(re.findall(r'constexpr const char \*(\w+) = "([^"]+)";', text))
     assert engine.pop("ARCHITECTURE") == names.ARCHITECTURE
     keys = {value for name, value in engine.items() if name.startswith("KEY_")}
-    assert keys <= {*names.KEYS, *names.SPLIT_KEYS}
+    assert keys <= {*names.KEYS, *names.SPLIT_KEYS, *names.ADAPTER_KEYS}
     written = {t.name for t in names.GLOBAL_TENSORS + names.LAYER_TENSORS}
     foreign = {t.name for t in names.FOREIGN_GLOBAL_TENSORS + names.FOREIGN_LAYER_TENSORS}
     assert set(engine.values()) - keys == written | foreign

@@ -70,9 +70,9 @@ struct Columns {
 };
 
 // Rows first .. first + rows - 1 of w times the columns -> out: block b [rows, COLUMNS] at b * out_block. rows: at most
-// MOST_ROWS.
+// MOST_ROWS. `add`: to what is there.
 void multiply_rows(const Matrix &w, int64_t first, int64_t rows, const Columns &x, float *decoded, float *out,
-                   int64_t out_block) {
+                   int64_t out_block, bool add = false) {
     const int64_t x_block = block_floats(w.depth, x.int8);
 #if DG_HAS_INT8
     const int64_t depth_at_once = x.int8 ? IntRows::DEPTH : DEPTH;
@@ -98,13 +98,53 @@ void multiply_rows(const Matrix &w, int64_t first, int64_t rows, const Columns &
 #if DG_HAS_INT8
             if (x.int8) {
                 multiply_int8(w.type, integers, rows, depth, reinterpret_cast<const GroupColumns *>(block) + k / GROUP,
-                              out + b * out_block, narrow, k > 0);
+                              out + b * out_block, narrow, add || k > 0);
                 continue;
             }
 #endif
             multiply_block<true>({decoded, DECODED_ROW, 1}, rows, depth, block + k * COLUMNS, out + b * out_block,
-                                 COLUMNS, narrow, k > 0);
+                                 COLUMNS, narrow, add || k > 0);
         }
+    }
+}
+
+// What a low-rank pair adds to rows of a product: B times the column blocks that A made. Nothing without a B.
+struct LowRows {
+    const ggml_tensor *b = nullptr;
+    const float *t = nullptr;
+    int64_t n = 0;         // columns
+    int64_t plane = 0;     // the expert
+    int64_t first_row = 0; // of B
+
+    void add(int64_t first, int64_t rows, float *decoded, float *out, int64_t out_block) const {
+        if (b) {
+            multiply_rows(Matrix(b, plane, first_row), first, rows, {t, n, false}, decoded, out, out_block, true);
+        }
+    }
+};
+
+// `blocks`: t for all columns, of which `n` from `column` on count.
+LowRows low_rows(const ggml_tensor *b, const ggml_tensor *blocks, int64_t column, int64_t n) {
+    return b ? LowRows{b, row_of(blocks, column / COLUMNS), n, 0, 0} : LowRows{};
+}
+
+// scales * (A x) for one column block of `n` columns -> out [rank, COLUMNS]; rows first .. first + rows - 1.
+void low_block(const Matrix &a, int64_t first, int64_t rows, const float *x, int64_t n, const float *scales,
+               float *decoded, float *out) {
+    multiply_rows(a, first, rows, {x, n, false}, decoded, out + first * COLUMNS, 0);
+    for (int64_t r = first; r < first + rows; ++r) {
+        for (int64_t j = 0; j < COLUMNS; ++j) {
+            out[r * COLUMNS + j] *= scales[r];
+        }
+    }
+}
+
+// Block b of what an expert's A makes of its columns.
+void low_expert(const LowRank &low, int64_t expert, const float *x, int64_t n, float *decoded, float *t, int64_t b) {
+    const int64_t rank = low.a->ne[1];
+    for (int64_t first = 0; first < rank; first += MOST_ROWS) {
+        low_block(Matrix(low.a, expert), first, std::min(MOST_ROWS, rank - first), x, n,
+                  static_cast<const float *>(low.scales->data), decoded, t + b * rank * COLUMNS);
     }
 }
 
@@ -212,6 +252,7 @@ void run_multiply(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
             const int64_t tile_block = rows * COLUMNS;
             multiply_rows(w, first, rows, {row_of(x, column / COLUMNS), n, work.int8}, scratch.decoded, scratch.tile,
                           tile_block);
+            low_rows(dst->src[3], dst->src[4], column, n).add(first, rows, scratch.decoded, scratch.tile, tile_block);
             if (work.softcap > 0.0f) {
                 apply_softcap(scratch.tile, column_blocks(n) * tile_block, work.softcap);
             }
@@ -231,10 +272,12 @@ namespace {
 
 // Rows first .. of gelu_tanh(gate x) * (up x) -> out, column blocks.
 void gated_rows(const Matrix &gate, const Matrix &up, int64_t first, int64_t rows, const Columns &x,
-                const Scratch &scratch, float *out, int64_t out_block) {
+                const LowRows &low_gate, const LowRows &low_up, const Scratch &scratch, float *out, int64_t out_block) {
     const int64_t tile_block = rows * COLUMNS;
     multiply_rows(gate, first, rows, x, scratch.decoded, out, out_block);
+    low_gate.add(first, rows, scratch.decoded, out, out_block);
     multiply_rows(up, first, rows, x, scratch.decoded, scratch.tile, tile_block);
+    low_up.add(first, rows, scratch.decoded, scratch.tile, tile_block);
     for (int64_t b = 0; b * COLUMNS < x.n; ++b) {
         gelu_mul(out + b * out_block, scratch.tile + b * tile_block, tile_block);
     }
@@ -252,9 +295,27 @@ void run_gated(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
     take_tasks(work, n_ff, rows_of_task(n_ff, n_threads), [&](int64_t first, int64_t rows) {
         for (int64_t column = 0; column < work.n; column += MOST_COLUMNS) {
             const int64_t n = std::min(MOST_COLUMNS, work.n - column);
-            gated_rows(gate, up, first, rows, {row_of(x, column / COLUMNS), n, work.int8}, scratch,
-                       row_of(dst, column / COLUMNS) + first * COLUMNS, dst->ne[0]);
+            gated_rows(gate, up, first, rows, {row_of(x, column / COLUMNS), n, work.int8},
+                       low_rows(dst->src[4], dst->src[5], column, n), low_rows(dst->src[6], dst->src[7], column, n),
+                       scratch, row_of(dst, column / COLUMNS) + first * COLUMNS, dst->ne[0]);
         }
+    });
+}
+
+// What a low-rank pair's A makes of x, times its scales: column blocks.
+void run_low(ggml_tensor *dst, int thread, int, void *userdata) {
+    auto &work = *static_cast<LowWork *>(userdata);
+    const Matrix a(dst->src[0]);
+    const ggml_tensor *x = dst->src[1];
+    const Scratch scratch = scratch_of(dst->src[2], thread);
+    const int64_t rank = dst->ne[0] / COLUMNS;
+    const int64_t pieces = (rank + MOST_ROWS - 1) / MOST_ROWS;
+    take_tasks(work, dst->ne[1] * pieces, 1, [&](int64_t task, int64_t) {
+        const int64_t block = task / pieces;
+        const int64_t first = task % pieces * MOST_ROWS;
+        low_block(a, first, std::min(MOST_ROWS, rank - first), row_of(x, block),
+                  std::min(COLUMNS, work.n - block * COLUMNS), static_cast<const float *>(work.scales->data),
+                  scratch.decoded, row_of(dst, block));
     });
 }
 
@@ -268,9 +329,11 @@ void run_experts(ggml_tensor *dst, int thread, int, void *userdata) {
     const ggml_tensor *up = dst->src[3];
     const ggml_tensor *down = dst->src[4];
     const int64_t n_embd = x->ne[0];
-    const int64_t n_assigned = dst->ne[1];
+    const int64_t n_assigned = work.n_assigned;
     const int64_t n_used = n_assigned / x->ne[1];
     const Routes routes(dst->src[1], work.n_expert, n_assigned);
+    float *low_x = row_of(dst, n_assigned) + thread * work.low_floats;
+    float *low_t = low_x + n_embd * COLUMNS;
     Scratch scratch = scratch_of(dst->src[5], thread);
     scratch.hidden = scratch.x + std::max(n_embd, work.n_ff) * EXPERT_COLUMNS;
     take_tasks(work, *routes.n_tasks, 1, [&](int64_t index, int64_t) {
@@ -284,13 +347,24 @@ void run_experts(ggml_tensor *dst, int thread, int, void *userdata) {
                 columns[j] = row_of(x, order[b * COLUMNS + j] / n_used);
             }
             make_block(columns, in_block, n_embd, work.int8, scratch.x + b * block_floats(n_embd, work.int8));
+            if (work.gate_up.a) {
+                pack_columns(columns, in_block, n_embd, low_x);
+                low_expert(work.gate_up, expert, low_x, in_block, scratch.decoded, low_t, b);
+            }
         }
+        const LowRows low_gate = {work.gate_up.b, low_t, n, expert, 0};
+        const LowRows low_up = {work.gate_up.b, low_t, n, expert, work.n_ff};
+        const LowRows low_down = {work.down.b, low_t, n, expert, 0};
         const Matrix expert_gate(gate, expert);
         const Matrix expert_up(up, expert, gate == up ? work.n_ff : 0);
         const Matrix expert_down(down, expert);
         for (int64_t first = 0; first < work.n_ff; first += MOST_ROWS) {
             gated_rows(expert_gate, expert_up, first, std::min(MOST_ROWS, work.n_ff - first), {scratch.x, n, work.int8},
-                       scratch, scratch.hidden + first * COLUMNS, work.n_ff * COLUMNS);
+                       low_gate, low_up, scratch, scratch.hidden + first * COLUMNS, work.n_ff * COLUMNS);
+        }
+        for (int64_t b = 0; work.down.a && b * COLUMNS < n; ++b) {
+            low_expert(work.down, expert, scratch.hidden + b * work.n_ff * COLUMNS, std::min(COLUMNS, n - b * COLUMNS),
+                       scratch.decoded, low_t, b);
         }
         Columns hidden = {scratch.hidden, n, work.int8_down};
 #if DG_HAS_INT8
@@ -303,6 +377,7 @@ void run_experts(ggml_tensor *dst, int thread, int, void *userdata) {
         for (int64_t first = 0; first < n_embd; first += MOST_ROWS) {
             const int64_t rows = std::min(MOST_ROWS, n_embd - first);
             multiply_rows(expert_down, first, rows, hidden, scratch.decoded, scratch.tile, rows * COLUMNS);
+            low_down.add(first, rows, scratch.decoded, scratch.tile, rows * COLUMNS);
             for (int64_t b = 0; b * COLUMNS < n; ++b) {
                 float *columns[COLUMNS];
                 const int64_t in_block = std::min(COLUMNS, n - b * COLUMNS);

@@ -11,10 +11,27 @@ namespace dg::DG_LEVEL {
 
 const Kernels *kernels() {
     static const Kernels table = {
-        DG_TEXT_OF(DG_LEVEL), COLUMNS,      has_int8_product, block_floats, product_scratch,
-        attention_scratch,    soft_scratch, decode,           run_pack,     run_quantize,
-        run_multiply,         run_gated,    run_experts,      run_combine,  run_norm,
-        run_attention,        run_look,     run_weigh,        run_add,      run_finish,
+        DG_TEXT_OF(DG_LEVEL),
+        COLUMNS,
+        has_int8_product,
+        block_floats,
+        product_scratch,
+        attention_scratch,
+        soft_scratch,
+        decode,
+        run_pack,
+        run_quantize,
+        run_multiply,
+        run_gated,
+        run_low,
+        run_experts,
+        run_combine,
+        run_norm,
+        run_attention,
+        run_look,
+        run_weigh,
+        run_add,
+        run_finish,
     };
     return &table;
 }

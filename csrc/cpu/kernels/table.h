@@ -19,9 +19,11 @@ int64_t soft_scratch(int64_t n_embd);
 // Column blocks of rows of floats; column blocks as integers.
 void run_pack(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 void run_quantize(ggml_tensor *dst, int thread, int n_threads, void *userdata);
-// w times x; gelu_tanh(gate x) * (up x); the experts that each row was routed to; the sum of a row's experts.
+// w times x; gelu_tanh(gate x) * (up x); scales * (A x); the experts that each row was routed to; the sum of a row's
+// experts.
 void run_multiply(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 void run_gated(ggml_tensor *dst, int thread, int n_threads, void *userdata);
+void run_low(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 void run_experts(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 void run_combine(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 
