@@ -1,9 +1,10 @@
 /* diffgguf: DiffusionGemma from GGUF files, in your own process.
  *
- * Three nouns. A `dg_file` is the header of a GGUF file. A `dg_model` is an opened one: immutable, shareable between
+ * Four nouns. A `dg_file` is the header of a GGUF file. A `dg_model` is an opened one: immutable, shareable between
  * threads and sessions. A `dg_session` is one timeline on a model: a prefix in the KV cache, buffers, and the canvases
  * that are being denoised behind it. A session is used by one thread at a time; a second caller gets DG_ERROR_BUSY and
- * changes nothing. A session keeps its model alive, so the two may be freed in any order.
+ * changes nothing. A session keeps its model alive, so the two may be freed in any order. A `dg_adapter` is a fine-tune
+ * that sessions of its model run beside the weights.
  *
  * Data flows one way: file -> model -> session -> canvas. Text, prompts and chat templates are not known here.
  *
@@ -52,7 +53,7 @@
 
 /* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
  * run time compares it with dg_abi_version(). */
-#define DG_ABI_VERSION 7
+#define DG_ABI_VERSION 8
 
 #ifdef __cplusplus
 extern "C" {

@@ -96,13 +96,14 @@ def test_every_function_of_the_header_is_bound() -> None:
     assert declared <= set(dir(library.lib))
 
 
-def test_five_files_touch_the_c_library() -> None:
-    """library.py imports ffi and lib; file.py, structs.py, functions.py and native.py build on it, and no other."""
+def test_six_files_touch_the_c_library() -> None:
+    """library.py imports ffi and lib; file.py, structs.py, functions.py, native.py and adapters.py build on it, and no
+    other."""
     files = [*(ROOT / "pydiffgguf").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
     assert len(files) > 10
     uses = re.compile(r"_diffgguf\b.*import|library import (?:\([^)]*|[^\n(]*)\b(?:ffi|lib)\b|library\.(?:ffi|lib)\b")
     touching = [path.name for path in files if uses.search(path.read_text("utf-8"))]
-    assert sorted(touching) == ["file.py", "functions.py", "library.py", "native.py", "structs.py"]
+    assert sorted(touching) == ["adapters.py", "file.py", "functions.py", "library.py", "native.py", "structs.py"]
 
 
 def test_the_vendored_ggml_is_the_pinned_one() -> None:

@@ -43,8 +43,9 @@ KINDS: dict[str, Kind] = {
     "self-conditioning": Kind(
         {"target_modules": r"model\.decoder\.self_conditioning\.(gate|up|down)_proj", "r": 4, "lora_alpha": 8}
     ),
-    "router": Kind({"target_modules": r".*\.router\.proj", "r": 4, "lora_alpha": 4}),
-    "head": Kind({"target_modules": ["lm_head"], "r": 4, "lora_alpha": 4}),
+    # So large that the choice of experts moves the logits: with one expert a token its weight is 1 whatever its score.
+    "router": Kind({"target_modules": r".*\.router\.proj", "r": 4, "lora_alpha": 4}, size=4.0),
+    "head": Kind({"target_modules": ["lm_head"], "r": 4, "lora_alpha": 4}, size=2.0),
     "rslora": Kind(
         {"target_modules": SEVEN, "exclude_modules": NO_VISION, "r": 16, "lora_alpha": 8, "use_rslora": True}
     ),
