@@ -396,9 +396,9 @@ DG_API dg_status dg_session_tokens(const dg_session *session, int32_t *out, int3
                                    size_t err_size);
 
 /* Writes the prefix (tokens and cache) to a file, under its final name only when whole; reads it back into a session
- * of the same model, type_kv, adapters (their encoder key) and a context that holds it. Two threads may save to one path: it is the one's or the
- * other's. Another model is told by its figures and by the name, type, shape and first and last bytes of each tensor:
- * DG_ERROR_FORMAT. A failed load leaves an empty prefix. */
+ * of the same model, type_kv, adapters (their encoder key) and a context that holds it. Two threads may save to one
+ * path: it is the one's or the other's. Another model is told by its figures and by the name, type, shape and first and
+ * last bytes of each tensor: DG_ERROR_FORMAT. A failed load leaves an empty prefix. */
 DG_API dg_status dg_session_save(dg_session *session, const char *path, char *err, size_t err_size);
 DG_API dg_status dg_session_load(dg_session *session, const char *path, char *err, size_t err_size);
 
