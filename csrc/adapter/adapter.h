@@ -6,7 +6,7 @@
 // is. Denoise passes use the decoder's set; passes over the prompt, finished canvases and scored texts the encoder's.
 #pragma once
 
-#include "adapter/low_rank.h"
+#include "base/low_rank.h"
 #include "model/model.h"
 
 #include <array>

@@ -3,7 +3,7 @@
 // (levels.h). Everything outside of kernels/ is compiled for the build's floor.
 #pragma once
 
-#include "adapter/low_rank.h"
+#include "base/low_rank.h"
 #include "cpu/work.h"
 
 #include "ggml.h"

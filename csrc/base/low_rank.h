@@ -5,7 +5,7 @@
 
 namespace dg {
 
-// B (scales * (A x)) is added to what the matrix makes of x. All are float32; see adapter.h for shapes.
+// B (scales * (A x)) is added to what the matrix makes of x. All are float32; see adapter/adapter.h for shapes.
 struct LowRank {
     ggml_tensor *a;
     ggml_tensor *b;
