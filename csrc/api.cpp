@@ -9,6 +9,7 @@
 #include "file/gguf_head.h"
 #include "file/quantize.h"
 #include "model/devices.h"
+#include "model/file_figures.h"
 #include "model/model.h"
 #include "model/needs.h"
 #include "model/placement.h"
@@ -193,6 +194,27 @@ dg_status dg_file_require_model(const dg_file *file, char *err, size_t err_size)
     return guarded_plain(err, err_size, [&] {
         require(file, "file");
         file->head->require_model();
+    });
+}
+
+dg_status dg_file_config(const dg_file *file, dg_config *config, dg_layer_config *layers, int32_t capacity,
+                         char *warnings, size_t warnings_size, char *err, size_t err_size) {
+    return guarded_plain(err, err_size, [&] {
+        require(file, "file");
+        require(config, "config");
+        const dg::FileFigures figures = dg::read_figures(*file->head);
+        *config = figures.config;
+        if (layers && static_cast<size_t>(std::max(capacity, 0)) >= figures.layers.size()) {
+            std::copy(figures.layers.begin(), figures.layers.end(), layers);
+        }
+        std::string text;
+        for (const std::string &warning : figures.warnings) {
+            text += warning + "\n";
+        }
+        if (warnings && warnings_size > 0) {
+            text.resize(std::min(text.size(), warnings_size - 1));
+            std::memcpy(warnings, text.c_str(), text.size() + 1);
+        }
     });
 }
 

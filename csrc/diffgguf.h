@@ -245,6 +245,12 @@ DG_API dg_status dg_model_open(dg_model **out, const char *path, const dg_model_
 /* Releases the caller's hold; sessions made from the model keep theirs. NULL is allowed. */
 DG_API void dg_model_free(dg_model *model);
 
+/* The figures that a model opened from this file has, without opening it; has_encoder_scalars is left false. `layers`
+ * has room for `capacity`, of which config->n_layer are filled, when they fit. `warnings`: what dg_model_warning would
+ * say of missing keys, a line each, cut to fit. Fails as dg_model_open does for keys. */
+DG_API dg_status dg_file_config(const dg_file *file, dg_config *config, dg_layer_config *layers, int32_t capacity,
+                                char *warnings, size_t warnings_size, char *err, size_t err_size);
+
 /* The level that its CPU operators use; "" where there is none, and ggml's do the work. As long as the library. */
 DG_API const char *dg_model_cpu_level(const dg_model *model);
 

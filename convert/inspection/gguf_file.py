@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gguf import GGMLQuantizationType
 
 from pydiffgguf._binding.file import ByteSource, NativeFile
-from pydiffgguf.errors import UnsupportedError
+from pydiffgguf._binding.functions import session_needs
+from pydiffgguf._binding.records import LayerConfig, Needs
+from pydiffgguf.errors import ModelFormatError, UnsupportedError
 
 # How many elements of an array are kept: every per-layer array is whole, of a vocabulary the beginning is enough.
 KEPT = 4096
@@ -61,9 +64,24 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """A model's figures. `values`: by the names of dg_config in csrc/diffgguf.h; `warnings`: missing keys, and what is
+    used in their place."""
+
+    values: dict[str, Any]
+    layers: tuple[LayerConfig, ...]
+    warnings: tuple[str, ...]
+
+    def needs(self, **options: Any) -> Needs:
+        """What a session with these options takes; raises what session_needs() raises."""
+        return session_needs(self.values, self.layers, self.values["has_self_conditioning"], **options)
+
+
+@dataclass(frozen=True)
 class GGUFHead:
     """What stands before the tensor data: `path` the file, or the first of `parts`; `size` that of all, in bytes. What
-    is not per tensor is the first file's."""
+    is not per tensor is the first file's. `model`: the figures, where a model was asked for and its keys tell them;
+    where they do not, `model_fault` says why."""
 
     path: Path
     parts: tuple[Path, ...]
@@ -73,6 +91,8 @@ class GGUFHead:
     data_offset: int
     keys: dict[str, Value]
     tensors: dict[str, TensorInfo]
+    model: Figures | None = None
+    model_fault: str | None = None
 
 
 def read_head(path: Path, *, model: bool = False, source: ByteSource | None = None) -> GGUFHead:
@@ -84,8 +104,14 @@ def read_head(path: Path, *, model: bool = False, source: ByteSource | None = No
     or is not a model where one was asked for.
     """
     file = NativeFile(path, source)
+    figures, fault = None, None
     if model:
         file.require_model()
+        try:
+            config, layers, warnings = file.config()
+            figures = Figures(config, tuple(layers), tuple(warnings))
+        except (ModelFormatError, UnsupportedError) as error:
+            fault = str(error).removeprefix(f"{path}: ")
     parts = file.parts()
     keys = {}
     for key in file.read_keys():
@@ -108,4 +134,6 @@ def read_head(path: Path, *, model: bool = False, source: ByteSource | None = No
         data_offset=parts[0].data_offset,
         keys=keys,
         tensors=tensors,
+        model=figures,
+        model_fault=fault,
     )

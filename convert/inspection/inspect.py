@@ -6,11 +6,9 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydiffgguf._binding.functions import session_needs
-from pydiffgguf._binding.records import LayerConfig, Needs
-from pydiffgguf._binding.structs import FIGURES, KV_TYPES
+from pydiffgguf._binding.records import Needs
+from pydiffgguf._binding.structs import KV_TYPES
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.text.rendering import template_fault
 
@@ -26,50 +24,14 @@ from ..names import (
     full_key,
     layer_name,
 )
-from .gguf_file import GGUFHead, TensorInfo, Value, read_head
+from .gguf_file import Figures, GGUFHead, TensorInfo, Value, read_head
 
-CANVAS_LENGTH = "diffusion.canvas_length"
-RELEASED_CANVAS = 256
 RIVAL_NORM = "self_cond_norm.weight"
 
 # Types that ggml has no float32 for.
 UNREADABLE = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 
-# Keys without which a file does not load; what else the dialect has is implied, or has a default.
-REQUIRED_KEYS = (
-    ".block_count",
-    ".context_length",
-    ".embedding_length",
-    ".feed_forward_length",
-    ".attention.head_count",
-    ".attention.head_count_kv",
-    ".attention.key_length",
-    ".attention.key_length_swa",
-    ".attention.sliding_window",
-    ".attention.sliding_window_pattern",
-    ".attention.layer_norm_rms_epsilon",
-    ".rope.freq_base",
-    ".rope.freq_base_swa",
-    ".expert_count",
-    ".expert_used_count",
-    ".expert_feed_forward_length",
-    ".final_logit_softcapping",
-    CANVAS_LENGTH,
-)
 TOKENIZER_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
-
-# Where those figures stand that the header tells; n_vocab is the embedding's.
-FIGURE_KEYS = {
-    "n_embd": ".embedding_length",
-    "n_head": ".attention.head_count",
-    "n_ff": ".feed_forward_length",
-    "n_ff_exp": ".expert_feed_forward_length",
-    "n_expert": ".expert_count",
-    "n_expert_used": ".expert_used_count",
-    "sliding_window": ".attention.sliding_window",
-    "canvas_length": CANVAS_LENGTH,
-    "n_ctx_train": ".context_length",
-}
 
 SELF_CONDITIONING = ("self_cond_gate.weight", "self_cond_up.weight", "self_cond_down.weight")
 ENCODER_SCALAR = "enc_layer_output_scale.weight"
@@ -106,19 +68,6 @@ class TypeShare:
     tensors: int
     values: int
     n_bytes: int
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What of a file's shape its memory depends on. `values`: by the names of dg_config in csrc/diffgguf.h."""
-
-    values: dict[str, int]
-    layers: tuple[LayerConfig, ...]
-    has_self_conditioning: bool
-
-    def needs(self, **options: Any) -> Needs:
-        """What a session with these options takes; raises what session_needs() raises."""
-        return session_needs(self.values, self.layers, self.has_self_conditioning, **options)
 
 
 @dataclass(frozen=True)
@@ -181,7 +130,6 @@ def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "
     classes: dict[str, list[TensorReport]] = defaultdict(list)
     for tensor in tensors:
         classes[tensor.kind].append(tensor)
-    figures = read_figures(head)
     return FileReport(
         path=head.path,
         parts=head.parts,
@@ -191,8 +139,8 @@ def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "
         tensors=tensors,
         types=shares(tensors),
         classes={kind: shares(members) for kind, members in sorted(classes.items())},
-        figures=figures,
-        memory=estimate_memory(head, figures, n_ctx, type_kv),
+        figures=head.model,
+        memory=estimate_memory(head, n_ctx, type_kv),
         findings=tuple(find_missing(head)),
     )
 
@@ -224,71 +172,12 @@ def shares(tensors: tuple[TensorReport, ...] | list[TensorReport]) -> dict[str, 
     return dict(sorted(totals.items(), key=lambda item: (-item[1].n_bytes, item[0])))
 
 
-class Keys:
-    """Typed look-ups; None for a key that is missing or of another type."""
-
-    def __init__(self, keys: dict[str, Value]) -> None:
-        self.keys = keys
-
-    def integer(self, key: str) -> int | None:
-        value = self.keys.get(full_key(key))
-        return value.value if value and type(value.value) is int else None
-
-    def ints(self, key: str, count: int) -> list[int] | None:
-        """An array of `count` integers, or booleans; one integer stands for all, as it does for the engine."""
-        value = self.keys.get(full_key(key))
-        if value is None:
-            return None
-        values = value.value if isinstance(value.value, list) else [value.value] * count
-        out = [v for v in values if isinstance(v, int)]
-        return out if len(out) == count == len(values) else None
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Per layer, from the keys: sliding or not, KV heads, head size."""
-
-    sliding: list[bool]
-    kv_heads: list[int]
-    head_dims: list[int]
-
-
-def read_layers(keys: Keys) -> Layers | None:
-    """None when the keys do not tell."""
-    n_layers = keys.integer(".block_count")
-    full, swa = keys.integer(".attention.key_length"), keys.integer(".attention.key_length_swa")
-    if n_layers is None or full is None or swa is None or not 1 <= n_layers <= 4096:
-        return None
-    pattern = keys.ints(".attention.sliding_window_pattern", n_layers)
-    kv_heads = keys.ints(".attention.head_count_kv", n_layers)
-    if pattern is None or kv_heads is None:
-        return None
-    sliding = [bool(s) for s in pattern]
-    return Layers(sliding, kv_heads, [swa if s else full for s in sliding])
-
-
-def read_figures(head: GGUFHead) -> Figures | None:
-    """None when the keys do not tell."""
-    keys = Keys(head.keys)
-    layers, embedding = read_layers(keys), head.tensors.get("token_embd.weight")
-    values = {name: keys.integer(key) for name, key in FIGURE_KEYS.items()}
-    values["n_vocab"] = None if embedding is None else embedding.shape[-1]
-    if values["canvas_length"] is None and is_rival(head):
-        values["canvas_length"] = RELEASED_CANVAS
-    known = {name: value for name, value in values.items() if value is not None}
-    if layers is None or known.keys() != set(FIGURES):
-        return None
-    shapes = zip(layers.sliding, layers.kv_heads, layers.head_dims, strict=True)
-    signal = any(name in head.tensors for name in (*SELF_CONDITIONING, "self_cond_pre_norm.weight", RIVAL_NORM))
-    return Figures(known, tuple(LayerConfig(*shape) for shape in shapes), signal)
-
-
-def estimate_memory(head: GGUFHead, figures: Figures | None, n_ctx: int | None, type_kv: str) -> MemoryEstimate:
+def estimate_memory(head: GGUFHead, n_ctx: int | None, type_kv: str) -> MemoryEstimate:
     """Figures that no engine would take are as good as none; so is a context that the file itself has too little of."""
     needs = None
-    if figures is not None:
+    if head.model is not None:
         try:
-            needs = figures.needs(n_ctx=n_ctx or 0, type_kv=type_kv)
+            needs = head.model.needs(n_ctx=n_ctx or 0, type_kv=type_kv)
         except (ValueError, ContextOverflowError) as error:
             if n_ctx is not None and isinstance(error, ContextOverflowError):
                 raise
@@ -305,19 +194,14 @@ def find_missing(head: GGUFHead) -> list[Finding]:
 def check_keys(head: GGUFHead) -> list[Finding]:
     """Keys that are missing, or of another type."""
     keys = head.keys
-    found = []
-    for key in REQUIRED_KEYS:
-        if full_key(key) in keys:
-            continue
-        if key == CANVAS_LENGTH and is_rival(head):
-            found.append(Finding("warning", f"no {key}: {RELEASED_CANVAS} is used, which its writer had built in"))
-        else:
-            found.append(Finding("error", f"key '{full_key(key)}' is missing"))
+    found = [Finding("warning", text) for text in head.model.warnings] if head.model else []
     for key, kind in KEYS.items():
         value = keys.get(full_key(key))
         if value is not None and value.type != kind:
             level = "note" if family(value.type) == family(kind) else "error"
             found.append(Finding(level, f"key '{full_key(key)}' has type {value.type}, the dialect has {kind}"))
+    if head.model_fault and not any(finding.level == "error" for finding in found):
+        found.append(Finding("error", head.model_fault))
     absent = [key for key in SAMPLER_KEYS if key not in keys]
     if absent:
         what = "no sampler keys" if len(absent) == len(SAMPLER_KEYS) else f"no {', '.join(absent)}"
@@ -357,13 +241,15 @@ def check_tensors(head: GGUFHead) -> list[Finding]:
         if rule.name not in names and rule.name not in known
     ]
 
-    layers = read_layers(Keys(head.keys))
-    if layers is None:
+    if head.model is None:
         return found
+    layers = head.model.layers
     no_scalar, split = [], []
-    for i, sliding in enumerate(layers.sliding):
+    for i, layer in enumerate(layers):
         absent = [
-            r.name for r in LAYER_TENSORS if layer_name(i, r.name) not in names and (sliding or not r.sliding_only)
+            r.name
+            for r in LAYER_TENSORS
+            if layer_name(i, r.name) not in names and (layer.sliding or not r.sliding_only)
         ]
         if ENCODER_SCALAR in absent:
             absent.remove(ENCODER_SCALAR)
@@ -372,10 +258,10 @@ def check_tensors(head: GGUFHead) -> list[Finding]:
             absent.remove(EXPERTS)
             split.append(i)
         found += [Finding("error", f"tensor '{layer_name(i, name)}' is missing") for name in absent]
-        if not sliding and layer_name(i, "attn_v.weight") in names:
+        if not layer.sliding and layer_name(i, "attn_v.weight") in names:
             found.append(Finding("error", f"tensor '{layer_name(i, 'attn_v.weight')}' is there: full layers have no V"))
     if no_scalar:
-        which = "every layer" if len(no_scalar) == len(layers.sliding) else f"layers {no_scalar}"
+        which = "every layer" if len(no_scalar) == len(layers) else f"layers {no_scalar}"
         found.append(Finding("warning", f"no encoder scalars in {which}: the decoder's are used, prompts suffer"))
     if split:
         found.append(Finding("note", f"gate and up of the experts stand apart in {len(split)} layers"))
@@ -392,26 +278,26 @@ def check_tensors(head: GGUFHead) -> list[Finding]:
 
 def check_shapes(head: GGUFHead) -> list[Finding]:
     """Tensors whose shape is not what the keys say."""
-    keys = Keys(head.keys)
-    layers = read_layers(keys)
-    sizes = {
-        "hidden": keys.integer(".embedding_length"),
-        "ffn": keys.integer(".feed_forward_length"),
-        "experts": keys.integer(".expert_count"),
-        "expert_ffn": keys.integer(".expert_feed_forward_length"),
-        "heads": keys.integer(".attention.head_count"),
-        "full": keys.integer(".attention.key_length"),
-    }
-    known = {name: size for name, size in sizes.items() if size is not None}
-    embedding = head.tensors.get("token_embd.weight")
-    if layers is None or len(known) != len(sizes) or embedding is None:
+    if head.model is None:
         return []
-    known |= {"pairs": known["full"] // 2, "gate_up": 2 * known["expert_ffn"], "one": 1, "vocab": embedding.shape[-1]}
+    v, layers = head.model.values, head.model.layers
+    full = next((layer.head_dim for layer in layers if not layer.sliding), 0)
+    known = {
+        "vocab": v["n_vocab"],
+        "hidden": v["n_embd"],
+        "ffn": v["n_ff"],
+        "experts": v["n_expert"],
+        "expert_ffn": v["n_ff_exp"],
+        "gate_up": 2 * v["n_ff_exp"],
+        "pairs": full // 2,
+        "one": 1,
+    }
     found = []
     for rule in GLOBAL_TENSORS + FOREIGN_GLOBAL_TENSORS:
         found += check_shape(head.tensors.get(rule.name), rule, known)
-    for i, (kv_heads, head_dim) in enumerate(zip(layers.kv_heads, layers.head_dims, strict=True)):
-        own = {**known, "head": head_dim, "q": known["heads"] * head_dim, "kv": kv_heads * head_dim}
+    for i, layer in enumerate(layers):
+        dim = layer.head_dim
+        own = {**known, "head": dim, "q": v["n_head"] * dim, "kv": layer.n_head_kv * dim}
         for rule in LAYER_TENSORS + FOREIGN_LAYER_TENSORS:
             found += check_shape(head.tensors.get(layer_name(i, rule.name)), rule, own)
     return found

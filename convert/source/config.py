@@ -19,7 +19,18 @@ SLIDING = "sliding_attention"
 FULL = "full_attention"
 
 # The reference's defaults for what a config may leave out.
-DEFAULT_CONTEXT_LENGTH = 131_072
+DEFAULTS = {
+    "vocab_size": 262_144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 512,
+    "max_position_embeddings": 131_072,
+    "canvas_length": 256,
+}
 DEFAULT_RMS_EPS = 1e-6
 DEFAULT_SOFTCAP = 30.0
 DEFAULT_FULL_EVERY = 6
@@ -157,6 +168,11 @@ class Reader:
         return value
 
 
+def integer(reader: Reader, key: str) -> int:
+    """A figure that a config may leave out."""
+    return reader.integer(key, DEFAULTS[key])
+
+
 def parse_config(config: dict[str, Any], where: str) -> ModelConfig:
     """Checks a checkpoint's config and resolves it. `config` is the whole DiffusionGemmaConfig, or its text part with
     `canvas_length` beside; `where` (a path) begins every message. Raises ModelFormatError for what is missing or makes
@@ -170,7 +186,7 @@ def parse_config(config: dict[str, Any], where: str) -> ModelConfig:
 
     layer_types = parse_layer_types(text)
     shapes = parse_layers(text, layer_types)
-    heads = text.integer("num_attention_heads")
+    heads = integer(text, "num_attention_heads")
     for i, shape in enumerate(shapes):
         if shape.head_dim % 2:
             raise ModelFormatError(f"{where}: layer {i}: head_dim must be even, got {shape.head_dim}")
@@ -180,7 +196,7 @@ def parse_config(config: dict[str, Any], where: str) -> ModelConfig:
             )
     full = only_shape(where, shapes, sliding=False)
     sliding = only_shape(where, shapes, sliding=True) or LayerShape(
-        True, text.integer("head_dim"), text.integer("num_key_value_heads")
+        True, integer(text, "head_dim"), integer(text, "num_key_value_heads")
     )
     assert full is not None  # the last layer is always a full one
     rope_base, rotating_pairs = parse_rope(text, FULL, full.head_dim)
@@ -188,16 +204,16 @@ def parse_config(config: dict[str, Any], where: str) -> ModelConfig:
 
     experts = text.integer("num_experts")
     return ModelConfig(
-        vocab_size=text.integer("vocab_size"),
-        hidden_size=text.integer("hidden_size"),
-        ffn_size=text.integer("intermediate_size"),
+        vocab_size=integer(text, "vocab_size"),
+        hidden_size=integer(text, "hidden_size"),
+        ffn_size=integer(text, "intermediate_size"),
         heads=heads,
         layers=shapes,
         sliding=sliding,
         full=full,
-        sliding_window=text.integer("sliding_window"),
-        context_length=text.integer("max_position_embeddings", DEFAULT_CONTEXT_LENGTH),
-        canvas_length=top.integer("canvas_length"),
+        sliding_window=integer(text, "sliding_window"),
+        context_length=integer(text, "max_position_embeddings"),
+        canvas_length=integer(top, "canvas_length"),
         rms_eps=text.real("rms_norm_eps", DEFAULT_RMS_EPS),
         rope_base=rope_base,
         rope_base_sliding=rope_base_sliding,
@@ -232,7 +248,7 @@ def refuse_variants(top: Reader, text: Reader) -> None:
 
 def parse_layer_types(text: Reader) -> list[str]:
     """`sliding_attention` or `full_attention` per layer; the last is forced to full, as the reference does."""
-    n_layers = text.integer("num_hidden_layers", high=MAX_LAYERS)
+    n_layers = text.integer("num_hidden_layers", DEFAULTS["num_hidden_layers"], high=MAX_LAYERS)
     types = text.values.get("layer_types")
     if types is None:
         types = [FULL if (i + 1) % DEFAULT_FULL_EVERY == 0 else SLIDING for i in range(n_layers)]
@@ -248,8 +264,8 @@ def parse_layer_types(text: Reader) -> list[str]:
 
 def parse_layers(text: Reader, layer_types: list[str]) -> tuple[LayerShape, ...]:
     """One LayerShape per layer, from either spelling."""
-    head_dim = text.integer("head_dim")
-    kv_heads = text.integer("num_key_value_heads")
+    head_dim = integer(text, "head_dim")
+    kv_heads = integer(text, "num_key_value_heads")
     if "per_layer_config" in text.values:
         overrides = parse_overrides(text, len(layer_types))
     else:

@@ -29,7 +29,6 @@ class GgufFiles {
     GgufFiles(const std::string &path, bool map);
 
     const GgufHead &head() const { return head_; }
-    const GgufHeader &keys() const { return head_.keys(); }
     // In the order of the files.
     const std::vector<FileTensor> &tensors() const { return tensors_; }
     // Null when there is none of that name.

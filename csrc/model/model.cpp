@@ -4,9 +4,8 @@
 #include "base/error.h"
 #include "base/hash.h"
 #include "cpu/levels.h"
-#include "file/gguf_keys.h"
 #include "file/names.h"
-#include "model/figures.h"
+#include "model/file_figures.h"
 #include "sample/sampling.h"
 
 #include "ggml-backend.h"
@@ -20,8 +19,6 @@
 
 namespace dg {
 namespace {
-
-constexpr int32_t RELEASED_CANVAS = 256;
 
 std::string shape_text(const int64_t *ne, int n) {
     std::string text = "[";
@@ -40,11 +37,10 @@ bool ends_with(const std::string &text, const std::string &tail) {
 // Reads one file into one Model; everything that can be wrong with a file is found here.
 class ModelReader {
   public:
-    ModelReader(Model &model, const std::string &path)
-        : model_(model), path_(path), files_(*model.files_), keys_(path, files_.keys()) {}
+    ModelReader(Model &model, const std::string &path) : model_(model), path_(path), files_(*model.files_) {}
 
     void read(const dg_model_options &options) {
-        read_config();
+        read_figures_of_file();
         model_.placement_ = place_layers(sizes_of(files_, model_.config_, model_.layers(), options.expected),
                                          *model_.devices_, options);
         bind();
@@ -54,7 +50,6 @@ class ModelReader {
     Model &model_;
     const std::string &path_;
     const GgufFiles &files_;
-    const GgufKeys keys_;
     int32_t device_ = 0; // where what is bound now goes
 
     [[noreturn]] void fail(dg_status status, const std::string &what) const {
@@ -62,141 +57,18 @@ class ModelReader {
     }
     [[noreturn]] void fail_format(const std::string &what) const { fail(DG_ERROR_FORMAT, what); }
 
-    // -------------------------------------------------------------------------------------------------- keys
-
-    int32_t figure(const char *key, const Range &range) const { return keys_.integer(key, range.least, range.most); }
-
-    void read_config() {
-        files_.head().require_model();
-        dg_config &c = model_.config_;
-        c.n_layer = figure(names::KEY_BLOCK_COUNT, ranges::LAYERS);
-        c.n_embd = figure(names::KEY_EMBEDDING_LENGTH, ranges::WIDTHS);
-        c.n_ff = figure(names::KEY_FEED_FORWARD_LENGTH, ranges::WIDTHS);
-        c.n_head = figure(names::KEY_HEAD_COUNT, ranges::HEADS);
-        c.n_expert = figure(names::KEY_EXPERT_COUNT, ranges::EXPERTS);
-        c.n_expert_used = figure(names::KEY_EXPERT_USED_COUNT, ranges::up_to(c.n_expert));
-        c.n_ff_exp = figure(names::KEY_EXPERT_FEED_FORWARD_LENGTH, ranges::WIDTHS);
-        c.sliding_window = figure(names::KEY_SLIDING_WINDOW, ranges::WINDOWS);
-        c.canvas_length = canvas_length();
-        c.n_ctx_train = figure(names::KEY_CONTEXT_LENGTH, ranges::contexts(c.canvas_length));
-        c.norm_eps = static_cast<float>(keys_.real(names::KEY_RMS_EPSILON, 0.0, 1.0));
-        c.logit_softcap = static_cast<float>(keys_.real(names::KEY_FINAL_LOGIT_SOFTCAPPING, 0.0, 1e6));
-        c.rope_base_full = static_cast<float>(keys_.real(names::KEY_ROPE_FREQ_BASE, 1.0, 1e12));
-        c.rope_base_sliding = static_cast<float>(keys_.real(names::KEY_ROPE_FREQ_BASE_SWA, 1.0, 1e12));
-        refuse_unless_zero(names::KEY_SHARED_KV_LAYERS);
-        refuse_unless_zero(names::KEY_EMBEDDING_LENGTH_PER_LAYER);
-        read_layers();
-        read_sampling();
-        read_vocabulary();
-        c.has_self_conditioning =
-            find(pre_norm()) || find(names::SELF_COND_GATE) || find(names::SELF_COND_UP) || find(names::SELF_COND_DOWN);
-    }
-
-    void read_vocabulary() {
-        const FileTensor *found = find(names::TOKEN_EMBD);
-        if (!found) {
-            fail_format(std::string("tensor ") + names::TOKEN_EMBD + " is missing");
-        }
-        const int64_t n = found->tensor->ne[1];
-        if (n < ranges::VOCABULARIES.least || n > ranges::VOCABULARIES.most) {
-            fail_format(format("tensor %s has %" PRId64 " rows, expected %" PRId64 " to %" PRId64, names::TOKEN_EMBD, n,
-                               ranges::VOCABULARIES.least, ranges::VOCABULARIES.most));
-        }
-        model_.config_.n_vocab = static_cast<int32_t>(n);
-    }
-
-    const char *pre_norm() const {
-        return find(names::SELF_COND_PRE_NORM) ? names::SELF_COND_PRE_NORM : names::SELF_COND_NORM;
-    }
-
-    // A program that writes self_cond_norm for self_cond_pre_norm has the released canvas built in and no key for it.
-    int32_t canvas_length() {
-        if (keys_.has(names::KEY_CANVAS_LENGTH) || !find(names::SELF_COND_NORM)) {
-            return figure(names::KEY_CANVAS_LENGTH, ranges::CANVASES);
-        }
-        model_.warnings_.push_back(
-            format("key %s is missing, as in all files that say %s: %d, the released length, is used",
-                   names::KEY_CANVAS_LENGTH, names::SELF_COND_NORM, RELEASED_CANVAS));
-        return RELEASED_CANVAS;
-    }
-
-    void refuse_unless_zero(const char *key) const {
-        const int32_t value = keys_.integer_or(key, 0, INT32_MAX, 0);
-        if (value != 0) {
-            fail(DG_ERROR_UNSUPPORTED,
-                 format("key %s is %d; only 0 is served", GgufKeys::full_name(key).c_str(), value));
-        }
-    }
-
-    void read_layers() {
-        const dg_config &c = model_.config_;
-        const auto n = static_cast<size_t>(c.n_layer);
-        const std::vector<bool> sliding = keys_.bools(names::KEY_SLIDING_WINDOW_PATTERN, n);
-        const std::vector<int64_t> kv = keys_.integers(names::KEY_HEAD_COUNT_KV, n, 1, c.n_head);
-        const int64_t dim_full =
-            head_dim(names::KEY_KEY_LENGTH, names::KEY_VALUE_LENGTH, names::KEY_ROPE_DIMENSION_COUNT);
-        const int64_t dim_sliding =
-            head_dim(names::KEY_KEY_LENGTH_SWA, names::KEY_VALUE_LENGTH_SWA, names::KEY_ROPE_DIMENSION_COUNT_SWA);
-        int64_t kv_of_type[2] = {0, 0};
-        for (size_t i = 0; i < n; ++i) {
+    void read_figures_of_file() {
+        FileFigures figures = read_figures(files_.head());
+        model_.config_ = figures.config;
+        model_.sampling_ = figures.sampling;
+        model_.warnings_ = std::move(figures.warnings);
+        for (const dg_layer_config &shape : figures.layers) {
             LayerWeights layer;
-            layer.sliding = sliding[i];
-            layer.n_head_kv = kv[i];
-            layer.head_dim = sliding[i] ? dim_sliding : dim_full;
-            if (c.n_head % kv[i] != 0) {
-                fail_format(format("layer %zu has %" PRId64 " KV heads, which do not divide its %d query heads", i,
-                                   kv[i], c.n_head));
-            }
-            int64_t &expected = kv_of_type[sliding[i]];
-            if (expected != 0 && expected != kv[i]) {
-                fail(DG_ERROR_UNSUPPORTED,
-                     format("layer %zu has %" PRId64 " KV heads where another %s layer has %" PRId64
-                            "; layers of one kind must be alike",
-                            i, kv[i], sliding[i] ? "sliding" : "full", expected));
-            }
-            expected = kv[i];
+            layer.sliding = shape.sliding;
+            layer.n_head_kv = shape.n_head_kv;
+            layer.head_dim = shape.head_dim;
             model_.weights_.layers.push_back(layer);
         }
-    }
-
-    int64_t head_dim(const char *key, const char *value_key, const char *rope_key) const {
-        const int64_t dim = figure(key, ranges::HEAD_DIMS);
-        if (dim % 2 != 0) {
-            fail_format(
-                format("key %s is %" PRId64 ", expected an even number", GgufKeys::full_name(key).c_str(), dim));
-        }
-        for (const char *other : {value_key, rope_key}) {
-            const int32_t got =
-                keys_.integer_or(other, ranges::HEAD_DIMS.least, ranges::HEAD_DIMS.most, static_cast<int32_t>(dim));
-            if (got != dim) {
-                fail(DG_ERROR_UNSUPPORTED, format("key %s is %d; only the key length, %" PRId64 ", is served",
-                                                  GgufKeys::full_name(other).c_str(), got, dim));
-            }
-        }
-        return dim;
-    }
-
-    void read_sampling() {
-        const dg_sampling d = released_sampling();
-        dg_sampling &s = model_.sampling_;
-        s.steps = keys_.integer_or(names::KEY_EB_MAX_STEPS, 1, 1000000, d.steps);
-        s.max_steps = d.max_steps;
-        s.stability_threshold = keys_.integer_or(names::KEY_EB_STABILITY_THRESHOLD, 0, 1000000, d.stability_threshold);
-        s.t_min = as_written(names::KEY_EB_T_MIN, d.t_min);
-        s.t_max = as_written(names::KEY_EB_T_MAX, d.t_max);
-        s.entropy_bound = as_written(names::KEY_EB_ENTROPY_BOUND, d.entropy_bound);
-        s.confidence_threshold = as_written(names::KEY_EB_CONFIDENCE_THRESHOLD, d.confidence_threshold);
-        try {
-            check_sampling(s);
-        } catch (const Error &error) {
-            fail_format(std::string("sampler keys diffusion.eb_*: ") + error.what());
-        }
-    }
-
-    // The keys are float32; somebody wrote 0.4 and means the number that prints as 0.4, not 0.4000000059604645.
-    double as_written(const char *key, double fallback) const {
-        const double value = keys_.real_or(key, 0.0, 1e6, fallback);
-        return std::strtod(format("%.7g", value).c_str(), nullptr);
     }
 
     // ----------------------------------------------------------------------------------------------- tensors
@@ -322,7 +194,7 @@ class ModelReader {
         device_ = placement.layers.front();
 
         if (c.has_self_conditioning) {
-            w.self_cond_pre_norm = vector(pre_norm(), c.n_embd);
+            w.self_cond_pre_norm = vector(self_conditioning_norm(files_.head()), c.n_embd);
             w.self_cond_gate = matrix(names::SELF_COND_GATE, {c.n_embd, c.n_ff});
             w.self_cond_up = matrix(names::SELF_COND_UP, {c.n_embd, c.n_ff});
             w.self_cond_down = matrix(names::SELF_COND_DOWN, {c.n_ff, c.n_embd});

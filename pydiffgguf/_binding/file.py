@@ -10,8 +10,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from pydiffgguf import errors
-from pydiffgguf._binding.library import StrPath, call, check_readable, encode_path, ffi, keep_error, lib, text_of
-from pydiffgguf._binding.records import MetadataValue
+from pydiffgguf._binding.library import (
+    StrPath,
+    call,
+    check_readable,
+    encode_path,
+    ffi,
+    fields_of,
+    keep_error,
+    lib,
+    text_of,
+)
+from pydiffgguf._binding.records import LayerConfig, MetadataValue
+from pydiffgguf._binding.structs import CONFIG_FIELDS
 
 #: GGUF's value types by their numbers: names as the dialect's table has them, and numpy's types.
 VALUE_TYPES: dict[int, str] = {
@@ -30,6 +41,8 @@ VALUE_TYPES: dict[int, str] = {
 }
 _NUMPY = {"f32": "<f4", "f64": "<f8", "bool": "?"}
 _ARRAY = 9
+#: The most layers that a model may have, and bytes for what is said of its keys.
+_MAX_LAYERS, _WARNINGS = 1024, 8192
 
 
 class ByteSource(Protocol):
@@ -106,6 +119,15 @@ class NativeFile:
     def require_model(self) -> None:
         """ModelFormatError, which says what the file is, unless it is a model that NativeModel opens."""
         call(lib.dg_file_require_model, self._pointer)
+
+    def config(self) -> tuple[dict[str, Any], list[LayerConfig], list[str]]:
+        """(the figures by the names of dg_config, the layers, what is said of missing keys) of the model in the file,
+        as NativeModel would have them. Raises what it raises for keys."""
+        config, warnings = ffi.new("dg_config *"), ffi.new("char[]", _WARNINGS)
+        layers = ffi.new("dg_layer_config[]", _MAX_LAYERS)
+        call(lib.dg_file_config, self._pointer, config, layers, _MAX_LAYERS, warnings, _WARNINGS)
+        shapes = [LayerConfig(s.sliding, s.n_head_kv, s.head_dim) for s in layers[0 : config.n_layer]]
+        return fields_of(config, CONFIG_FIELDS), shapes, text_of(warnings).splitlines()
 
     def parts(self) -> list[Part]:
         found = (lib.dg_file_get_part(self._pointer, i) for i in range(lib.dg_file_n_parts(self._pointer)))

@@ -22,10 +22,9 @@ from pydiffgguf.errors import ModelFormatError, UnsupportedError
 
 ConfigEdit = Callable[[dict[str, Any]], object]
 BROKEN_CONFIGS: dict[str, tuple[ConfigEdit, type[Exception], str]] = {
-    "no canvas": (lambda c: c.pop("canvas_length"), ModelFormatError, "'canvas_length' is missing"),
     "canvas 0": (lambda c: c.update(canvas_length=0), ModelFormatError, "'canvas_length'"),
     "another model": (lambda c: c.update(model_type="gemma3"), ModelFormatError, "got 'gemma3'"),
-    "no hidden size": (lambda c: c["text_config"].pop("hidden_size"), ModelFormatError, "'text_config.hidden_size'"),
+    "no experts": (lambda c: c["text_config"].pop("num_experts"), ModelFormatError, "'text_config.num_experts'"),
     "a string": (lambda c: c["text_config"].update(head_dim="32"), ModelFormatError, "'text_config.head_dim'"),
     "a boolean": (lambda c: c["text_config"].update(head_dim=True), ModelFormatError, "got True"),
     "too big": (lambda c: c["text_config"].update(vocab_size=2**40), ModelFormatError, "'text_config.vocab_size'"),
