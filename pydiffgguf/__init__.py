@@ -30,7 +30,8 @@ _HOME = {
     ),
     "generate": "Block DenoiseStep Event FinishReason Generation Prefill Stats",
     "infill": "Candidate Fill Infill InfillStats",
-    "model": "DiffusionModel ModelWarning demo_model_path",
+    "hub": "demo_model_path",
+    "model": "DiffusionModel ModelWarning",
     "session": "Canvas CanvasBatch Session Step",
     "text.document": "Document",
     "text.tokenizer": "Tokenizer",
@@ -83,13 +84,13 @@ if TYPE_CHECKING:
     from pydiffgguf.generate import Generation as Generation
     from pydiffgguf.generate import Prefill as Prefill
     from pydiffgguf.generate import Stats as Stats
+    from pydiffgguf.hub import demo_model_path as demo_model_path
     from pydiffgguf.infill import Candidate as Candidate
     from pydiffgguf.infill import Fill as Fill
     from pydiffgguf.infill import Infill as Infill
     from pydiffgguf.infill import InfillStats as InfillStats
     from pydiffgguf.model import DiffusionModel as DiffusionModel
     from pydiffgguf.model import ModelWarning as ModelWarning
-    from pydiffgguf.model import demo_model_path as demo_model_path
     from pydiffgguf.session import Canvas as Canvas
     from pydiffgguf.session import CanvasBatch as CanvasBatch
     from pydiffgguf.session import Session as Session

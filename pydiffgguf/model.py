@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,16 +47,11 @@ from pydiffgguf.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["DiffusionModel", "ModelWarning", "demo_model_path"]
+__all__ = ["DiffusionModel", "ModelWarning"]
 
 
 class ModelWarning(UserWarning):
     """Something is odd about a file that works nevertheless; says what it costs."""
-
-
-def demo_model_path() -> Path:
-    """The bundled demo model: a toy that shows the machinery (docs/DEMO_MODEL.md)."""
-    return Path(__file__).parent / "data" / "demo.gguf"
 
 
 class DiffusionModel:
@@ -157,7 +152,15 @@ class DiffusionModel:
 
     @classmethod
     def from_pretrained(
-        cls, repo_id: str, filename: str = "*.gguf", *, revision: str | None = None, **options: Unpack[ModelOptions]
+        cls,
+        repo_id: str,
+        filename: str = "*",
+        *,
+        revision: str | None = None,
+        cache_dir: StrPath | None = None,
+        token: bool | str | None = None,
+        local_files_only: bool = False,
+        **options: Unpack[ModelOptions],
     ) -> DiffusionModel:
         """Opens a model of a Hugging Face repository, downloaded into huggingface_hub's cache when it is not there; of
         a split one all parts are.
@@ -166,12 +169,17 @@ class DiffusionModel:
             repo_id: "owner/repo".
             filename: a name, a pattern such as "*Q4_K_M.gguf", or a word of the name; it must match one model.
             revision: branch, tag or commit.
+            cache_dir: where the cache is; None: huggingface_hub's.
+            token: of a private or gated repository; None: that of `hf auth login` or HF_TOKEN, False: none.
+            local_files_only: take it from the cache, and ask nobody.
             options: those of the constructor.
         """
-        from pydiffgguf.hub import resolve_hub
+        from pydiffgguf.hub import Access, resolve_hub
 
-        path = resolve_hub(repo_id, filename, revision=revision, progress=options.get("progress"))
-        return cls(path, **options)
+        folder = None if cache_dir is None else os.fspath(cache_dir)
+        offline = flag("local_files_only", local_files_only)
+        access = Access(revision, folder, token, offline, options.get("progress"))
+        return cls(resolve_hub(repo_id, filename, access), **options)
 
     # ------------------------------------------------------------------------------------------------ looking inside
 

@@ -46,7 +46,7 @@ class Hub:
         return [
             r.split("/resolve/")[1].partition("/")[2]
             for r in self.requests
-            if r.startswith("GET /") and "/resolve/" in r
+            if r.startswith("GET /") and "/resolve/" in r and r.count(" ") == 1
         ]
 
 
@@ -94,6 +94,11 @@ def serve(repos: Mapping[str, Repo]) -> Iterator[Hub]:
             if content is None:
                 return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             etag = hashlib.sha256(content).hexdigest()
+            if wanted := self.headers.get("Range"):
+                first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+                hub.requests[-1] += f" {first}-{last}"
+                content = content[first : last + 1]
+                return self.answer(206, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
             return self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
 
         def list_files(self, repo: Repo, rest: list[str]) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gguf_rewrite import rewrite
-from hub_server import Hub, Repo, environment, resolve, serve
+from hub_server import COMMIT, Hub, Repo, environment, resolve, serve
 
-from pydiffgguf.hub import choose_files, resolve_model
+from pydiffgguf.hub import choose_files, demo_model_path, resolve_model
 
 FILES = [
     "README.md",
@@ -24,6 +26,8 @@ FILES = [
     "model-F16.gguf",
     "mmproj-F16.gguf",
     "imatrix_unsloth.gguf",
+    "model-lora-F16.gguf",
+    "writer-adapter.gguf",
 ]
 
 
@@ -37,10 +41,13 @@ FILES = [
         ("UD/model-Q8_0.gguf", "UD/model-Q8_0.gguf"),
         ("model-Q8_0.gguf", "UD/model-Q8_0.gguf"),
         ("F16", "model-F16.gguf"),
+        ("mmproj-F16.gguf", "mmproj-F16.gguf"),
+        ("model-lora-F16.gguf", "model-lora-F16.gguf"),
     ],
 )
 def test_a_pattern_names_one_file(pattern: str, file: str) -> None:
-    """By whole name, glob or word; F16 is no part of BF16, and projectors and statistics are no models."""
+    """By whole name, glob or word; F16 is no part of BF16. Projectors, statistics and adapters are no models, but their
+    whole name finds them."""
     assert choose_files(FILES, pattern, "hf:a/b") == [file]
 
 
@@ -52,7 +59,7 @@ def test_a_pattern_names_one_file(pattern: str, file: str) -> None:
             r"'Q4_K' matches none of its models: UD/model-Q8_0.gguf, model-BF16.gguf \(2 files\), model-F16.gguf, ",
         ),
         ("*Q4*", r"matches 2 of its models: model-Q4_K_M.gguf, model-Q4_K_S.gguf$"),
-        ("*", r"matches 5 of its models: "),
+        ("*", r"hf:a/b holds 5 models; name one behind a colon, by a word of it: "),
     ],
 )
 def test_other_patterns_say_what_there_is(pattern: str, message: str) -> None:
@@ -84,12 +91,23 @@ def test_a_single_model_needs_no_pattern() -> None:
         choose_files(["config.json"], "*", "hf:a/b")
 
 
+def test_the_bundled_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every command; a file of that name comes first."""
+    assert resolve_model("demo") == demo_model_path()
+    assert demo_model_path().is_file()
+    monkeypatch.chdir(tmp_path)
+    Path("demo").touch()
+    assert resolve_model("demo") == Path("demo")
+
+
 def test_paths_are_paths() -> None:
     """Also those that do not exist: opening says so."""
     assert resolve_model("some/model.gguf") == Path("some/model.gguf")
 
 
-@pytest.mark.parametrize("spec", ["hf:", "hf:model", "hf:a/b/c", "hf:/b", "hf:a/:Q4", "hf:a b/c"])
+@pytest.mark.parametrize(
+    "spec", ["hf:", "hf:model", "hf:a/b/c", "hf:/b", "hf:a/:Q4", "hf:a b/c", "hf:a/b@", "hf:a/b@:Q4"]
+)
 def test_malformed_names_are_refused(spec: str) -> None:
     """Without asking a server."""
     with pytest.raises(ValueError, match="is not of the form hf:OWNER/REPO"):
@@ -208,7 +226,9 @@ def test_refusals_say_what_helps(hub: Hub, tmp_path: Path) -> None:
     assert gated["error"] == "PermissionError"
     assert gated["message"].startswith("hf:a/gated: access must be asked for on its page")
     assert several["error"] == none["error"] == "ValueError"
-    assert several["message"] == "hf:a/quants: '*' matches 2 of its models: x-Q4_K_M.gguf, x-Q8_0.gguf"
+    assert several["message"] == (
+        "hf:a/quants holds 2 models; name one behind a colon, by a word of it: x-Q4_K_M.gguf, x-Q8_0.gguf"
+    )
     assert none["message"] == "hf:a/quants: 'Q6_K' matches none of its models: x-Q4_K_M.gguf, x-Q8_0.gguf"
     assert hub.downloaded() == []
 
@@ -286,3 +306,74 @@ for _ in range(2):
         f"['opening'] { ({'opening': name}) } {size}",
     ], run.stderr
     assert run.stderr == ""
+
+
+def run(hub: Hub, home: Path, code: str) -> list[str]:
+    """What Python code prints in a process of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment(hub.url, home), capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+def test_a_revision_is_named_behind_an_at(hub: Hub, tmp_path: Path) -> None:
+    found, missing = resolve(hub.url, tmp_path, f"hf:a/quants@{COMMIT}:Q8_0", "hf:a/quants@v2:Q8_0")
+    assert found["path"].endswith("x-Q8_0.gguf")
+    assert missing["message"] == "hf:a/quants: no such revision"
+
+
+def test_inspect_reads_the_header_alone(hub: Hub, tmp_path: Path, tiny_gguf: Path) -> None:
+    """Also of a split model, by ranges; nothing is downloaded, and what is in the cache is read there."""
+    command = [sys.executable, "-m", "pydiffgguf", "inspect", "--json"]
+    reports = []
+    for spec in ("hf:a/quants:Q8_0", "hf:a/split:F32", "hf:a/quants:Q8_0"):
+        ran = subprocess.run([*command, spec], env=environment(hub.url, tmp_path), capture_output=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        reports.append(json.loads(ran.stdout))
+        if len(reports) == 2:
+            assert hub.downloaded() == []
+            assert len([r for r in hub.requests if r.startswith("GET ") and r.count(" ") == 2]) == 5
+            resolve(hub.url, tmp_path, "hf:a/quants:Q8_0")
+            n = len(hub.requests)
+    assert not any("-" in r.rpartition(" ")[2][:12] and r.count(" ") == 2 for r in hub.requests[n:])
+    assert [r["n_tensors"] for r in reports] == [144] * 3
+    assert reports[0]["bytes"] == reports[2]["bytes"] == tiny_gguf.stat().st_size
+    assert reports[0]["memory"] == reports[2]["memory"]
+    broken = subprocess.run([*command, "hf:a/quants:Q4"], env=environment(hub.url, tmp_path), capture_output=True)
+    assert b"Q4_K_M" in broken.stderr and broken.returncode != 0
+
+
+def test_from_pretrained_takes_a_cache_a_token_and_a_progress_hook(hub: Hub, tmp_path: Path) -> None:
+    code = f"""
+from pydiffgguf import DiffusionModel
+seen = []
+options = {{"cache_dir": {str(tmp_path / "elsewhere")!r}, "token": "hf_right"}}
+DiffusionModel.from_pretrained("a/private", progress=seen.append, **options).close()
+print(seen[-1].name, seen[-1].done == seen[-1].total > 100000)
+DiffusionModel.from_pretrained("a/private", local_files_only=True, **options).close()
+def stop(*_):
+    raise RuntimeError("enough")
+for options, repo in (({{"progress": stop}}, "a/quants"), ({{"local_files_only": True}}, "a/quants")):
+    try:
+        DiffusionModel.from_pretrained(repo, "Q8_0", **options)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    lines = run(hub, tmp_path, code)
+    assert lines[:2] == ["x.gguf True", "RuntimeError enough"]
+    assert lines[2].startswith("ConnectionError hf:a/quants is not in the cache")
+    assert (tmp_path / "elsewhere" / "models--a--private").is_dir()
+
+
+def test_a_hub_that_never_answers_costs_seconds(hub: Hub, tmp_path: Path) -> None:
+    """As behind a captive portal: with a file in the cache nobody waits for half a minute."""
+    resolve(hub.url, tmp_path, "hf:a/quants:Q8_0")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(5)
+        started = time.monotonic()
+        (result,) = resolve(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, "hf:a/quants:Q8_0")
+    assert result["path"].endswith("x-Q8_0.gguf")
+    assert "the hub cannot be reached, the cache serves" in result["warnings"][0]
+    assert time.monotonic() - started < 15

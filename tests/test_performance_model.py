@@ -9,7 +9,8 @@ import gpu_first_hour
 import performance_model as paper
 import pytest
 
-from pydiffgguf.model import DiffusionModel, demo_model_path
+from pydiffgguf.hub import demo_model_path
+from pydiffgguf.model import DiffusionModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "PERFORMANCE.md"

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydiffgguf._binding.file import ByteSource
 from pydiffgguf._binding.records import Needs
 from pydiffgguf._binding.structs import KV_TYPES
 from pydiffgguf.errors import ContextOverflowError
@@ -113,19 +114,22 @@ class FileReport:
         return sum(share.values for share in self.types.values())
 
 
-def inspect_file(path: str | Path, *, n_ctx: int | None = None, type_kv: str = "f16") -> FileReport:
+def inspect_file(
+    path: str | Path, *, n_ctx: int | None = None, type_kv: str = "f16", source: ByteSource | None = None
+) -> FileReport:
     """Reads the head of the GGUF `path`, of a split model the first file, and reports on it; no weight is read.
 
     `n_ctx`: positions that the memory estimate is for, by default the smaller of 8192 and the file's context length.
-    `type_kv`: "f32", "f16", "bf16" or "q8_0". Raises OSError when the file cannot be opened, ModelFormatError when it
-    is not a GGUF, is broken, or holds another architecture, ValueError for options out of range; ContextOverflowError
-    for an n_ctx, and UnsupportedError for a type_kv, that the model cannot have.
+    `type_kv`: "f32", "f16", "bf16" or "q8_0". `source`: where the file is, None for this machine.
+    Raises OSError when the file cannot be opened, ModelFormatError when it is not a GGUF, is broken, or holds
+    another architecture, ValueError for options out of range; ContextOverflowError for an n_ctx, and
+    UnsupportedError for a type_kv, that the model cannot have.
     """
     if type_kv not in KV_TYPES:
         raise ValueError(f"type_kv: {type_kv!r}, expected one of {', '.join(KV_TYPES)}")
     if n_ctx is not None and not 1 <= n_ctx < 2**31:
         raise ValueError(f"n_ctx: {n_ctx}, expected 1 to 2^31 - 1")
-    head = read_head(Path(path), model=True)
+    head = read_head(Path(path), model=True, source=source)
     tensors = tuple(TensorReport(t.name, t.shape, t.type, t.n_bytes, kind_of(t.name)) for t in head.tensors.values())
     classes: dict[str, list[TensorReport]] = defaultdict(list)
     for tensor in tensors:

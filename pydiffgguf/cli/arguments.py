@@ -24,7 +24,9 @@ __all__ = ["MODEL_HELP", "add_model_options", "main"]
 DESCRIPTION = (
     "DiffusionGemma from GGUF files, in your own process: convert, generate, chat, and watch the canvas denoise."
 )
-MODEL_HELP = "a GGUF file, or hf:OWNER/REPO[:PATTERN], such as hf:unsloth/diffusiongemma-26B-A4B-it-GGUF:Q4_K_M"
+MODEL_HELP = (
+    "a GGUF file, demo, or hf:OWNER/REPO[@REVISION][:PATTERN] such as hf:unsloth/diffusiongemma-26B-A4B-it-GGUF:Q4_K_M"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -272,7 +272,7 @@ def inspect(args: argparse.Namespace) -> int:
     from pydiffgguf.convert.inspection import fit
     from pydiffgguf.convert.inspection.inspect import inspect_file
     from pydiffgguf.convert.inspection.report import render, to_dict
-    from pydiffgguf.hub import resolve_model
+    from pydiffgguf.hub import open_header
 
     if (args.file is None) == (args.diff is None):
         args.command.error("give one FILE, or two files behind --diff")
@@ -280,13 +280,13 @@ def inspect(args: argparse.Namespace) -> int:
         return inspect_diff(args)
     if args.data:
         args.command.error("--data goes with --diff")
-    path = resolve_model(args.file)
-    if is_adapter_source(path):
+    path, source = open_header(args.file)
+    if source is None and is_adapter_source(path):
         return inspect_adapter(args, path)
     if args.base is not None:
         args.command.error(f"--base is for adapters, and {args.file} is none")
     device = None if args.fit is None else fit.parse_size(args.fit)
-    report = inspect_file(path, n_ctx=args.ctx, type_kv=args.type_kv or "f16")
+    report = inspect_file(path, n_ctx=args.ctx, type_kv=args.type_kv or "f16", source=source)
     plan = None if device is None else fit.plan(report, device)
     if args.json:
         out = to_dict(report, tensors=args.tensors)

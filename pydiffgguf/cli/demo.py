@@ -23,7 +23,8 @@ from pydiffgguf.cli.terminal import (
     summary,
 )
 from pydiffgguf.generate import DenoiseStep
-from pydiffgguf.model import DiffusionModel, demo_model_path
+from pydiffgguf.hub import demo_model_path
+from pydiffgguf.model import DiffusionModel
 
 if TYPE_CHECKING:
     from pydiffgguf._binding.records import RawStep
