@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,12 +28,17 @@ __all__ = [
     "ChatReply",
     "CompletionStream",
     "OptionWarning",
+    "Reply",
     "Shared",
     "TextReply",
+    "as_generation",
     "create_chat_completion",
     "create_completion",
+    "finish_reason",
+    "frame",
     "shared_options",
     "timings",
+    "total",
     "usage",
 ]
 
@@ -83,11 +88,15 @@ class OptionWarning(UserWarning):
 
 @dataclass
 class Shared:
-    """What both kinds of requests have besides `generate`'s options: `options` are those."""
+    """What both kinds of requests have besides `generate`'s options: `options` are those. `id`, `created`,
+    `fingerprint`: the same in all dictionaries of a request."""
 
     model: str
     include_usage: bool
     options: dict[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+    fingerprint: str | None = None
 
 
 def _split_options(call: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,42 +187,134 @@ def timings(stats: Stats, canvas_length: int) -> Dictionary:
     }
 
 
-class _Reply:
-    """The dictionaries of one request: same id and time in all of them."""
+def total(parts: Sequence[Stats]) -> Stats:
+    """The cost of several generations; the seed is the first one's."""
+    sums = {
+        name: sum(getattr(part, name) for part in parts)
+        for name in ("prompt_tokens", "reused_tokens", "prefill_s", "denoise_s", "generated_tokens", "reasoning_tokens")
+    }
+    return Stats(seed=parts[0].seed, steps=[n for part in parts for n in part.steps], **sums)
+
+
+def frame(step: DenoiseStep) -> Dictionary:
+    """A draft, as it stands beside the empty choice of a chunk."""
+    return {
+        "type": "diffusion_frame",
+        "block": step.canvas,
+        "step": step.step + 1,
+        "total": step.total_steps,
+        "text": step.text,
+        "reasoning": step.reasoning,
+    }
+
+
+class _Growing:
+    """A text on its way out: the end that a stop string may reach into is held back.
+
+    Args:
+        back: characters of it.
+    """
+
+    def __init__(self, back: int = 0) -> None:
+        self._back = back
+        self._text = ""
+        self._sent = 0
+
+    def add(self, text: str) -> str:
+        """What may go out now."""
+        self._text += text
+        upto = max(self._sent, len(self._text) - self._back)
+        out, self._sent = self._text[self._sent : upto], upto
+        return out
+
+    def rest(self, whole: str) -> str:
+        """What has not gone out of the whole text."""
+        return whole[self._sent :]
+
+
+class Reply:
+    """The dictionaries of one choice of a request.
+
+    Args:
+        shared: from `shared_options`.
+        canvas_length, tokenizer: the model's.
+        index: of the choice.
+    """
 
     KIND = ""
     PREFIX = ""
     CHUNK = ""
 
-    def __init__(self, shared: Shared, canvas_length: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, shared: Shared, canvas_length: int, tokenizer: Tokenizer, *, index: int = 0) -> None:
         self._shared = shared
         self._canvas_length = canvas_length
         self._tokenizer = tokenizer
-        self._id = f"{self.PREFIX}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._index = index
+        self._text = _Growing(StopStrings(shared.options.get("stop") or ()).overlap)
+        self._reasoning = _Growing()
+
+    def first(self) -> list[Dictionary]:
+        """The chunks before any event."""
+        raise NotImplementedError
+
+    def of(self, event: Event) -> list[Dictionary]:
+        """The chunks of an event, often none."""
+        if not isinstance(event, Block):
+            return []
+        return self._pieces(self._text.add(event.text), self._reasoning.add(event.reasoning))
+
+    def end(self, result: Generation, *, last: bool = True, costs: Stats | None = None) -> list[Dictionary]:
+        """The chunks behind the last event: text that was held back, tool calls, each whole, and why it ended.
+
+        Args:
+            last: no choice follows: with the timings, and the usage where that was asked for.
+            costs: of all choices; None: of this one.
+        """
+        chunks = self._pieces(self._text.rest(result.text), self._reasoning.rest(result.reasoning))
+        chunks += self._calls(result)
+        chunks.append(self._base(self.CHUNK, [self._last(result)]))
+        if last:
+            costs = costs or result.stats
+            took = {"timings": timings(costs, self._canvas_length)}
+            if self._shared.include_usage:
+                chunks.append({**self._base(self.CHUNK, []), "usage": usage(costs), **took})
+            else:
+                chunks[-1] |= took
+        return chunks
+
+    def choice(self, result: Generation) -> Dictionary:
+        """The choice in a reply that comes at once."""
+        raise NotImplementedError
+
+    def whole(self, result: Generation) -> Dictionary:
+        """The reply at once."""
+        return self.together([self.choice(result)], result.stats)
+
+    def together(self, choices: list[Dictionary], costs: Stats) -> Dictionary:
+        """The reply at once, of several choices."""
+        counts = {"usage": usage(costs), "timings": timings(costs, self._canvas_length)}
+        return {**self._base(self.KIND, choices), **counts}
+
+    def _pieces(self, text: str, reasoning: str) -> list[Dictionary]:
+        raise NotImplementedError
+
+    def _calls(self, result: Generation) -> list[Dictionary]:
+        return []
+
+    def _last(self, result: Generation) -> Dictionary:
+        raise NotImplementedError
 
     def _base(self, kind: str, choices: list[Dictionary]) -> Dictionary:
-        return {
-            "id": self._id,
+        base = {
+            "id": f"{self.PREFIX}-{self._shared.id}",
             "object": kind,
-            "created": self._created,
+            "created": self._shared.created,
             "model": self._shared.model,
             "choices": choices,
         }
+        return base if self._shared.fingerprint is None else {**base, "system_fingerprint": self._shared.fingerprint}
 
-    def _whole(self, choice: Dictionary, stats: Stats) -> Dictionary:
-        counts = {"usage": usage(stats), "timings": timings(stats, self._canvas_length)}
-        return {**self._base(self.KIND, [choice]), **counts}
-
-    def _last(self, choice: Dictionary, stats: Stats) -> list[Dictionary]:
-        """The chunk that says why it ended, with the timings, and one for the usage where that was asked for."""
-        chunk = self._base(self.CHUNK, [choice])
-        took = {"timings": timings(stats, self._canvas_length)}
-        if not self._shared.include_usage:
-            return [{**chunk, **took}]
-        return [chunk, {**self._base(self.CHUNK, []), "usage": usage(stats), **took}]
-
-    def _pieces(self, result: Generation) -> Iterator[tuple[str, float]]:
+    def _scored(self, result: Generation) -> Iterator[tuple[str, float]]:
         """(text, log-probability) of the answer's tokens."""
         assert result.logprobs is not None
         for row in result.answer_rows:
@@ -228,12 +329,11 @@ def finish_reason(result: Generation) -> str:
     return "stop" if result.finish_reason == "stop" else "length"
 
 
-class ChatReply(_Reply):
+class ChatReply(Reply):
     """The dictionaries of a chat completion.
 
     Args:
-        shared: from `shared_options`.
-        canvas_length, tokenizer: the model's.
+        shared, canvas_length, tokenizer, index: as in `Reply`.
         frames: a chunk with the draft after each denoise step, too.
     """
 
@@ -241,103 +341,111 @@ class ChatReply(_Reply):
     CHUNK = "chat.completion.chunk"
     PREFIX = "chatcmpl"
 
-    def __init__(self, shared: Shared, canvas_length: int, tokenizer: Tokenizer, *, frames: bool = False) -> None:
-        super().__init__(shared, canvas_length, tokenizer)
+    def __init__(
+        self, shared: Shared, canvas_length: int, tokenizer: Tokenizer, *, index: int = 0, frames: bool = False
+    ) -> None:
+        super().__init__(shared, canvas_length, tokenizer, index=index)
         self._frames = frames
 
-    def whole(self, result: Generation) -> Dictionary:
-        """The reply at once."""
+    def choice(self, result: Generation) -> Dictionary:
         content = None if result.tool_calls and not result.text.strip() else result.text
         message: Dictionary = {"role": "assistant", "content": content}
         if result.reasoning:
             message["reasoning_content"] = result.reasoning
         if result.tool_calls:
             message["tool_calls"] = result.tool_calls
-        choice = {
-            "index": 0,
+        return {
+            "index": self._index,
             "message": message,
             "logprobs": self._logprobs(result),
             "finish_reason": finish_reason(result),
         }
-        return self._whole(choice, result.stats)
 
-    def first(self) -> Dictionary:
-        """The chunk before any event."""
-        return self._chunk({"role": "assistant", "content": ""})
+    def first(self) -> list[Dictionary]:
+        return [self.chunk({"role": "assistant", "content": ""})]
 
     def of(self, event: Event) -> list[Dictionary]:
-        """The chunks of an event, often none."""
-        if isinstance(event, Block):
-            delta = {"reasoning_content": event.reasoning, "content": event.text}
-            return [self._chunk({name: text}) for name, text in delta.items() if text]
         if isinstance(event, DenoiseStep) and self._frames:
-            frame = {
-                "type": "diffusion_frame",
-                "block": event.canvas,
-                "step": event.step + 1,
-                "total": event.total_steps,
-                "text": event.text,
-                "reasoning": event.reasoning,
-            }
-            return [{**self._chunk({}), **frame}]
-        return []
+            return [{**self.chunk({}), **frame(event)}]
+        return super().of(event)
 
-    def end(self, result: Generation) -> list[Dictionary]:
-        """The chunks behind the last event: tool calls, each whole, why it ended, the usage."""
-        calls = [self._chunk({"tool_calls": [{"index": i, **call}]}) for i, call in enumerate(result.tool_calls)]
-        last = {"index": 0, "delta": {}, "logprobs": self._logprobs(result), "finish_reason": finish_reason(result)}
-        return [*calls, *self._last(last, result.stats)]
+    def chunk(self, delta: Dictionary) -> Dictionary:
+        """A chunk that is not the last."""
+        return self._base(self.CHUNK, [{"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
-    def _chunk(self, delta: Dictionary) -> Dictionary:
-        return self._base(self.CHUNK, [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])
+    def _pieces(self, text: str, reasoning: str) -> list[Dictionary]:
+        delta = {"reasoning_content": reasoning, "content": text}
+        return [self.chunk({name: piece}) for name, piece in delta.items() if piece]
+
+    def _calls(self, result: Generation) -> list[Dictionary]:
+        return [self.chunk({"tool_calls": [{"index": i, **call}]}) for i, call in enumerate(result.tool_calls)]
+
+    def _last(self, result: Generation) -> Dictionary:
+        logprobs = self._logprobs(result)
+        return {"index": self._index, "delta": {}, "logprobs": logprobs, "finish_reason": finish_reason(result)}
 
     def _logprobs(self, result: Generation) -> Dictionary | None:
         if result.logprobs is None:
             return None
         content = [
             {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-            for text, logprob in self._pieces(result)
+            for text, logprob in self._scored(result)
         ]
         return {"content": content, "refusal": None}
 
 
-class TextReply(_Reply):
-    """The dictionaries of a completion. `echo`: what the text begins with."""
+class TextReply(Reply):
+    """The dictionaries of a completion.
+
+    Args:
+        shared, canvas_length, tokenizer, index: as in `Reply`.
+        echo: what the text begins with.
+        behind: what it ends with: a gap's suffix, where it is echoed.
+    """
 
     KIND = CHUNK = "text_completion"
     PREFIX = "cmpl"
 
-    def __init__(self, shared: Shared, canvas_length: int, tokenizer: Tokenizer, *, echo: str = "") -> None:
-        super().__init__(shared, canvas_length, tokenizer)
+    def __init__(
+        self,
+        shared: Shared,
+        canvas_length: int,
+        tokenizer: Tokenizer,
+        *,
+        index: int = 0,
+        echo: str = "",
+        behind: str = "",
+    ) -> None:
+        super().__init__(shared, canvas_length, tokenizer, index=index)
         self._echo = echo
+        self._behind = behind
 
-    def whole(self, result: Generation) -> Dictionary:
-        return self._whole(self._choice(self._echo + result.text, result), result.stats)
+    def choice(self, result: Generation) -> Dictionary:
+        return self._choice(self._echo + result.text + self._behind, self._logprobs(result), finish_reason(result))
 
     def first(self) -> list[Dictionary]:
-        return [self._chunk(self._echo)] if self._echo else []
+        return self._pieces(self._echo, "")
 
-    def of(self, event: Event) -> list[Dictionary]:
-        return [self._chunk(event.text)] if isinstance(event, Block) and event.text else []
+    def chunk(self, text: str) -> Dictionary:
+        """A chunk that is not the last."""
+        return self._base(self.CHUNK, [self._choice(text, None, None)])
 
-    def end(self, result: Generation) -> list[Dictionary]:
-        return self._last(self._choice("", result), result.stats)
+    def _pieces(self, text: str, reasoning: str) -> list[Dictionary]:
+        return [self.chunk(text)] if text else []
 
-    def _chunk(self, text: str) -> Dictionary:
-        return self._base(self.CHUNK, [{"index": 0, "text": text, "logprobs": None, "finish_reason": None}])
+    def _calls(self, result: Generation) -> list[Dictionary]:
+        return self._pieces(self._behind, "")
 
-    def _choice(self, text: str, result: Generation) -> Dictionary:
-        return {
-            "index": 0,
-            "text": text,
-            "logprobs": self._logprobs(result),
-            "finish_reason": finish_reason(result),
-        }
+    def _last(self, result: Generation) -> Dictionary:
+        return self._choice("", self._logprobs(result), finish_reason(result))
+
+    def _choice(self, text: str, logprobs: Dictionary | None, reason: str | None) -> Dictionary:
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, result: Generation) -> Dictionary | None:
         if result.logprobs is None:
             return None
-        pieces = list(self._pieces(result))
+        pieces = list(self._scored(result))
         offsets, at = [], len(self._echo)
         for text, _ in pieces:
             offsets.append(at)
@@ -348,6 +456,20 @@ class TextReply(_Reply):
             "top_logprobs": None,
             "text_offset": offsets,
         }
+
+
+def as_generation(gap: Infill, text: str) -> Generation:
+    """A gap as a generation of `text`, which is the gap's, cut or not."""
+    stats = Stats(
+        seed=gap.stats.seed,
+        prompt_tokens=gap.stats.prompt_tokens,
+        reused_tokens=gap.stats.reused_tokens,
+        steps=[gap.stats.forwards],
+        prefill_s=gap.stats.prefill_s,
+        denoise_s=gap.stats.denoise_s + gap.stats.score_s,
+        generated_tokens=gap.gap_tokens,
+    )
+    return Generation(text, [], gap.finish_reason, stats)
 
 
 class _Events(Protocol):
@@ -376,30 +498,19 @@ class _GapEvents:
     @property
     def result(self) -> Generation:
         gap = self._stream.result
-        stats = Stats(
-            seed=gap.stats.seed,
-            prompt_tokens=gap.stats.prompt_tokens,
-            reused_tokens=gap.stats.reused_tokens,
-            steps=[gap.stats.forwards],
-            prefill_s=gap.stats.prefill_s,
-            denoise_s=gap.stats.search.denoise_s + gap.stats.search.score_s,
-            generated_tokens=gap.gap_tokens,
-        )
-        at = self._stop.find(gap.text)
-        return Generation(gap.text[:at], [], gap.finish_reason, stats)
+        return as_generation(gap, gap.text[: self._stop.find(gap.text)])
 
 
 class CompletionStream(Iterator[Dictionary]):
     """The chunks of one reply. `cancel()` and `close()` are those of the events' `Stream`; so is `result`, the
     Generation behind them."""
 
-    def __init__(self, stream: _Events, reply: ChatReply | TextReply) -> None:
+    def __init__(self, stream: _Events, reply: Reply) -> None:
         self._stream = stream
         self._chunks = self._run(reply)
 
-    def _run(self, reply: ChatReply | TextReply) -> Generator[Dictionary, None, None]:
-        first = reply.first()
-        yield from first if isinstance(first, list) else [first]
+    def _run(self, reply: Reply) -> Generator[Dictionary, None, None]:
+        yield from reply.first()
         for event in self._stream:
             yield from reply.of(event)
         yield from reply.end(self._stream.result)

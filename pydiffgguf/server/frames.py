@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from pydiffgguf import DenoiseStep, DiffusionModel, Prefill
+from pydiffgguf.completions import frame
 
 __all__ = ["Frames", "wanted"]
 
@@ -51,14 +52,7 @@ class Frames:
         return None if held is None else self._words(held)
 
     def _words(self, step: DenoiseStep) -> dict[str, Any]:
-        words: dict[str, Any] = {
-            "type": "diffusion_frame",
-            "block": step.canvas,
-            "step": step.step,
-            "total": step.total_steps,
-            "text": step.text,
-            "reasoning": step.reasoning,
-        }
+        words = frame(step)
         if self._kind == "tokens":
             piece = self._model.tokenizer.piece
             words["diffusion"] = {

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pydiffgguf import Infill
+from pydiffgguf import Generation, Infill
+from pydiffgguf.completions import as_generation
 from pydiffgguf.server import fim
-from pydiffgguf.server.generations import Diffusion, How, Part
+from pydiffgguf.server.generations import Diffusion, How
 from pydiffgguf.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,20 +65,9 @@ class Asked:
     def trim(self, text: str) -> Trimmed:
         return trim(text, self.stop, self.n_indent)
 
-    def part(self, result: Infill) -> Part:
+    def generation(self, result: Infill) -> Generation:
         """The answer that a filling is."""
-        stats = result.stats
-        return Part(
-            text=self.trim(result.text).text,
-            finished=result.finish_reason == "stop",
-            prompt=stats.prompt_tokens,
-            cached=stats.reused_tokens,
-            completion=result.gap_tokens,
-            prefill_s=stats.prefill_s,
-            denoise_s=stats.denoise_s + stats.score_s,
-            steps=[stats.forwards],
-            seed=stats.seed,
-        )
+        return as_generation(result, self.trim(result.text).text)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,18 @@
-"""What chat and completions share: the fields that say how to generate, generations one after the other, and what they
-cost."""
+"""What chat and completions share: the fields that say how to generate, and generations one after the other."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from pydiffgguf import Generation
 from pydiffgguf.server.errors import ApiError
 from pydiffgguf.server.fields import Fields
 from pydiffgguf.server.settings import Settings
 
-__all__ = ["MAX_STOP", "MAX_STOPS", "Diffusion", "How", "Part", "Series", "seed_of", "timings", "usage"]
+__all__ = ["MAX_STOP", "MAX_STOPS", "Diffusion", "How", "Series", "seed_of"]
 
 MAX_STOPS, MAX_STOP = 32, 256
 MAX_GENERATIONS = 8
@@ -155,97 +153,3 @@ class Series:
         """Ends the generation under way with what there is, from any thread."""
         self._early = True
         self._current.cancel()
-
-
-# ------------------------------------------------------------------------------------------------------------- costs
-
-
-@dataclass(frozen=True)
-class Part:
-    """One answer and what it cost. `finished`: it came to its own end, and no limit cut it. `prompt`: tokens, of which
-    `cached` were not encoded anew. `steps`: of each block."""
-
-    text: str
-    finished: bool
-    prompt: int
-    cached: int
-    completion: int
-    prefill_s: float
-    denoise_s: float
-    steps: Sequence[int]
-    seed: int
-    reasoning: str = ""
-    reasoning_tokens: int = 0
-    tool_calls: Sequence[dict[str, Any]] = ()
-
-    @classmethod
-    def of(cls, result: Generation) -> Part:
-        """The answer that a generation is."""
-        stats = result.stats
-        return cls(
-            text=result.text,
-            finished=result.finish_reason == "stop",
-            prompt=stats.prompt_tokens,
-            cached=stats.reused_tokens,
-            completion=stats.generated_tokens,
-            prefill_s=stats.prefill_s,
-            denoise_s=stats.denoise_s,
-            steps=stats.steps,
-            seed=stats.seed,
-            reasoning=result.reasoning,
-            reasoning_tokens=stats.reasoning_tokens,
-            tool_calls=result.tool_calls,
-        )
-
-    @classmethod
-    def of_warm_up(cls, result: Generation) -> Part:
-        """The empty answer to a request that only wants its prompt in the cache."""
-        return replace(cls.of(result), text="", reasoning="", tool_calls=(), finished=False, completion=0)
-
-    @property
-    def finish_reason(self) -> str:
-        """The SDK's types know no "cancelled": an answer that a limit or the server's end cut is one of "length"."""
-        if self.finished and self.tool_calls:
-            return "tool_calls"
-        return "stop" if self.finished else "length"
-
-
-def usage(parts: Sequence[Part]) -> dict[str, Any]:
-    """OpenAI's ``usage``; a prompt that was asked n times counts once for each."""
-    prompt, completion = sum(part.prompt for part in parts), sum(part.completion for part in parts)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(part.cached for part in parts)},
-        "completion_tokens_details": {"reasoning_tokens": sum(part.reasoning_tokens for part in parts)},
-    }
-
-
-def timings(parts: Sequence[Part], canvas: int) -> dict[str, Any]:
-    """Times under llama-server's names. Every number is finite: a null here breaks llama.vim's status line."""
-
-    def ratio(one: float, other: float) -> float:
-        return round(one / other, 3) if other > 0 else 0.0
-
-    cached, predicted = sum(part.cached for part in parts), sum(part.completion for part in parts)
-    prompt = sum(part.prompt for part in parts) - cached
-    prefill, denoise = sum(part.prefill_s for part in parts), sum(part.denoise_s for part in parts)
-    steps = [n for part in parts for n in part.steps]
-    return {
-        "cache_n": cached,
-        "prompt_n": prompt,
-        "prompt_ms": round(prefill * 1000, 3),
-        "prompt_per_token_ms": ratio(prefill * 1000, prompt),
-        "prompt_per_second": ratio(prompt, prefill),
-        "predicted_n": predicted,
-        "predicted_ms": round(denoise * 1000, 3),
-        "predicted_per_token_ms": ratio(denoise * 1000, predicted),
-        "predicted_per_second": ratio(predicted, denoise),
-        "diffusion": True,
-        "diffusion_blocks": len(steps),
-        "diffusion_steps": sum(steps),
-        "diffusion_canvas": canvas,
-        "diffusion_step_ms": ratio(denoise * 1000, sum(steps)),
-        "seed": parts[0].seed if parts else 0,
-    }

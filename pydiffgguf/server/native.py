@@ -9,13 +9,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pydiffgguf import Block, DenoiseStep, Infill
+from pydiffgguf import Block, DenoiseStep, Generation, Infill, Stats
+from pydiffgguf.completions import timings, total
 from pydiffgguf.server import fim
 from pydiffgguf.server.engine import Job, Kind, Mailbox
 from pydiffgguf.server.fields import Fields
 from pydiffgguf.server.frames import Frames, wanted
 from pydiffgguf.server.gaps import CUT_SUFFIX, DEFAULT_GAP, Asked
-from pydiffgguf.server.generations import MAX_STOP, MAX_STOPS, Diffusion, How, Part, Series, seed_of, timings
+from pydiffgguf.server.generations import MAX_STOP, MAX_STOPS, Diffusion, How, Series, seed_of
 from pydiffgguf.server.openai import plain_series, prompts_of, refuse_completion
 from pydiffgguf.server.service import EventStream, Service, client_of, count, reply
 
@@ -56,7 +57,8 @@ class Native:
         stream = fields.boolean("stream")
         headers = service.headers(fields)
         if n_predict == 0:
-            return reply(form.only({"content": "", "stop": True, "timings": timings([], 0)}), headers)
+            nothing = timings(Stats(seed=asked.seed, prompt_tokens=0), service.model.config.canvas_length)
+            return reply(form.only({"content": "", "stop": True, "timings": nothing}), headers)
         return await self._fill(request, asked, form, stream, headers, supersedes=True)
 
     async def completion(self, request: Request) -> Response:
@@ -85,10 +87,9 @@ class Native:
             cancel=series.cancel,
         )
 
-        def whole(results: Sequence[Any]) -> dict[str, Any]:
-            parts = [Part.of(result) for result in results]
-            count(service, request, parts)
-            return form.of_part(parts[0])
+        def whole(results: Sequence[Generation]) -> dict[str, Any]:
+            count(service, request, total([result.stats for result in results]))
+            return form.of_generation(results[0])
 
         if how.stream:
             service.engine.submit(job)
@@ -115,9 +116,9 @@ class Native:
 
         def objects(results: Sequence[Infill]) -> list[dict[str, Any]]:
             [result] = results
-            part = asked.part(result)
-            count(service, request, [part])
-            return [form.of_gap(asked, result, part, i) for i in range(max(1, len(result.candidates)))]
+            made = asked.generation(result)
+            count(service, request, made.stats)
+            return [form.of_gap(asked, result, made, i) for i in range(max(1, len(result.candidates)))]
 
         def whole(results: Sequence[Infill]) -> dict[str, Any]:
             """The end of a stream: the best, and all of them beside it where several were asked for."""
@@ -153,26 +154,26 @@ class _Form:
             slot if isinstance(slot, int) and not isinstance(slot, bool) else -1,
         )
 
-    def of_gap(self, asked: Asked, result: Infill, part: Part, index: int) -> dict[str, Any]:
+    def of_gap(self, asked: Asked, result: Infill, made: Generation, index: int) -> dict[str, Any]:
         """The reply for one candidate."""
         best = result.candidates[index] if index < len(result.candidates) else result
         trimmed = asked.trim(best.text)
         return self._object(
-            part,
+            made,
             index=index,
             content=trimmed.text,
             tokens_predicted=best.gap_tokens,
             truncated=result.stats.dropped_tokens > 0,
-            stop_type=trimmed.kind if part.finished else "limit",
+            stop_type=trimmed.kind if made.finish_reason == "stop" else "limit",
             stopping_word=trimmed.word,
             score=best.score if best.score > float("-inf") else 0.0,
         )
 
-    def of_part(self, part: Part) -> dict[str, Any]:
+    def of_generation(self, made: Generation) -> dict[str, Any]:
         """The reply for a text behind a prompt."""
-        return self._object(part, content=part.text, stop_type="eos" if part.finished else "limit")
+        return self._object(made, content=made.text, stop_type="eos" if made.finish_reason == "stop" else "limit")
 
-    def _object(self, part: Part, **values: Any) -> dict[str, Any]:
+    def _object(self, made: Generation, **values: Any) -> dict[str, Any]:
         model = self.service.model
         text = values["content"]
         whole = {
@@ -182,16 +183,16 @@ class _Form:
             "id_slot": self.slot,
             "stop": True,
             "model": self.service.name,
-            "tokens_predicted": part.completion,
-            "tokens_evaluated": part.prompt,
-            "generation_settings": {"n_ctx": model.n_ctx, "seed": part.seed},
+            "tokens_predicted": made.stats.generated_tokens,
+            "tokens_evaluated": made.stats.prompt_tokens,
+            "generation_settings": {"n_ctx": model.n_ctx, "seed": made.stats.seed},
             "prompt": "",
             "has_new_line": "\n" in text,
             "truncated": False,
             "stop_type": "eos",
             "stopping_word": "",
-            "tokens_cached": part.prompt,
-            "timings": timings([part], model.config.canvas_length),
+            "tokens_cached": made.stats.prompt_tokens,
+            "timings": timings(made.stats, model.config.canvas_length),
         }
         return self.only({**whole, **values})
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pydiffgguf import Block, DenoiseStep
+from pydiffgguf import DenoiseStep, Generation
+from pydiffgguf.completions import ChatReply, Reply, Shared, TextReply, total
 from pydiffgguf.server import fim
 from pydiffgguf.server.engine import Job, Kind, Mailbox
 from pydiffgguf.server.errors import overflow
 from pydiffgguf.server.fields import Fields
 from pydiffgguf.server.frames import Frames, wanted
 from pydiffgguf.server.gaps import DEFAULT_GAP, Asked
-from pydiffgguf.server.generations import How, Part, Series, timings, usage
+from pydiffgguf.server.generations import How, Series
 from pydiffgguf.server.looking import MAX_IDS, chat_options, check_ids, messages_of
 from pydiffgguf.server.service import EventStream, Service, client_of, count, reply
 
@@ -29,80 +28,26 @@ if TYPE_CHECKING:
 __all__ = ["OpenAI", "plain_series", "prompts_of", "refuse_completion"]
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """How the chunks and choices of one request are worded."""
+class _FimReply(TextReply):
+    """A completion whose text stands where Mistral's clients look for it, too: ``message`` and ``delta``."""
 
-    service: Service
-    id: str
-    created: int
-    chat: bool
-    how: How
-    both: bool = False  # text as in a completion and as in a chat, for /v1/fim/completions
-    echoed: tuple[tuple[str, str], ...] = ()  # for each prompt
+    def _choice(self, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {**super()._choice(text, logprobs, reason), "delta": {"content": text}}
 
-    def head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.service.name,
-            "system_fingerprint": self.service.fingerprint,
-        }
+    def choice(self, result: Generation) -> dict[str, Any]:
+        choice = super().choice(result)
+        del choice["delta"]
+        return {**choice, "message": {"role": "assistant", "content": choice["text"]}}
 
-    def chunk(
-        self,
-        index: int,
-        text: str,
-        reason: str | None,
-        *,
-        role: bool = False,
-        thought: str = "",
-        call: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """A chunk of a stream."""
-        delta: dict[str, Any] = {"role": "assistant", "content": ""} if role else {}
-        if call is not None:
-            delta["tool_calls"] = [call]
-        if thought:
-            delta["reasoning_content"] = thought
-        if text:
-            delta["content"] = text
-        choice: dict[str, Any] = {"index": index}
-        if self.chat or self.both:
-            choice["delta"] = delta
-        if not self.chat:
-            choice["text"] = text
-            choice["logprobs"] = None
-        choice["finish_reason"] = reason
-        return {**self.head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [choice]}
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """The first chunk of a choice."""
-        return self.chunk(index, "", None, role=True) if self.chat else self.chunk(index, self.echo(index)[0], None)
+def _same(result: Generation) -> Generation:
+    return result
 
-    def choice(self, index: int, part: Part) -> dict[str, Any]:
-        """A choice of a reply that does not stream."""
-        choice: dict[str, Any] = {"index": index}
-        before, behind = self.echo(index)
-        text = before + part.text + behind
-        if self.chat or self.both:
-            message: dict[str, Any] = {"role": "assistant", "content": text}
-            if part.reasoning:
-                message["reasoning_content"] = part.reasoning
-            if part.tool_calls:
-                message["tool_calls"] = list(part.tool_calls)
-                message["content"] = text if text.strip() else None
-            choice["message"] = message
-        if not self.chat:
-            choice["text"] = text
-        choice["logprobs"] = None
-        choice["finish_reason"] = part.finish_reason
-        return choice
 
-    def echo(self, index: int) -> tuple[str, str]:
-        """What stands before and behind a choice's text."""
-        return self.echoed[index // self.how.n] if self.echoed else ("", "")
+def _warmed(result: Generation) -> Generation:
+    """The empty answer to a request that only wants its prompt in the cache."""
+    stats = replace(result.stats, generated_tokens=0, reasoning_tokens=0)
+    return Generation("", [], "length", stats)
 
 
 class OpenAI:
@@ -131,10 +76,18 @@ class OpenAI:
             return Series(makers, service.settings.time_limit)
 
         series = await service.text(prepare)
-        answer = _Answer(service, "chatcmpl-" + secrets.token_hex(12), int(time.time()), True, how)
+        shared = self._shared(how)
+        replies: list[Reply] = [
+            ChatReply(shared, model.config.canvas_length, model.tokenizer, index=i) for i in range(how.n)
+        ]
         if how.warm_up:
-            return await self._respond(request, series, answer, Part.of_warm_up, Kind.WARM_UP, headers)
-        return await self._respond(request, series, answer, Part.of, Kind.CHAT, headers)
+            return await self._respond(request, series, how, replies, _warmed, Kind.WARM_UP, headers)
+        return await self._respond(request, series, how, replies, _same, Kind.CHAT, headers)
+
+    def _shared(self, how: How) -> Shared:
+        """What all dictionaries of one request have in common."""
+        service = self._service
+        return Shared(service.name, how.include_usage, {"stop": how.stop}, fingerprint=service.fingerprint)
 
     # ---------------------------------------------------------------------------------------------------- completions
 
@@ -160,15 +113,19 @@ class OpenAI:
             echoed = [(gap.prefix, gap.suffix)]
         elif echo:
             echoed = [(p if isinstance(p, str) else await service.text(model.detokenize, p), "") for p in prompts]
-        now = int(time.time())
-        answer = _Answer(service, "cmpl-" + secrets.token_hex(12), now, False, how, both, tuple(echoed))
+        shared, kind = self._shared(how), _FimReply if both else TextReply
+        replies: list[Reply] = []
+        for i in range(len(prompts) * how.n):
+            before, behind = echoed[i // how.n] if echo else ("", "")
+            length = model.config.canvas_length
+            replies.append(kind(shared, length, model.tokenizer, index=i, echo=before, behind=behind))
         if gap is None:
             series = await service.text(plain_series, model, prompts, how, settings.time_limit)
-            return await self._respond(request, series, answer, Part.of, Kind.CHAT, headers)
+            return await self._respond(request, series, how, replies, _same, Kind.CHAT, headers)
         asked = Asked.of(gap, how, settings)
         makers = [partial(_gap_stream, model, replace(asked, seed=seed)) for seed in how.seeds()]
         series = await service.text(Series, makers, asked.diffusion.time_limit)
-        return await self._respond(request, series, answer, asked.part, Kind.KEYSTROKE, headers)
+        return await self._respond(request, series, how, replies, asked.generation, Kind.KEYSTROKE, headers)
 
     # ---------------------------------------------------------------------------------------------------------- both
 
@@ -176,12 +133,14 @@ class OpenAI:
         self,
         request: Request,
         series: Series,
-        answer: _Answer,
-        part_of: Callable[[Any], Part],
+        how: How,
+        replies: Sequence[Reply],
+        generation: Callable[[Any], Generation],
         kind: Kind,
         headers: dict[str, str],
     ) -> Response:
-        service, how = self._service, answer.how
+        """Runs the series; `generation`: what each of its results is."""
+        service = self._service
         job = Job(
             series.work(),
             kind,
@@ -192,85 +151,59 @@ class OpenAI:
         )
         if how.stream:
             service.engine.submit(job)
-            events = partial(self._stream, request, answer, part_of)
+            events = partial(self._stream, request, how, replies, generation)
             return EventStream(service, job, events, headers)
-        parts = [part_of(result) for result in await service.run(request, job)]
-        count(service, request, parts)
-        body = answer.head("chat.completion" if answer.chat else "text_completion")
-        body["choices"] = [answer.choice(i, part) for i, part in enumerate(parts)]
-        body["usage"] = usage(parts)
-        body["timings"] = timings(parts, service.model.config.canvas_length)
-        return reply(body, headers)
+        results = [generation(result) for result in await service.run(request, job)]
+        costs = total([result.stats for result in results])
+        count(service, request, costs)
+        choices = [one.choice(result) for one, result in zip(replies, results, strict=False)]
+        return reply(replies[0].together(choices, costs), headers)
 
     async def _stream(
-        self, request: Request, answer: _Answer, part_of: Callable[[Any], Part], items: AsyncIterator[Any]
+        self,
+        request: Request,
+        how: How,
+        replies: Sequence[Reply],
+        generation: Callable[[Any], Generation],
+        items: AsyncIterator[Any],
     ) -> AsyncIterator[Any]:
         """The chunks of a stream, in the order that docs/SERVER.md tells."""
-        service, how = self._service, answer.how
-        frames = Frames(service.model, how.diffusion.frames)
-        back = max((len(stop) for stop in how.stop), default=1) - 1
-        texts: dict[int, _Held] = {}
-        thoughts: dict[int, _Held] = {}
-        parts: list[Part] = []
+        frames = Frames(self._service.model, how.diffusion.frames)
+        begun: set[int] = set()
+
+        def draft(index: int, words: dict[str, Any] | None) -> list[dict[str, Any]]:
+            return [] if words is None else [{**_empty(replies[index]), **words}]
+
+        def opening(index: int) -> list[dict[str, Any]]:
+            if index in begun:
+                return []
+            begun.add(index)
+            return replies[index].first()
+
         async for item in items:
             if isinstance(item, list):
-                parts = [part_of(result) for result in item]
-                break
+                results = [generation(result) for result in item]
+                costs = total([result.stats for result in results])
+                count(self._service, request, costs)
+                for index, result in enumerate(results):
+                    last = index == len(results) - 1
+                    ends = replies[index].end(result, last=last, costs=costs)
+                    for chunk in [*opening(index), *draft(index, frames.flush()), *ends]:
+                        yield chunk
+                yield b"data: [DONE]\n\n"
+                return
             index, event = item
-            if index not in texts:
-                texts[index], thoughts[index] = _Held(back), _Held(0)
-                yield answer.opening(index)
-            frame = frames.take(event) if isinstance(event, DenoiseStep) else frames.flush()
-            if frame is not None:
-                yield {**answer.chunk(index, "", None), **frame}
-            if isinstance(event, Block):
-                text, thought = texts[index].add(event.text), thoughts[index].add(event.reasoning)
-                if text or thought:
-                    yield answer.chunk(index, text, None, thought=thought)
-        count(service, request, parts)
-        costs = {"timings": timings(parts, service.model.config.canvas_length)}
-        for index, part in enumerate(parts):
-            if index not in texts:
-                texts[index], thoughts[index] = _Held(back), _Held(0)
-                yield answer.opening(index)
-            if (frame := frames.flush()) is not None:
-                yield {**answer.chunk(index, "", None), **frame}
-            rest = texts[index].rest(part.text) + answer.echo(index)[1]
-            thought = thoughts[index].rest(part.reasoning)
-            if rest or thought:
-                yield answer.chunk(index, rest, None, thought=thought)
-            for i, call in enumerate(part.tool_calls):
-                yield answer.chunk(index, "", None, call={"index": i, **call})
-            last = answer.chunk(index, "", part.finish_reason)
-            yield {**last, **costs} if index == len(parts) - 1 and not how.include_usage else last
-        if how.include_usage:
-            head = answer.head("chat.completion.chunk" if answer.chat else "text_completion")
-            yield {**head, "choices": [], "usage": usage(parts), **costs}
-        yield b"data: [DONE]\n\n"
+            words = frames.take(event) if isinstance(event, DenoiseStep) else frames.flush()
+            for chunk in [*opening(index), *draft(index, words), *replies[index].of(event)]:
+                yield chunk
 
 
-class _Held:
-    """Text on its way out: the end that a stop string may still reach into is held back.
-
-    Args:
-        back: characters of it.
-    """
-
-    def __init__(self, back: int) -> None:
-        self._back = back
-        self._text = ""
-        self._sent = 0
-
-    def add(self, text: str) -> str:
-        """What may go out now."""
-        self._text += text
-        upto = max(self._sent, len(self._text) - self._back)
-        out, self._sent = self._text[self._sent : upto], upto
-        return out
-
-    def rest(self, whole: str) -> str:
-        """What is still missing of the whole text."""
-        return whole[self._sent :]
+def _empty(one: Reply) -> dict[str, Any]:
+    """A chunk that adds nothing, for a draft to stand beside."""
+    if isinstance(one, ChatReply):
+        return one.chunk({})
+    assert isinstance(one, TextReply)
+    return one.chunk("")
 
 
 def check_room(model: DiffusionModel, n_prompt: int) -> None:

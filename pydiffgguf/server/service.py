@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,14 +19,13 @@ from pydiffgguf.errors import DeviceError
 from pydiffgguf.server.engine import Engine, Job, Outcome, Why
 from pydiffgguf.server.errors import ApiError, from_exception
 from pydiffgguf.server.fields import Fields, ignored_header
-from pydiffgguf.server.generations import Part
 from pydiffgguf.server.guard import Disconnected, note_of, read_body
 from pydiffgguf.server.metrics import Metrics
 from pydiffgguf.server.settings import Settings
 from pydiffgguf.server.wire import dump, event, parse
 
 if TYPE_CHECKING:
-    from pydiffgguf import DiffusionModel
+    from pydiffgguf import DiffusionModel, Stats
 
 __all__ = ["EventStream", "Service", "Superseded", "client_of", "count", "reply"]
 
@@ -175,13 +174,13 @@ def client_of(request: Request) -> str:
     return "\n".join((address, request.headers.get("authorization", ""), request.headers.get("user-agent", "")))
 
 
-def count(service: Service, request: Request, parts: Sequence[Part]) -> None:
-    """Tokens of answers, into the log's line and the metrics."""
+def count(service: Service, request: Request, stats: Stats) -> None:
+    """Tokens of an answer, into the log's line and the metrics."""
     note = note_of(request.scope)
-    for part in parts:
-        note.tokens_in += part.prompt
-        note.tokens_out += part.completion
-        service.metrics.tokens(prompt=part.prompt - part.cached, cached=part.cached, completion=part.completion)
+    note.tokens_in += stats.prompt_tokens
+    note.tokens_out += stats.generated_tokens
+    cached = stats.reused_tokens
+    service.metrics.tokens(prompt=stats.prompt_tokens - cached, cached=cached, completion=stats.generated_tokens)
 
 
 def reply(value: Any, headers: dict[str, str] | None = None, status: int = 200) -> Response:
