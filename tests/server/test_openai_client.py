@@ -11,7 +11,7 @@ import openai
 import pytest
 from serving import QUESTION, Running, running
 
-from pydiffgguf import DiffusionModel
+from pydiffgguf import Block, DiffusionModel, Generation, Stats
 from pydiffgguf.model import demo_model_path
 
 
@@ -254,3 +254,85 @@ def test_unknown_paths_and_methods_are_told_apart(server: Running) -> None:
     assert server.client.get("/v2/models").json()["error"]["code"] == 404
     answer = server.client.get("/v1/chat/completions")
     assert answer.status_code == 405 and answer.headers["allow"] == "POST" and answer.json()["error"]["code"] == 405
+
+
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bern"}'}}
+
+
+class Canned:
+    """A stream with one thought, two blocks of text and a tool call: the demo model writes none."""
+
+    def __init__(self) -> None:
+        stats = Stats(seed=1, prompt_tokens=5, generated_tokens=9, reasoning_tokens=4, steps=[2, 3])
+        self.result = Generation("Let me see.", [1] * 9, "stop", stats, "hm, hm", [CALL])
+
+    def __enter__(self) -> Canned:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def cancel(self) -> None: ...
+
+    def __iter__(self) -> Iterator[Block]:
+        yield Block("Let me", [1] * 4, "hm, hm")
+        yield Block(" see.", [1] * 5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_and_tool_calls_come_apart_from_the_text(
+    client: openai.OpenAI, server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """As reasoning_content and as tool_calls, each whole; the reason says so if and only if there are calls."""
+    asked: dict[str, Any] = {}
+
+    def stream_chat(messages: Any, **options: Any) -> Canned:
+        asked.update(options, messages=messages)
+        return Canned()
+
+    monkeypatch.setattr(server.service.model, "stream_chat", stream_chat)
+    monkeypatch.setattr(server.service.model, "chat_tokens", lambda messages, **options: [1])
+    request: Any = {"model": "", "messages": QUESTION, "tools": TOOLS, "reasoning_effort": "low", "stop": "see you"}
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**request, stream=True)]
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == "Let me see."
+        extra = [chunk.delta.model_extra or {} for chunk in chunks]
+        assert "".join(each.get("reasoning_content", "") for each in extra) == "hm, hm"
+        (calls,) = [chunk.delta.tool_calls for chunk in chunks if chunk.delta.tool_calls]
+        assert calls[0].function is not None and calls[0].function.arguments == CALL["function"]["arguments"]  # type: ignore[index]
+        assert chunks[-1].finish_reason == "tool_calls"
+    else:
+        (choice,) = client.chat.completions.create(**request).choices
+        assert choice.message.content == "Let me see." and choice.finish_reason == "tool_calls"
+        assert choice.message.model_extra == {"reasoning_content": "hm, hm"}
+        assert choice.message.tool_calls is not None and choice.message.tool_calls[0].id == "call_1"
+    assert asked["tools"] == TOOLS and asked["thinking"] is True and asked["messages"] == QUESTION
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}], "image"),
+        ([{"role": "nobody", "content": "x"}], r"messages\[0\].role"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content"),
+        (["x"], r"messages\[0\]"),
+    ],
+)
+def test_a_message_at_fault_is_named(client: openai.OpenAI, messages: Any, said: str) -> None:
+    """With its path, as a 400 whose param is messages; no address in it is fetched."""
+    with pytest.raises(openai.BadRequestError, match=said) as error:
+        client.chat.completions.create(model="", messages=messages)
+    assert error.value.param == "messages"
+
+
+def test_a_conversations_prompt_can_be_looked_at(server: Running, model: DiffusionModel) -> None:
+    """Its text is that of the tokens that chat would send."""
+    prompt = server.post("/apply-template", {"messages": QUESTION}).json()["prompt"]
+    assert model.tokenize(prompt) == model.chat_tokens(QUESTION)
+    assert server.post("/tokenize", {"content": prompt}).json()["tokens"] == model.chat_tokens(QUESTION)
+    ids = model.chat_tokens(QUESTION)
+    assert server.post("/detokenize", {"tokens": ids}).json()["content"] == prompt
+    pieces = server.post("/tokenize", {"content": "day", "with_pieces": True}).json()["tokens"]
+    assert "".join(each["piece"] for each in pieces) == "day"
+    bad = server.post("/detokenize", {"tokens": [10**6]})
+    assert bad.status_code == 400 and "tokens[0]" in bad.json()["error"]["message"]
