@@ -1,11 +1,12 @@
 """The server under load, on this machine's loopback address: ``python benchmarks/serving.py [--seconds N] [--json F]``.
 
-It starts ``pydiffgguf serve`` with a model on a free port, asks in five ways one after the other, and ends its own
+It starts ``pydiffgguf serve`` with a model on a free port, asks in six ways one after the other, and ends its own
 process. Needs the extras ``server`` and ``test``.
 
 alone       one client: the server's own time of a reply, beside the engine's
 keystrokes  gaps, alone and beside four chats that stream
 mixed       64 clients: chats and gaps, some of which hang up; every text is compared with the one of its seed
+many        10,000 short requests of every kind: memory
 full        64 at once into a queue of 32
 hostile     slow, oversized, malformed and half-closed connections, while others are served
 """
@@ -210,6 +211,7 @@ async def mixed(server: Server, client: httpx.AsyncClient, seconds: float, texts
 
     await asyncio.gather(*(one(number) for number in range(64)))
     rest = await at_rest(client)
+    await asyncio.sleep(6)  # idle connections are closed by then
     after = (server.memory(), server.files())
     return {
         "seconds": seconds,
@@ -240,6 +242,33 @@ async def streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> str | Non
                 for choice in json.loads(line[6:])["choices"]:
                     parts.append(choice["delta"].get("content") or "")
     return "".join(parts)
+
+
+async def many(server: Server, client: httpx.AsyncClient, requests: int) -> dict[str, Any]:
+    """Short requests of every kind, eight at a time: whether memory grows."""
+    kinds: list[tuple[str, Any]] = [
+        ("/tokenize", {"content": "hello"}),
+        ("/v1/completions", {"prompt": "def ", "max_tokens": 4, "diffusion": {"max_steps": 1}}),
+        ("/v1/chat/completions", {**chat_body(0, 1, True), "diffusion": {"max_steps": 2, "frames": "tokens"}}),
+        ("/apply-template", {"messages": CHATS[0]}),
+        ("/v1/completions", {"prompt": 5}),
+        ("/nothing", {}),
+    ]
+    left = iter(range(requests))
+    at_tenth: list[float] = []
+
+    async def one() -> None:
+        for i in left:
+            path, body = kinds[i % len(kinds)]
+            await client.post(path, json=body)
+            if i == requests // 10:
+                at_tenth.append(server.memory())
+
+    began = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(8)))
+    took = time.perf_counter() - began
+    memory = [round(at_tenth[0], 1), round(server.memory(), 1)]
+    return {"requests": requests, "per_second": round(requests / took), "memory_MB_at_a_tenth_and_at_the_end": memory}
 
 
 async def full(client: httpx.AsyncClient) -> dict[str, Any]:
@@ -311,6 +340,7 @@ async def run(model: Path, seconds: float) -> dict[str, Any]:
             found["alone"] = await alone(client, 200)
             found["keystrokes"] = await keystrokes(client, 60)
             found["mixed"] = await mixed(server, client, seconds, texts)
+            found["many"] = await many(server, client, 10_000)
             found["full"] = await full(client)
             found["hostile"] = await hostile(server, client)
     finally:

@@ -158,26 +158,23 @@ class Engine:
             self._calls.append(function)
             self._changed.notify()
 
+    def expect(self, kind: Kind) -> None:
+        """Raises ApiError where `submit` would by now: before a template is rendered for nothing."""
+        with self._changed:
+            self._refuse(kind)
+
     def submit(self, job: Job) -> None:
         """Takes a job, or raises ApiError: 429 where the queue is full, 503 while the server stops."""
         with self._changed:
             if self._stopping:
-                raise ApiError(503, "the server is shutting down", headers={"retry-after": "10"})
+                self._refuse(job.kind)  # before it ends others
             for older in [*self._waiting, *self._running]:
                 if self._ends(job, older):
                     self._end(older, Why.SUPERSEDED)
             self._number += 1
             job.number = self._number
-            if self._fits(job):
-                self._running.append(job)
-            elif len(self._waiting) < self._queue:
-                self._waiting.append(job)
-            else:
-                raise ApiError(
-                    429,
-                    f"the queue is full: {len(self._waiting)} requests wait",
-                    headers={"retry-after": str(min(60, 1 + len(self._waiting) // 8))},
-                )
+            self._refuse(job.kind)
+            (self._running if self._fits(job.kind) else self._waiting).append(job)
             self._changed.notify()
 
     def end(self, job: Job, why: Why) -> None:
@@ -228,15 +225,23 @@ class Engine:
                 job.cancel()
             self._changed.notify()
 
-    def _fits(self, job: Job) -> bool:
+    def _refuse(self, kind: Kind) -> None:
+        if self._stopping:
+            raise ApiError(503, "the server is shutting down", headers={"retry-after": "10"})
+        waiting = len(self._waiting)
+        if waiting >= self._queue and not self._fits(kind):
+            seconds = min(60, 1 + waiting // 8)
+            raise ApiError(429, f"the queue is full: {waiting} requests wait", headers={"retry-after": str(seconds)})
+
+    def _fits(self, kind: Kind) -> bool:
         if len(self._running) >= self._sessions:
             return False
         slow = sum(running.kind != Kind.KEYSTROKE for running in self._running)
-        return job.kind == Kind.KEYSTROKE or slow < max(1, self._sessions - 1)
+        return kind == Kind.KEYSTROKE or slow < max(1, self._sessions - 1)
 
     def _admit(self) -> None:
         for job in sorted(self._waiting, key=self._rank):
-            if self._fits(job):
+            if self._fits(job.kind):
                 self._waiting.remove(job)
                 self._running.append(job)
 

@@ -78,6 +78,7 @@ class Native:
         headers = service.headers(fields)
         if gap is not None:
             return await self._fill(request, Asked.of(gap, how, settings), form, how.stream, headers, supersedes=False)
+        service.engine.expect(Kind.CHAT)
         series = await service.text(plain_series, model, prompts, how, settings.time_limit)
         job = Job(
             series.work(),

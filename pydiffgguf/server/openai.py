@@ -67,13 +67,12 @@ class OpenAI:
         how = How.read(fields, service.settings, ("n_predict", "max_completion_tokens", "max_tokens"), 2**31)
         _refuse_chat(fields)
         headers = service.headers(fields)
+        service.engine.expect(Kind.WARM_UP if how.warm_up else Kind.CHAT)
 
         def prepare() -> Series:
-            check_room(model, len(model.chat_tokens(messages, **options)))
-            makers = [
-                partial(how.limited, partial(model.stream_chat, messages, seed=seed, **options)) for seed in how.seeds()
-            ]
-            return Series(makers, service.settings.time_limit)
+            ids = model.chat_tokens(messages, **options)
+            check_room(model, len(ids))
+            return series_of(model, [ids], how, service.settings.time_limit)
 
         series = await service.text(prepare)
         shared = self._shared(how)
@@ -108,6 +107,7 @@ class OpenAI:
         echo = fields.boolean("echo")
         refuse_completion(fields, how)
         headers = service.headers(fields)
+        service.engine.expect(Kind.CHAT if gap is None else Kind.KEYSTROKE)
         echoed: list[tuple[str, str]] = []
         if echo and gap is not None:
             echoed = [(gap.prefix, gap.suffix)]

@@ -286,12 +286,12 @@ def test_thoughts_and_tool_calls_come_apart_from_the_text(
     """As reasoning_content and as tool_calls, each whole; the reason says so if and only if there are calls."""
     asked: dict[str, Any] = {}
 
-    def stream_chat(messages: Any, **options: Any) -> Canned:
+    def chat_tokens(messages: Any, **options: Any) -> list[int]:
         asked.update(options, messages=messages)
-        return Canned()
+        return [1]
 
-    monkeypatch.setattr(server.service.model, "stream_chat", stream_chat)
-    monkeypatch.setattr(server.service.model, "chat_tokens", lambda messages, **options: [1])
+    monkeypatch.setattr(server.service.model, "chat_tokens", chat_tokens)
+    monkeypatch.setattr(server.service.model, "stream", lambda ids, **options: Canned())
     request: Any = {"model": "", "messages": QUESTION, "tools": TOOLS, "reasoning_effort": "low", "stop": "see you"}
     if stream:
         chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**request, stream=True)]
