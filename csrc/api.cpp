@@ -665,6 +665,14 @@ dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, 
     return inside(session, err, err_size, [&] { session->loop.leave(index); });
 }
 
+dg_status dg_session_canvas_rules(dg_session *session, int32_t index, const dg_canvas_rules *rules, char *err,
+                                  size_t err_size) {
+    return inside(session, err, err_size, [&] {
+        require(rules, "rules");
+        session->loop.set_rules(index, *rules);
+    });
+}
+
 dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
                     const dg_noise *noise, const int32_t *pinned, bool ggml_operators, int32_t *argmax, int32_t *canvas,
                     uint8_t *accepted, double *entropy, char *err, size_t err_size) {

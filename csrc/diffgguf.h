@@ -531,6 +531,21 @@ DG_API dg_status dg_session_canvas_rows(dg_session *session, int32_t index, dg_s
 /* Canvas `index` makes no further step: it lost, say. Its last step stays what it was. */
 DG_API dg_status dg_session_canvas_drop(dg_session *session, int32_t index, char *err, size_t err_size);
 
+/* What the rows of a canvas may take. Arrays have n_rows entries and are copied. */
+typedef struct dg_canvas_rules {
+    const int32_t *pinned;      /* the id where a row is fixed, -1 where it is free; NULL: all free */
+    const int32_t *mask_of_row; /* which mask a row obeys, -1: any id; NULL: all take any */
+    const uint32_t *masks;      /* [n_masks, (V + 31) / 32]: bit k % 32 of word k / 32 is 1 where id k may be taken */
+    int32_t n_masks;
+} dg_canvas_rules;
+
+/* Replaces pins, and `allowed`, of canvas `index` between two steps. Canvas, step count and self-conditioning stay; the
+ * test for stability begins anew; newly pinned rows take their id at once. A canvas that converged in the last step,
+ * before its steps ran out, goes on. DG_ERROR_ARGUMENT, and nothing is changed: an empty mask, a pin outside of its
+ * mask, a canvas that makes no further step. */
+DG_API dg_status dg_session_canvas_rules(dg_session *session, int32_t index, const dg_canvas_rules *rules, char *err,
+                                         size_t err_size);
+
 /* The sampler alone, on handed-in logits z [n_rows, n_vocab] (softcapped, before temperature); no session is needed.
  * `step` counts from 0; outputs have n_rows entries; `pinned` may be NULL. A row that holds NaN or whose greatest logit
  * is not finite, as it is or divided by the temperature: DG_ERROR_ARGUMENT. `ggml_operators`: as the logits of a device

@@ -80,6 +80,15 @@ def float_array(name: str, value: object, dtype: type[np.generic], shape: tuple[
     return np.ascontiguousarray(array, dtype=dtype)
 
 
+def words_array(name: str, value: object, length: int) -> npt.NDArray[np.uint32]:
+    """`value` as a contiguous uint32 array of `length` entries. Raises TypeError for other element types."""
+    array = np.asarray(value)
+    if array.dtype != np.uint32:
+        raise TypeError(f"{name} must have dtype uint32, but has {array.dtype}")
+    _check_shape(name, array, (length,))
+    return np.ascontiguousarray(array)
+
+
 def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int | None, ...]) -> None:
     if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)

@@ -25,6 +25,7 @@ from pydiffgguf._binding.records import (
     Float32Array,
     Float64Array,
     Int32Array,
+    Mask,
     Memory,
     ModelConfig,
     RawStep,
@@ -367,6 +368,7 @@ class CanvasBatch:
         self, session: Session, specs: Sequence[CanvasSpec], sampling: Sampling, *, noise: Noise | None = None
     ) -> None:
         self._session = session._native
+        self._canvas_length = session.config.canvas_length
         self._noise = noise
         self._step = 0
         if noise is not None:
@@ -401,6 +403,22 @@ class CanvasBatch:
     def rows(self, index: int) -> RawStep:
         """The last step of canvas `index` again, with its arrays even where it is quiet."""
         return self._session.canvas_rows(index)
+
+    def rules(self, index: int, pinned: npt.ArrayLike | None, masks: Mapping[int, Mask]) -> None:
+        """Replaces the pins, and `allowed`, of canvas `index` between two steps: what its draws begin with stays, its
+        test for stability begins anew, and one that converged in the last step goes on.
+
+        Args:
+            pinned: int32 [n_rows], -1 where a row is free; None: all are.
+            masks: by row, uint32 [ceil(V / 32)]: bit k % 32 of word k // 32 is 1 where id k may be taken; other rows
+                take any.
+
+        Raises ValueError, with nothing changed, for an empty mask, a pin outside of its mask, and a canvas that makes
+        no further step.
+        """
+        n_rows = self._specs[index].rows(self._canvas_length)
+        self._session.canvas_rules(index, n_rows, pinned, masks)
+        self._live[index] = True
 
     def drop(self, index: int) -> None:
         """Canvas `index` makes no further step: it lost, say."""

@@ -161,6 +161,7 @@ void DeviceLoop::begin(const std::vector<Start> &starts) {
     canvases_.clear();
     placed_.clear();
     memories_.clear();
+    rules_.clear();
     uniform_.clear();
     renoise_.clear();
     step_.n_canvases = 0;
@@ -224,6 +225,42 @@ void DeviceLoop::place(const std::vector<int32_t> &which) {
     }
     canvases_ = std::move(canvases);
     placed_ = which;
+    upload_canvases();
+}
+
+void DeviceLoop::set_rules(int32_t index, const RowRules &rules) {
+    Canvas &c = canvases_[place_of(index)];
+    const auto n = static_cast<size_t>(c.n_rows);
+    std::vector<int32_t> sorted_ends;
+    std::vector<int32_t> sorted_ids;
+    sort_allowed(rules, c.n_rows, sorted_ends, sorted_ids);
+    Layout layout;
+    const size_t pinned = layout.add<int32_t>(n);
+    const size_t ends = layout.add<int32_t>(n);
+    const size_t ids = layout.add<int32_t>(sorted_ids.size());
+    auto memory = std::make_unique<Memory>(device_, layout.size());
+    const auto put = [&](size_t at, const std::vector<int32_t> &from) {
+        auto *to = reinterpret_cast<int32_t *>(memory->data() + at);
+        if (!from.empty()) {
+            device_.upload(to, from.data(), from.size() * sizeof(int32_t));
+        }
+        return to;
+    };
+    c.pinned = rules.pinned ? put(pinned, std::vector<int32_t>(rules.pinned, rules.pinned + n)) : nullptr;
+    c.allowed_ends = rules.allowed_ends ? put(ends, sorted_ends) : nullptr;
+    c.allowed_ids = rules.allowed_ends ? put(ids, sorted_ids) : nullptr;
+    for (int32_t row = 0; row < c.n_rows; ++row) {
+        if (rules.is_pinned(row)) {
+            device_.upload(c.ids + row, rules.pinned + row, sizeof(int32_t));
+            device_.upload(c.argmax + row, rules.pinned + row, sizeof(int32_t));
+        }
+    }
+    const std::vector<int32_t> nothing(n, -1); // that any argmax differs from
+    device_.upload(c.last_argmax, nothing.data(), n * sizeof(int32_t));
+    c.n_equal = 0;
+    c.decision.converged = c.decision.finished = 0;
+    rules_.resize(memories_.size());
+    rules_[static_cast<size_t>(index)] = std::move(memory);
     upload_canvases();
 }
 

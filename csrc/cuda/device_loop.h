@@ -68,6 +68,9 @@ class DeviceLoop {
     void begin(const std::vector<Start> &starts);
     // Closes up the rows of those that go on: `which`, a subset of the placed ones in their order.
     void place(const std::vector<int32_t> &which);
+    // Other pins and allowed ids for a placed canvas; newly pinned rows hold their ids at once, and stability begins
+    // anew.
+    void set_rules(int32_t index, const RowRules &rules);
     // After a pass of the placed canvases. `noise`: null, or one for each of the canvases that were begun. INTERNAL
     // when a row of logits holds NaN or has no finite maximum.
     void step(const dg_noise *noise);
@@ -95,6 +98,7 @@ class DeviceLoop {
     Device &device_;
     const Target target_;
     std::vector<std::unique_ptr<Memory>> memories_; // of each canvas, by its number
+    std::vector<std::unique_ptr<Memory>> rules_;    // likewise, where set_rules has been called
     std::unique_ptr<Memory> canvases_memory_;       // Canvas [n_canvases]: the placed ones
     std::vector<Canvas> canvases_;                  // the placed ones, as they were after the last step
     std::vector<int32_t> placed_;                   // their numbers

@@ -185,6 +185,38 @@ void CanvasLoop::leave(int32_t index) {
     live.goes_on = false;
 }
 
+void CanvasLoop::set_rules(int32_t index, const dg_canvas_rules &rules) {
+    Live &live = canvases_[checked(index)];
+    const bool placed = std::find(placed_.begin(), placed_.end(), index) != placed_.end();
+    if (!placed || (live.goes_on && !active_)) {
+        throw Error(DG_ERROR_ARGUMENT, format("canvas %d is not under way", index));
+    }
+    if (!live.goes_on && !(live.last.converged && step_ < live.last.steps)) {
+        throw Error(DG_ERROR_ARGUMENT, format("canvas %d makes no further step", index));
+    }
+    const int32_t n_vocab = session_.model().config().n_vocab;
+    check_rules({rules.pinned, nullptr, nullptr, nullptr}, live.n_rows, n_vocab);
+    AllowedIds allowed = expand_masks(rules, live.n_rows, n_vocab);
+    live.pinned.clear();
+    if (rules.pinned) {
+        live.pinned.assign(rules.pinned, rules.pinned + live.n_rows);
+    }
+    live.allowed_ends = std::move(allowed.ends);
+    live.allowed_ids = std::move(allowed.ids);
+    for (int32_t row = 0; row < live.n_rows; ++row) {
+        if (live.rules().is_pinned(row)) {
+            live.canvas[static_cast<size_t>(row)] = live.argmax[static_cast<size_t>(row)] = rules.pinned[row];
+        }
+    }
+    live.history.start(live.sampling.stability_threshold);
+    live.last.finished = live.last.converged = false;
+    live.goes_on = true;
+    active_ = true;
+    if (has_kernels()) {
+        session_.kernels().set_rules(index, live.rules());
+    }
+}
+
 void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
     std::vector<int32_t> going;
     for (size_t i = 0; active_ && i < canvases_.size(); ++i) {

@@ -1,6 +1,7 @@
 // The canvas loop: what is carried from one denoise step to the next, for one canvas or several side by side.
 #pragma once
 
+#include "sample/masks.h"
 #include "sample/sampler.h"
 #include "session/session.h"
 
@@ -20,6 +21,9 @@ class CanvasLoop {
     dg_step rows_of(int32_t index);
     // The canvas makes no further step.
     void leave(int32_t index);
+    // New pins and masks for a canvas that goes on, or has converged in the last step and has steps left: then it goes
+    // on. Its stability begins anew. Throws ARGUMENT, and changes nothing, for rules or a canvas that cannot be.
+    void set_rules(int32_t index, const dg_canvas_rules &rules);
     // Whatever else uses the session's logits ends the canvases.
     void drop() {
         active_ = false;

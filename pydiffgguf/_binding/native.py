@@ -39,6 +39,7 @@ from pydiffgguf._binding.records import (
     Float64Array,
     Int32Array,
     LayerConfig,
+    Mask,
     Memory,
     ModelConfig,
     RawStep,
@@ -53,6 +54,7 @@ from pydiffgguf._binding.structs import (
     SAMPLERS,
     SAMPLING_FIELDS,
     TIMINGS_FIELDS,
+    canvas_rules,
     fill_noise,
     fill_spec,
     placing_options,
@@ -348,6 +350,11 @@ class NativeSession:
         out = ffi.new("dg_step *")
         call(lib.dg_session_canvas_rows, self._open_pointer(), int32("index", index), out)
         return read_step(out)
+
+    def canvas_rules(self, index: int, n_rows: int, pinned: npt.ArrayLike | None, masks: Mapping[int, Mask]) -> None:
+        rules, kept = canvas_rules(n_rows, self._n_vocab, pinned, masks)
+        call(lib.dg_session_canvas_rules, self._open_pointer(), int32("index", index), rules)
+        del kept
 
     def canvas_drop(self, index: int) -> None:
         """The canvas makes no further step."""

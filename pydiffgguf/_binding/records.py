@@ -19,6 +19,8 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
+#: A bit for each id of the vocabulary, 32 in a word.
+Mask: TypeAlias = npt.NDArray[np.uint32]
 
 
 class ArrayRecord:

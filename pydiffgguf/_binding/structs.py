@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pydiffgguf._arguments import MAX_SEED, float_array, id_array, int32, integer, real
+from pydiffgguf._arguments import MAX_SEED, float_array, id_array, int32, integer, real, words_array
 from pydiffgguf._binding.library import copy_of, ffi, lib, pointer_to
-from pydiffgguf._binding.records import CanvasSpec, Device, Memory, ModelConfig, Needs, RawStep, Sampling, Timings
+from pydiffgguf._binding.records import CanvasSpec, Device, Mask, Memory, ModelConfig, Needs, RawStep, Sampling, Timings
 
 KV_TYPES: dict[str, int] = {
     "f16": lib.DG_KV_F16,
@@ -113,6 +113,29 @@ def fill_spec(spec: CanvasSpec, sampling: Sampling, canvas_length: int, out: Any
         out.allowed_ends = array("allowed", np.cumsum(sizes), n)
         out.allowed_ids = array("allowed", np.concatenate([ids for ids in arrays if ids is not None]), None)
     return kept
+
+
+def canvas_rules(
+    n_rows: int, n_vocab: int, pinned: npt.ArrayLike | None, masks: Mapping[int, Mask]
+) -> tuple[Any, object]:
+    """A dg_canvas_rules, and what must outlive its use. `masks`: by row, uint32 [ceil(n_vocab / 32)]; the same array
+    for several rows travels once."""
+    out = ffi.new("dg_canvas_rules *")
+    pins = None if pinned is None else id_array("pinned", pinned, n_rows)
+    different: dict[int, int] = {}
+    arrays: list[Mask] = []
+    of_row = np.full(n_rows, -1, dtype=np.int32)
+    for row, mask in masks.items():
+        if id(mask) not in different:
+            different[id(mask)] = len(arrays)
+            arrays.append(words_array(f"masks[{row}]", mask, -(-n_vocab // 32)))
+        of_row[integer("a row of masks", row, 0, n_rows - 1)] = different[id(mask)]
+    words = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.uint32)
+    out.pinned = pointer_to("int32_t[]", pins)
+    out.mask_of_row = pointer_to("int32_t[]", of_row)
+    out.masks = pointer_to("uint32_t[]", words)
+    out.n_masks = len(arrays)
+    return out, (pins, of_row, words, out.pinned, out.mask_of_row, out.masks)
 
 
 def session_options(
