@@ -31,7 +31,7 @@ from pydiffgguf.convert.output import human, whole_or_nothing
 from pydiffgguf.convert.quantize import encode
 from pydiffgguf.convert.recipes import RECIPES, ModelFacts, Override, Recipe, TypeRules, model_facts, recipe
 from pydiffgguf.convert.source.checkpoint import CheckpointTensor, rope_freqs, wanted_tensors
-from pydiffgguf.convert.source.config import FULL, SLIDING, ModelConfig, parse_config
+from pydiffgguf.convert.source.config import FULL, SLIDING, CheckpointConfig, parse_config
 from pydiffgguf.convert.source.hf_to_gguf import metadata
 from pydiffgguf.convert.source.pieces import Piece
 from pydiffgguf.convert.writing import Keys, PlannedTensor, header_writer, pad, padded, plan_tensors, write_header
@@ -156,14 +156,14 @@ FLOATS = (T.F32, T.F16, T.BF16)
 TYPES = {kind.name.lower(): kind for kind in (*FLOATS, *BLOCKS) if kind != T.TQ2_0}
 
 
-def shape(name: str) -> ModelConfig:
+def shape(name: str) -> CheckpointConfig:
     """The figures of a shape. Raises ValueError, with the choices, for an unknown name."""
     if name not in SHAPES:
         raise ValueError(f"shape: {name!r}, expected one of {', '.join(SHAPES)}")
     return parse_config({"model_type": "diffusion_gemma_text", **SHAPES[name]}, name)
 
 
-def tensors(config: ModelConfig) -> list[CheckpointTensor]:
+def tensors(config: CheckpointConfig) -> list[CheckpointTensor]:
     """The tensors of a file, in its order."""
     return [CheckpointTensor(name, rule, dims, rule.source) for name, rule, dims, _ in wanted_tensors(config)]
 
@@ -172,7 +172,7 @@ def tensors(config: ModelConfig) -> list[CheckpointTensor]:
 class RandomCheckpoint:
     """What the converter asks a checkpoint for, but for the weights."""
 
-    config: ModelConfig
+    config: CheckpointConfig
     tensors: list[CheckpointTensor]
     sampler: dict[str, int | float] = field(default_factory=dict)
     eos_ids: list[int] = field(default_factory=list)
@@ -255,7 +255,7 @@ def unit_deviation(kind: GGMLQuantizationType) -> float:
     return float(values.std())
 
 
-def pieces(p: PlannedTensor, config: ModelConfig, rng: np.random.Generator) -> Iterator[npt.NDArray[np.uint8]]:
+def pieces(p: PlannedTensor, config: CheckpointConfig, rng: np.random.Generator) -> Iterator[npt.NDArray[np.uint8]]:
     """The tensor's bytes in order, a few MiB at a time."""
     tensor, row = p.tensor, p.tensor.shape[-1]
     assert isinstance(tensor, CheckpointTensor)
@@ -348,7 +348,7 @@ def write(
         return file.tell()
 
 
-def count_parameters(config: ModelConfig) -> int:
+def count_parameters(config: CheckpointConfig) -> int:
     """All weights of the shape."""
     return sum(math.prod(tensor.shape) for tensor in tensors(config) if tensor.source)
 

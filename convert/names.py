@@ -104,7 +104,7 @@ class Tensor(NamedTuple):
     """One tensor of the dialect.
 
     `name`: in the GGUF, behind `blk.N.` for a layer's tensor. `source`: in the checkpoint, behind `DECODER` (or
-    `ENCODER`, see `encoder_only`) and `layers.N.`. `dims`: row-major, by the names that ModelConfig.dims() gives.
+    `ENCODER`, see `encoder_only`) and `layers.N.`. `dims`: row-major, by the names that CheckpointConfig.dims() gives.
     `kind`: the class that recipes and reports speak of.
     """
 

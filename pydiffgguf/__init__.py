@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "_binding.file": "Metadata",
     "_binding.records": "CanvasSpec Device LayerConfig Memory ModelConfig RawStep Sampling TensorInfo Timings",
+    "completions": "CompletionStream OptionWarning",
     "edit": "Choice Edit",
     "engine.call": "Stream",
     "engine.options": (
-        "Cancel EditOptions FillOptions Gap GenerateOptions "
-        "InfillMode InfillOptions KvType ModelOptions Noise Progress Prompt SamplerName SamplingOptions"
+        "Cancel ChatOptions EditOptions FillOptions Gap GenerateOptions InfillMode InfillOptions KvType ModelOptions Noise "
+        "Progress Prompt SamplerName SamplingOptions SessionOptions Until"
     ),
     "errors": (
         "CancelledError ContextOverflowError DeviceError DiffGGUFError "
@@ -33,7 +34,8 @@ _HOME = {
     "hub": "demo_model_path",
     "model": "DiffusionModel ModelWarning",
     "session": "Canvas CanvasBatch Session Step",
-    "text.document": "Document",
+    "text.calls": "ToolCall",
+    "text.document": "Document Position Unit",
     "text.tokenizer": "Tokenizer",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
@@ -51,10 +53,13 @@ if TYPE_CHECKING:
     from pydiffgguf._binding.records import Sampling as Sampling
     from pydiffgguf._binding.records import TensorInfo as TensorInfo
     from pydiffgguf._binding.records import Timings as Timings
+    from pydiffgguf.completions import CompletionStream as CompletionStream
+    from pydiffgguf.completions import OptionWarning as OptionWarning
     from pydiffgguf.edit import Choice as Choice
     from pydiffgguf.edit import Edit as Edit
     from pydiffgguf.engine.call import Stream as Stream
     from pydiffgguf.engine.options import Cancel as Cancel
+    from pydiffgguf.engine.options import ChatOptions as ChatOptions
     from pydiffgguf.engine.options import EditOptions as EditOptions
     from pydiffgguf.engine.options import FillOptions as FillOptions
     from pydiffgguf.engine.options import Gap as Gap
@@ -68,6 +73,8 @@ if TYPE_CHECKING:
     from pydiffgguf.engine.options import Prompt as Prompt
     from pydiffgguf.engine.options import SamplerName as SamplerName
     from pydiffgguf.engine.options import SamplingOptions as SamplingOptions
+    from pydiffgguf.engine.options import SessionOptions as SessionOptions
+    from pydiffgguf.engine.options import Until as Until
     from pydiffgguf.errors import CancelledError as CancelledError
     from pydiffgguf.errors import ContextOverflowError as ContextOverflowError
     from pydiffgguf.errors import DeviceError as DeviceError
@@ -95,7 +102,10 @@ if TYPE_CHECKING:
     from pydiffgguf.session import CanvasBatch as CanvasBatch
     from pydiffgguf.session import Session as Session
     from pydiffgguf.session import Step as Step
+    from pydiffgguf.text.calls import ToolCall as ToolCall
     from pydiffgguf.text.document import Document as Document
+    from pydiffgguf.text.document import Position as Position
+    from pydiffgguf.text.document import Unit as Unit
     from pydiffgguf.text.tokenizer import Tokenizer as Tokenizer
 
 

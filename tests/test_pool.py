@@ -158,6 +158,23 @@ def test_memory_for_one_session_is_enough(model: DiffusionModel, monkeypatch: py
     assert said == ["tiny.gguf: no memory for another session: 1 serve"] and n_sessions(model) == 1
 
 
+def test_who_finds_no_memory_waits_for_a_session_at_work(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread, stop = working(model)
+
+    def refuse() -> Any:
+        raise OutOfMemoryError("no room")
+
+    monkeypatch.setattr(model._engine.pool, "_make", refuse)
+    timer = threading.Timer(0.2, stop.set)
+    timer.start()
+    assert model.generate(ids(40, 220), **FAST).finish_reason == "length"
+    assert stop.is_set() and n_sessions(model) == 1
+    timer.join()
+    thread.join()
+
+
 def test_without_any_session_a_refusal_is_told(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Any:
         raise OutOfMemoryError("no room")

@@ -22,7 +22,7 @@ from pydiffgguf.errors import ModelFormatError, UnsupportedError
 from ..names import DECODER, EMBEDDING, ENCODER, GLOBAL_TENSORS, HEAD, SAMPLER_KEYS, Tensor, layer_name, layer_tensors
 from ..quantize import decode
 from ..recipes import F32, ModelFacts, model_facts
-from .config import ModelConfig, Reader, parse_config, read_json
+from .config import CheckpointConfig, Reader, parse_config, read_json
 from .pieces import Piece, Span, spans
 from .shards import DTYPES, ITEM_SIZE, Shard, StoredTensor
 
@@ -75,7 +75,7 @@ class Checkpoint:
             raise ModelFormatError(f"{path}: no config.json: not a checkpoint folder")
         self.path = path
         config = Reader(str(config_path), read_json(config_path))
-        self.config: ModelConfig = parse_config(config.values, config.where)
+        self.config: CheckpointConfig = parse_config(config.values, config.where)
         self.infill_mode = config.choice("infill_mode", INFILL_MODES)
         self.sampler, self.eos_ids = read_generation_config(path / "generation_config.json", self.config.vocab_size)
         self.shards: dict[str, Shard] = {}
@@ -176,7 +176,7 @@ class Checkpoint:
         return DTYPES[stored.dtype], self._shard(self.files[source]).read(stored, span.first * row, span.count * row)
 
 
-def wanted_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor, tuple[int, ...], tuple[str, ...]]]:
+def wanted_tensors(config: CheckpointConfig) -> Iterator[tuple[str, Tensor, tuple[int, ...], tuple[str, ...]]]:
     """(GGUF name, rule, row-major shape, the checkpoint's possible names), in the GGUF's order; no names: computed."""
     for rule in GLOBAL_TENSORS:
         names: tuple[str, ...] = (DECODER + rule.source,) if rule.source else ()
@@ -199,7 +199,7 @@ def shape_of(rule: Tensor, dims: dict[str, int]) -> tuple[int, ...]:
     return tuple(dims[d] for d in rule.dims)
 
 
-def rope_freqs(config: ModelConfig) -> npt.NDArray[np.float32]:
+def rope_freqs(config: CheckpointConfig) -> npt.NDArray[np.float32]:
     """The divisors of the full layers' frequencies, [full head_dim / 2]: 1 where a pair rotates, 1e30 where it does
     not (its angle is then 0 at every position)."""
     values = np.full(config.full.head_dim // 2, 1e30, dtype=np.float32)

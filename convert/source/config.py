@@ -54,7 +54,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class CheckpointConfig:
     """The model's figures. Sizes are in elements; `rotating_pairs` counts the frequency pairs of a full layer that
     rotate, of `full.head_dim / 2`; `sliding` is the shape that sliding layers have, or would have."""
 
@@ -173,7 +173,7 @@ def integer(reader: Reader, key: str) -> int:
     return reader.integer(key, DEFAULTS[key])
 
 
-def parse_config(config: dict[str, Any], where: str) -> ModelConfig:
+def parse_config(config: dict[str, Any], where: str) -> CheckpointConfig:
     """Checks a checkpoint's config and resolves it. `config` is the whole DiffusionGemmaConfig, or its text part with
     `canvas_length` beside; `where` (a path) begins every message. Raises ModelFormatError for what is missing or makes
     no sense, UnsupportedError for variants that this project does not compute."""
@@ -203,7 +203,7 @@ def parse_config(config: dict[str, Any], where: str) -> ModelConfig:
     rope_base_sliding = parse_rope(text, SLIDING, sliding.head_dim)[0] if SLIDING in layer_types else 10_000.0
 
     experts = text.integer("num_experts")
-    return ModelConfig(
+    return CheckpointConfig(
         vocab_size=integer(text, "vocab_size"),
         hidden_size=integer(text, "hidden_size"),
         ffn_size=integer(text, "intermediate_size"),

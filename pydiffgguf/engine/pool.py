@@ -44,7 +44,8 @@ class SessionPool:
     A call gets the idle session that shares the longest head with its prompt, if that is at least half of the prompt or
     of the session's prefix; else a new one while there are fewer than `size`; else the one that was idle for longest.
     While all are at work it waits in line, which cancelling it or its time limit ends. Where nobody works on them for a
-    second, it gets one beyond `size`, which is closed afterwards.
+    second, it gets one beyond `size`, which is closed afterwards. Where memory for another is refused, `size` shrinks
+    to those that there are.
 
     Args:
         make: makes a session.
@@ -89,17 +90,25 @@ class SessionPool:
             self._give_back(session)
 
     def _acquire(self, prompt: Int32Array, call: Call, key: Hashable) -> Session:
+        session = self._wait(prompt, call, key)
+        while session is None:
+            session = self._new(call, key)
+            if session is None:  # no memory for another, so one of those at work it is
+                session = self._wait(prompt, call, key, first=True)
+        return session
+
+    def _wait(self, prompt: Int32Array, call: Call, key: Hashable, first: bool = False) -> Session | None:
+        """An idle session, taken; None: one is to be made. `first`: the call goes to the head of the line."""
         with self._turn:
             self._leave_parent()
-            self._line.append(call)
+            self._line.insert(0 if first else len(self._line), call)
             try:
                 worked = time.monotonic()
                 while True:
                     self._check_open()
                     call.check_cancelled()
                     now = time.monotonic()
-                    if any(other.running for other in self._lent.values()) or self._being_made:
-                        worked = now
+                    worked = now if self._at_work() else worked
                     left_open = now - worked > PATIENCE_S
                     if self._line[0] is call and (self._idle or self._room() or left_open):
                         session = self._choose(prompt, key)
@@ -110,10 +119,13 @@ class SessionPool:
                     self._being_made += 1
                 else:
                     self._lent[session] = call
+                return session
             finally:
                 self._line.remove(call)
                 self._turn.notify_all()
-        return self._new(call, key) if session is None else session
+
+    def _at_work(self) -> bool:
+        return self._being_made > 0 or any(call.running for call in self._lent.values())
 
     def _room(self) -> bool:
         return len(self._idle) + len(self._lent) + self._being_made < self.size
@@ -132,33 +144,34 @@ class SessionPool:
             self._idle.remove(best)
         return best
 
-    def _new(self, call: Call, key: Hashable) -> Session:
+    def _new(self, call: Call, key: Hashable) -> Session | None:
+        """A session that was made, or an idle one where memory for another is refused; None: wait for one."""
+        session: Session | None = None
+        refusal: OutOfMemoryError | None = None
         try:
             session = self._make()
-        except OutOfMemoryError:
-            session = self._instead_of_new()
+        except OutOfMemoryError as error:
+            refusal = error
         finally:
             with self._turn:
                 self._being_made -= 1
                 self._turn.notify_all()
         with self._turn:
-            self._keys[session] = key
+            if refusal is not None:
+                if not self._idle and not self._at_work():
+                    raise refusal
+                self.size = max(1, len(self._idle) + len(self._lent) + self._being_made)
+                logger.warning("%s: no memory for another session: %d serve", self._name, self.size)
+                session = self._idle.pop(0) if self._idle else None
+                if session is None:
+                    return None
+            assert session is not None
+            self._keys.setdefault(session, key)
             self._lent[session] = call
             closed = self._closed
         if closed:  # meanwhile
             self._give_back(session)
             self._check_open()
-        return session
-
-    def _instead_of_new(self) -> Session:
-        """An idle session, where memory for another is refused; raises on where there is none."""
-        with self._turn:
-            if not self._idle:
-                raise
-            session = self._idle.pop(0)
-            self.size = max(1, len(self._idle) + len(self._lent) + 1)
-        logger.warning("%s: no memory for another session: %d serve", self._name, self.size)
-        session.reset()
         return session
 
     def _give_back(self, session: Session) -> None:
