@@ -22,8 +22,8 @@ _HOME = {
     "edit": "Choice Edit",
     "engine.call": "Stream",
     "engine.options": (
-        "Cancel ChatOptions EditOptions FillOptions Gap GenerateOptions InfillMode InfillOptions KvType ModelOptions Noise "
-        "Progress Prompt SamplerName SamplingOptions SessionOptions Until"
+        "Cancel ChatOptions EditOptions FillOptions Gap GenerateOptions InfillMode InfillOptions KvType ModelOptions "
+        "Noise Progress Prompt SamplerName SamplingOptions SessionOptions Until"
     ),
     "errors": (
         "CancelledError ContextOverflowError DeviceError DiffGGUFError "

@@ -18,11 +18,11 @@ from pydiffgguf._binding.records import Device, Memory, ModelConfig, Sampling, T
 from pydiffgguf._log import logger
 from pydiffgguf.chat import chat_prompt
 from pydiffgguf.completions import CompletionStream, create_chat_completion, create_completion
-from pydiffgguf.describe import describe
 from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.engine.call import Stream, drain
 from pydiffgguf.engine.conversation import load_cache, read_messages, save_conversation
 from pydiffgguf.engine.core import Engine
+from pydiffgguf.engine.describe import describe
 from pydiffgguf.engine.opening import find, model_options, open_native, session_options
 from pydiffgguf.engine.options import (
     Cancel,
