@@ -1,10 +1,12 @@
-"""Where things stand: C++ folders are floors, each of which includes what is below it, and nothing goes in a circle.
+"""Where things are: C++ folders are floors, each of which includes what is below it, and nothing goes in a circle,
+modules of Python neither.
 
 The table of floors is that of docs/ARCHITECTURE.md, so that what a reader is told is what is tested.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -79,6 +81,39 @@ def test_no_include_goes_in_a_circle() -> None:
         if module(file) != module(name):
             graph.setdefault(module(file), set()).add(module(name))
     assert len(graph) > 30
+    assert circle(graph) == []
+
+
+def python_modules() -> dict[str, Path]:
+    """The package's modules by name, convert/ as it is installed. The faces that only hand on other modules' names are
+    left out: everything is below them."""
+    files = [(path, path.relative_to(ROOT)) for path in (ROOT / "pydiffgguf").rglob("*.py")]
+    files += [(path, Path("pydiffgguf", path.relative_to(ROOT))) for path in (ROOT / "convert").rglob("*.py")]
+    names = {".".join(name.with_suffix("").parts).removesuffix(".__init__"): path for path, name in files}
+    return {name: path for name, path in names.items() if name not in ("pydiffgguf", "pydiffgguf.convert")}
+
+
+def imported(name: str, path: Path, modules: Mapping[str, Path]) -> set[str]:
+    """The other modules that a module imports: at its top, within functions and for type checkers alone."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            whole = ".".join([*start, *([node.module] if node.module else [])])
+            names = {f"{whole}.{alias.name}" for alias in node.names}
+            found |= names if names <= set(modules) else {whole, *names}  # modules of a package, or what one holds
+    return (found & set(modules)) - {name}
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Neither in the package nor in the converter."""
+    modules = python_modules()
+    assert len(modules) > 60
+    graph = {name: imported(name, path, modules) for name, path in modules.items()}
+    assert sum(map(len, graph.values())) > 150
     assert circle(graph) == []
 
 

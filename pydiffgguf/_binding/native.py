@@ -11,6 +11,7 @@ told apart in C: the second raises SessionBusyError.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -101,6 +102,7 @@ class NativeModel:
         options.expected = session_options(**(expected or {}))[0]
         encoded = encode_path(path)
         check_readable(path)
+        self.name = os.path.basename(os.fspath(path))
         out = ffi.new("dg_model **")
         call(lib.dg_model_open, out, encoded, options)
         pointer = ffi.gc(out[0], lib.dg_model_free)
@@ -128,13 +130,13 @@ class NativeModel:
     def metadata(self) -> Metadata:
         metadata = self._metadata
         if metadata is None:
-            raise errors.ModelClosedError("the model is closed")
+            raise errors.ModelClosedError(f"{self.name} is closed")
         return metadata
 
     def _open_pointer(self) -> Any:
         pointer = self._pointer
         if pointer is None:
-            raise errors.ModelClosedError("the model is closed")
+            raise errors.ModelClosedError(f"{self.name} is closed")
         return pointer
 
     def tensors(self) -> list[TensorInfo]:

@@ -173,6 +173,10 @@ class Stream(Iterator[_Event], Generic[_Event, _Result]):
             self._ended = True
             self._events.close()
 
+    async def aclose(self) -> None:
+        """`close`, for ``contextlib.aclosing``."""
+        self.close()
+
     def __enter__(self) -> Stream[_Event, _Result]:
         return self
 
