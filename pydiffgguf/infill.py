@@ -18,7 +18,7 @@ from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.options import Gap, Until
 from pydiffgguf.errors import CancelledError
 from pydiffgguf.generate import DenoiseStep, FinishReason, Prefill, Stats, encode_prompt
-from pydiffgguf.layout import Layout, check_extra, lay_out, resolve_mode
+from pydiffgguf.layout import Layout, check_extra, fence_around, lay_out, resolve_mode
 from pydiffgguf.search import Draft, Filled, SearchStats, fill_hole, write_on
 from pydiffgguf.session import Session, resolve_sampling
 from pydiffgguf.text.document import newline_of, plain
@@ -158,14 +158,23 @@ class _Place:
         """`newline`: None for the most frequent one around the gap."""
         return cls(plain(prefix), plain(suffix), newline or newline_of(prefix + suffix), open_end)
 
+    def end_of(self, text: str, options: _Options) -> int | None:
+        """Characters of a text without a suffix up to where it is complete; None while it is not."""
+        n = complete(self.prefix, text, options.until or "end")
+        if options.mode == "chat":  # the answer quotes the file, so the block's end is the file's
+            fence = fence_around([self.prefix, *(other for _, other in options.extra)])
+            at = text.find("\n" + fence)
+            return n if at < 0 else min(at, len(text) if n is None else n)
+        return n
+
     def with_line_ends(self, text: str) -> str:
         return text if self.newline == "\n" else text.replace("\n", self.newline)
 
     def finished(self, text: str, options: _Options) -> str:
         """A filling as it goes into the document."""
         text = plain(text)
-        if options.until is not None:
-            text = text[: complete(self.prefix, text, options.until)]
+        if self.open_end:
+            text = text[: self.end_of(text, options)]
         if options.gap == "auto":
             text = without_indentation(self.prefix, text)
             text = without_repeat(self.prefix, text, self.suffix)
@@ -339,7 +348,7 @@ def _drafts(
 
     def enough(tokens: Sequence[int]) -> int | None:
         text = _text(engine.tokenizer, layout, tokens)
-        n = complete(place.prefix, text, options.until or "end")
+        n = place.end_of(text, options)
         if n is None:
             return None
         characters = len(layout.head_text) + n

@@ -20,7 +20,7 @@ from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 from pydiffgguf.search import Hole, suffix_rows
 from pydiffgguf.text.tokenizer import Tokenizer
 
-__all__ = ["Layout", "chat_message", "check_extra", "lay_out", "resolve_mode"]
+__all__ = ["Layout", "chat_message", "check_extra", "fence_around", "lay_out", "resolve_mode"]
 
 #: A word longer than so many tokens is not healed, nor one that takes more than a quarter of the canvas.
 MOST_HEAD = 4
@@ -115,14 +115,18 @@ def _near(tokenizer: Tokenizer, text: str, n_ctx: int, at_end: bool) -> tuple[st
         size *= 2
 
 
+def fence_around(texts: Sequence[str]) -> str:
+    """More backquotes than any of the texts has in a row, so that none of them ends its block."""
+    runs = re.findall("`{3,}", "\n".join(texts))
+    return "`" * (max(map(len, runs), default=2) + 1)
+
+
 def chat_message(prefix: str, suffix: str, extra: Sequence[tuple[str, str]]) -> str:
     """The user's turn of the chat form."""
     marker = "[MISSING]"
     while any(marker in text for text in (prefix, suffix, *(text for _, text in extra))):
         marker = f"[{marker}]"
-    # Longer than any run of backquotes in the texts, so that none of them ends its block.
-    runs = re.findall("`{3,}", "\n".join([prefix, suffix, *(text for _, text in extra)]))
-    fence = "`" * (max(map(len, runs), default=2) + 1)
+    fence = fence_around([prefix, suffix, *(text for _, text in extra)])
     parts = [f"{name}:\n{fence}\n{text}\n{fence}" for name, text in extra]
     parts.append(
         f"A part of this file is missing, at the place marked {marker}. Write the file again from shortly before the "

@@ -161,3 +161,15 @@ def test_two_megabytes_in_one_line_cost_a_window(demo: DiffusionModel, monkeypat
     extra = demo.infill(BEFORE, BEHIND, gap=2, steps=4, extra=others)
     assert extra.stats.prompt_tokens < 100 and extra.stats.dropped_tokens > 100_000
     assert sum(read) < 500_000
+
+
+def test_in_the_chat_form_the_end_of_the_block_is_the_end_of_the_text(random: DiffusionModel) -> None:
+    """The answer quotes the file between rows of backquotes, more of them than the file has itself."""
+    from pydiffgguf.infill import _check, _Place
+
+    options, _ = _check(random._engine, {"mode": "chat"})
+    place = _Place.of("a\n", "", open_end=True)
+    assert place.finished("b\nc\n```\nThat is all.", options) == "b\nc"
+    quoting = _Place.of("```\na\n", "", open_end=True)
+    assert quoting.finished("b\n```\nc\n````\nThat is all.", options) == "b\n```\nc"
+    assert place.finished("b\n```\n", _check(random._engine, {"mode": "raw"})[0]) == "b\n```\n"
