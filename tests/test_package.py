@@ -111,3 +111,11 @@ def test_the_vendored_ggml_is_the_pinned_one() -> None:
     requirements = (ROOT / "vendor" / "requirements.txt").read_text(encoding="utf-8")
     (pinned,) = re.findall(r"^libggml-python==(\d+\.\d+\.\d+)", requirements, re.MULTILINE)
     assert functions.build_info()["ggml_version"] == pinned
+
+
+def test_only_parity_needs_the_reference() -> None:
+    """Tests outside tests/parity import neither torch nor what brings it, so they run where it is not installed."""
+    heavy = re.compile(r"^\s*(?:import|from) (?:torch|transformers|peft|safetensors\.torch)\b", re.MULTILINE)
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if "parity" not in path.parts]
+    assert len(tests) > 50
+    assert [path.name for path in tests if heavy.search(path.read_text(encoding="utf-8"))] == []
