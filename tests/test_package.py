@@ -11,6 +11,9 @@ import types
 import typing
 from pathlib import Path
 
+import _cffi_backend
+import numpy as np
+
 import pydiffgguf
 from pydiffgguf._binding import functions, library
 
@@ -61,6 +64,20 @@ def test_importing_prints_nothing_and_loads_no_engine() -> None:
     """
     done = run_python("-W", "error", "-c", re.sub(r"^ +", "", script, flags=re.MULTILINE))
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_source_tree_says_how_to_install_it() -> None:
+    """Where Python finds the sources first, without a compiled module; a missing numpy is not blamed on it."""
+
+    def error_of(*folders: str) -> str:
+        script = f"import sys; sys.path[:0] = {[str(ROOT), *folders]!r}; import pydiffgguf._binding.native"
+        return subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, timeout=60).stderr
+
+    packages = [str(Path(np.__file__).parents[1]), str(Path(_cffi_backend.__file__).parent)]
+    assert re.search(
+        r"ImportError: .* compiled module is not in .*pydiffgguf\. .*`pip install -e \.`", error_of(*packages)
+    )
+    assert error_of().endswith("ModuleNotFoundError: No module named 'numpy'\n")
 
 
 def imported_in_ms(module: str) -> float:

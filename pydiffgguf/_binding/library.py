@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+# The compiled module imports this from C, where PyInstaller and Nuitka cannot see it.
+import _cffi_backend  # type: ignore[import-untyped]  # noqa: F401
 import numpy as np
 import numpy.typing as npt
 
@@ -26,9 +28,11 @@ from pydiffgguf import _log, errors
 try:
     from pydiffgguf._diffgguf import ffi, lib
 except ModuleNotFoundError as error:
+    if error.name != "pydiffgguf._diffgguf":
+        raise
     raise ImportError(
-        "pydiffgguf's compiled module is missing. In a source checkout, run `pip install .` and start Python outside "
-        "of the checkout's folder, or use `pip install -e .`"
+        f"pydiffgguf's compiled module is not in {os.path.dirname(os.path.dirname(__file__))}. If that is a source "
+        "checkout, install it with `pip install -e .`, or start Python in another folder after `pip install .`"
     ) from error
 
 if _missing := ffi.string(lib.dg_cpu_missing()).decode():
