@@ -138,7 +138,8 @@ class DiffusionModel:
             logger.info("%s", line)
             if verbose:
                 print(f"pydiffgguf: {line}", file=sys.stderr)
-        for warning in native.warnings:
+        fault = self._engine.prompts.tokenizer_fault
+        for warning in [*native.warnings, *([] if fault is None else [fault])]:
             logger.warning("%s: %s", name, warning)
             warnings.warn(f"{name}: {warning}", ModelWarning, stacklevel=2)
 

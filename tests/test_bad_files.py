@@ -197,11 +197,19 @@ def test_a_wrong_shape_is_named_with_both_shapes(tiny_gguf: Path, tmp_path: Path
     assert checked > 40
 
 
-def test_a_vocabulary_that_disagrees_with_the_embedding_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_used_leaves_token_ids(tiny_gguf: Path, tmp_path: Path) -> None:
+    """The file opens with a warning, generates from ids, and says why when text is asked for."""
     path = tmp_path / "x.gguf"
     embedding = read_tensor(tiny_gguf, "token_embd.weight")
     rewrite(tiny_gguf, path, tensors={"token_embd.weight": np.vstack([embedding, embedding[:3]])})
-    open_fails(path, ModelFormatError, "tokenizer.ggml.tokens has 512 entries, .* 515")
+    with pytest.warns(ModelWarning, match="tokenizer.ggml.tokens has 512 entries, .* 515") as caught:
+        model = DiffusionModel(path)
+    assert len(caught) == 1
+    with model:
+        assert model.generate([2, 5, 6], max_tokens=8, steps=2, seed=1).tokens
+        for ask in (lambda: model.generate("hello"), lambda: model.tokenize("hello"), lambda: model.tokenizer):
+            with pytest.raises(UnsupportedError, match=r"cannot be used .* 512 entries.*: pass token ids"):
+                ask()
 
 
 def test_an_untied_head_and_a_v_on_a_full_layer_are_unsupported(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_vocabulary import BYTES, HOSTILE, IDS, MARKUP, small_vocabulary
 
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
-from pydiffgguf.text.tokenizer import Tokenizer
+from pydiffgguf.text.tokenizer import Tokenizer, read_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -170,10 +170,38 @@ def test_a_vocabulary_that_cannot_write_every_text_is_refused(parts: Any) -> Non
         Tokenizer.from_gguf(lacking, types, merges, **{**IDS, "unk_id": None})
 
 
-def test_a_vocabulary_of_scores_is_unsupported(parts: Any) -> None:
-    """SentencePiece files have scores and no merges; guessing merges would give other ids."""
-    with pytest.raises(UnsupportedError, match="merges is empty"):
-        Tokenizer.from_gguf(parts[0], parts[1], [], **IDS)
+def test_without_merges_characters_are_tokens(parts: Any) -> None:
+    """As in the package tokenizers; scores that are all alike say nothing."""
+    tokens, types, _ = parts
+    for scores in (None, [-1000.0] * len(tokens)):
+        plain = Tokenizer.from_gguf(tokens, types, [], scores=scores, **IDS)
+        ids = plain.encode("the cat")
+        assert plain.decode(ids) == "the cat"
+        assert len(ids) == 7
+
+
+def test_scores_stand_in_for_merges(parts: Any, tokenizer: Tokenizer) -> None:
+    """A file of the kind "llama", as Gemma 3's are: spaces written as themselves in tokens that are runs of them."""
+    tokens, types, merges = parts
+    rank = {left + right: -float(i) for i, (left, right) in reversed(list(enumerate(m.split(" ") for m in merges)))}
+    keys = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [t.replace("\u2581", " ") if t.strip("\u2581") == "" else t for t in tokens],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [rank.get(token, -1e6) for token in tokens],
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.unknown_token_id": IDS["unk_id"],
+    }
+    scored = read_tokenizer(keys, len(tokens))
+    assert scored is not None
+    for text in ("Why is the sky blue?", "def add(a, b):\n    return a + b\n", "Größe \t x", ""):
+        assert scored.encode(text) == tokenizer.encode(text)
+    with pytest.raises(UnsupportedError, match="add_space_prefix is not false"):
+        read_tokenizer({**keys, "tokenizer.ggml.add_space_prefix": True}, len(tokens))
+    with pytest.raises(UnsupportedError, match=r"tokenizer\.ggml\.model is 'bert'"):
+        read_tokenizer({**keys, "tokenizer.ggml.model": "bert"}, len(tokens))
+    with pytest.raises(ModelFormatError, match="scores: 2 entries, expected"):
+        read_tokenizer({**keys, "tokenizer.ggml.scores": [0.0, 1.0]}, len(tokens))
 
 
 def test_callers_mistakes(parts: Any, tokenizer: Tokenizer) -> None:

@@ -66,6 +66,7 @@ def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
     model = Reader(str(file), tokenizer).mapping("model")
     refuse_other_kinds(str(file), tokenizer, model)
     tokens, types = read_tokens(str(file), tokenizer, model, vocab_size)
+    n_bytes = len({token for token, kind in zip(tokens, types, strict=True) if kind == BYTE})
     merges = read_merges(str(file), model, set(tokens))
 
     config_file = path / "tokenizer_config.json"
@@ -78,6 +79,12 @@ def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
         types[unknown] = UNKNOWN
 
     notes = []
+    if n_bytes < 256:
+        if unknown is None:
+            raise ModelFormatError(
+                f"{file}: byte fallback needs the tokens <0x00> to <0xFF> or an unknown token; {256 - n_bytes} lack"
+            )
+        notes.append(f"{256 - n_bytes} of 256 byte tokens are missing: characters become the unknown token")
     template = read_chat_template(path, config)
     if template is None:
         notes.append("no chat template: prompts will be used as plain text")
@@ -159,9 +166,6 @@ def read_tokens(
         put(content, a.get("id"), CONTROL if a.get("special") else USER_DEFINED)
     if len(set(ids.values())) != len(ids):
         raise ModelFormatError(f"{where}: one token has two ids")
-    missing = sum(1 for b in range(256) if types.get(f"<0x{b:02X}>") != BYTE)
-    if missing:
-        raise ModelFormatError(f"{where}: byte fallback needs the 256 tokens <0x00> to <0xFF>, {missing} are missing")
     try:
         "".join(ids.values()).encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair

@@ -23,19 +23,26 @@ class Prompts:
         metadata: its keys.
         n_vocab: tokens of its vocabulary.
 
-    Raises ModelFormatError or UnsupportedError for a tokenizer that cannot be used.
+    A tokenizer that cannot be used is none, and `tokenizer_fault` says why.
     """
 
     def __init__(self, name: str, metadata: Mapping[str, Any], n_vocab: int) -> None:
         self._name = name
         self._metadata = metadata
         self._n_vocab = n_vocab
-        #: None where the file holds no tokenizer.
-        self.tokenizer_or_none: Tokenizer | None = read_tokenizer(metadata, n_vocab)
+        #: None where the file holds no tokenizer, or one that cannot be used.
+        self.tokenizer_or_none: Tokenizer | None = None
+        self.tokenizer_fault: str | None = None
+        try:
+            self.tokenizer_or_none = read_tokenizer(metadata, n_vocab)
+        except (ModelFormatError, UnsupportedError) as error:
+            self.tokenizer_fault = f"its tokenizer cannot be used ({error}): pass token ids instead of text"
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises UnsupportedError where the file holds none."""
+        """Raises UnsupportedError where the file holds none that can be used."""
+        if self.tokenizer_fault is not None:
+            raise UnsupportedError(f"{self._name}: {self.tokenizer_fault}")
         if self.tokenizer_or_none is None:
             raise UnsupportedError(f"{self._name} holds no tokenizer: pass token ids instead of text")
         return self.tokenizer_or_none

@@ -27,6 +27,10 @@ __all__ = ["END_TEXTS", "Tokenizer", "read_tokenizer"]
 
 SPACE = "\u2581"
 
+#: tokenizer.ggml.model of files that can be read: DiffusionGemma's own, Gemma 4's; "llama", of Gemma 3 and others, has
+#: scores in the place of merges.
+MODELS = ("gemma4", "llama")
+
 # GGUF's tokenizer.ggml.token_type
 TYPE_UNKNOWN = 2
 TYPE_CONTROL = 3
@@ -77,6 +81,7 @@ class Tokenizer:
         token_types: Sequence[int] | None,
         merges: Sequence[str],
         *,
+        scores: Sequence[float] | None = None,
         bos_id: int | None,
         eos_id: int | None,
         unk_id: int | None,
@@ -93,7 +98,9 @@ class Tokenizer:
         Args:
             tokens: ``tokenizer.ggml.tokens``; the index is the id.
             token_types: ``tokenizer.ggml.token_type``, as long as `tokens`; None where the file has none.
-            merges: ``tokenizer.ggml.merges``, best first, each "left right" with one space between.
+            merges: ``tokenizer.ggml.merges``, best first, each "left right" with one space between. None at all is a
+                tokenizer of single characters, unless the scores differ.
+            scores: ``tokenizer.ggml.scores``, which stand in for merges (`merges_of_scores`); None where absent.
             bos_id, eos_id, unk_id, pad_id: the ``*_token_id`` keys; None where absent.
             add_bos: ``tokenizer.ggml.add_bos_token``.
             extra_end_ids: ``diffusion.eos_token_ids``.
@@ -101,7 +108,6 @@ class Tokenizer:
         Raises:
             ModelFormatError: duplicate tokens, lengths that differ, merges of or to tokens that do not exist, ids out
                 of range, or a vocabulary that cannot write every text.
-            UnsupportedError: no merges at all: a SentencePiece vocabulary with scores.
         """
         from tokenizers import models
 
@@ -120,10 +126,13 @@ class Tokenizer:
             raise ModelFormatError(
                 f"tokenizer.ggml.tokens: no unknown token, and only {len(byte_values)} of 256 byte tokens"
             )
-        if not merges:
-            raise UnsupportedError("tokenizer.ggml.merges is empty: vocabularies with scores only are not supported")
-        pairs = _split_merges(merges)
-        if _longest(merges) - 1 > _longest(tokens):  # tokenizers 0.23.3 panics, on stderr
+        if scores is not None and len(scores) != len(tokens):
+            raise ModelFormatError(f"tokenizer.ggml.scores: {len(scores)} entries, expected {len(tokens)}")
+        if not merges and scores is not None and len(set(scores)) > 1:
+            pairs = merges_of_scores(vocab, types, scores)
+        else:
+            pairs = _split_merges(merges)
+        if merges and _longest(merges) - 1 > _longest(tokens):  # tokenizers 0.23.3 panics, on stderr
             raise ModelFormatError(_merge_error(pairs, vocab) or "tokenizer.ggml.merges: a result is no token")
         try:
             model = models.BPE(
@@ -292,8 +301,23 @@ def _split_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
     for rank, merge in enumerate(merges):
         if merge.count(" ") != 1:
             raise ModelFormatError(f"tokenizer.ggml.merges: entry {rank} is {merge!r}, expected two parts")
-    parts = iter(" ".join(merges).split(" "))
+    parts = iter(" ".join(merges).split(" ") if merges else ())
     return list(zip(parts, parts, strict=True))
+
+
+def merges_of_scores(vocab: Mapping[str, int], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The merges of a vocabulary that has scores in their place, as SentencePiece writes it: every way to make a token
+    of two others, best score first; of one score, longer left parts first. User-defined tokens, whose score is none,
+    come before all others. The order is that of transformers 5.23 (convert_slow_tokenizer.py, generate_merges)."""
+    ranked: list[tuple[float, int, int, str, str]] = []
+    for text, id_ in vocab.items():
+        score = 0.0 if types and types[id_] == TYPE_USER_DEFINED else scores[id_]
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in vocab and right in vocab:
+                ranked.append((-score, -cut, cut - len(text), left, right))
+    ranked.sort(key=lambda entry: entry[:3])  # stable: in the vocabulary's order where all three are equal
+    return [(left, right) for *_, left, right in ranked]
 
 
 def _longest(texts: Sequence[str]) -> int:
@@ -319,10 +343,17 @@ def _wrap(model: Model, user_defined: list[str], special: list[str]) -> tokenize
     return wrapper
 
 
+def _with_marks(tokens: list[str]) -> list[str]:
+    """Some writers put spaces for U+2581 into the tokens that are runs of them."""
+    known = set(tokens)
+    return [mark if " " in t and (mark := t.replace(" ", SPACE)) not in known else t for t in tokens]
+
+
 def read_tokenizer(metadata: Mapping[str, Any], n_vocab: int) -> Tokenizer | None:
     """The tokenizer that a file with these keys holds; None where it holds none.
 
-    Raises ModelFormatError for keys of the wrong type, and for a vocabulary of another size than `n_vocab`.
+    Raises ModelFormatError for keys of the wrong type, and for a vocabulary of another size than `n_vocab`;
+    UnsupportedError for a tokenizer of another kind.
     """
     prefix = "tokenizer.ggml."
     if f"{prefix}tokens" not in metadata:
@@ -336,7 +367,14 @@ def read_tokenizer(metadata: Mapping[str, Any], n_vocab: int) -> Tokenizer | Non
             raise ModelFormatError(f"key {key} has the wrong type: {type(value).__name__}")
         return value
 
+    model = typed(f"{prefix}model", str, "gemma4")
+    if model not in MODELS:
+        raise UnsupportedError(f"key {prefix}model is {model!r:.60}: {' and '.join(MODELS)} are read")
     tokens = typed(f"{prefix}tokens", list, [])
+    if model == "llama":
+        if typed(f"{prefix}add_space_prefix", bool, True):
+            raise UnsupportedError(f"key {prefix}add_space_prefix is not false: only texts as they are can be read")
+        tokens = _with_marks(tokens)
     if len(tokens) != n_vocab:
         raise ModelFormatError(
             f"key {prefix}tokens has {len(tokens)} entries, expected one a row of token_embd, {n_vocab}"
@@ -345,6 +383,7 @@ def read_tokenizer(metadata: Mapping[str, Any], n_vocab: int) -> Tokenizer | Non
         tokens,
         typed(f"{prefix}token_type", list, None),
         typed(f"{prefix}merges", list, []),
+        scores=typed(f"{prefix}scores", list, None),
         bos_id=typed(f"{prefix}bos_token_id", int, None),
         eos_id=typed(f"{prefix}eos_token_id", int, None),
         unk_id=typed(f"{prefix}unknown_token_id", int, None),
