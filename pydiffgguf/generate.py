@@ -161,6 +161,7 @@ class _Request:
     stop: StopStrings
     seed: int
     noise: Noise | None
+    n_rows: int  # of each canvas
     thought_tokens: int | None  # the most of a thought
     logprobs: bool
     watched: bool  # somebody looks at the steps; else no DenoiseStep is made
@@ -187,7 +188,8 @@ def stream_ids(
     prompt and one canvas do not fit.
     """
     sampling, time_limit = resolve_sampling(engine.sampling, options)
-    max_tokens = options.get("max_tokens")
+    max_tokens, most = options.get("max_tokens"), engine.config.canvas_length
+    n_rows = options.get("canvas_length")
     request = _Request(
         prompt=prompt,
         max_tokens=integer("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, 1, 2**31 - 1),
@@ -195,6 +197,7 @@ def stream_ids(
         stop=StopStrings(options.get("stop") or ()),
         seed=seed_of(options.get("seed")),
         noise=_check_noise(options.get("noise")),
+        n_rows=most if n_rows is None else integer("canvas_length", n_rows, 1, most),
         thought_tokens=thought_tokens,
         logprobs=logprobs,
         watched=watched,
@@ -239,7 +242,12 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
                     logprobs[cut:] = [0.0] if request.logprobs else []  # nobody drew the marker
                 if len(done) > request.max_tokens:
                     ended, done = False, done[: request.max_tokens]
-                last = ended or len(done) >= request.max_tokens or call.late() or not _fits_another(session)
+                last = (
+                    ended
+                    or len(done) >= request.max_tokens
+                    or call.late()
+                    or not _fits_another(session, request.n_rows)
+                )
                 turn = view.read(done, ended=last)
                 stop_at = request.stop.find(turn.text, max(0, len(seen.text) - request.stop.overlap))
                 if stop_at is not None:
@@ -289,9 +297,10 @@ class _Draft:
         return turn.text[len(self.turn.text) :], turn.reasoning[len(self.turn.reasoning) :]
 
 
-def _fits_another(session: Session) -> bool:
-    """Whether the finished canvas can go into the cache and leave room for the next."""
-    return session.n_past + 2 * session.config.canvas_length <= session.n_ctx
+def _fits_another(session: Session, n_rows: int) -> bool:
+    """Whether the finished canvas can go into the cache and leave the room that a session keeps for the next, which is
+    that of the file's canvas."""
+    return session.n_past + n_rows + session.config.canvas_length <= session.n_ctx
 
 
 def _timed_encode(session: Session, ids: Sequence[int] | Int32Array, stats: Stats) -> None:
@@ -330,8 +339,13 @@ def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, call: C
 def _denoise(
     session: Session, request: _Request, canvas_index: int, call: Call, stats: Stats, draft: _Draft
 ) -> Generator[DenoiseStep, None, RawStep]:
-    watched = [-1] * session.config.canvas_length if request.logprobs else None
-    spec = CanvasSpec(seed=request.seed, canvas_index=canvas_index, quiet=not request.watched, watched=watched)
+    spec = CanvasSpec(
+        n_rows=request.n_rows,
+        seed=request.seed,
+        canvas_index=canvas_index,
+        quiet=not request.watched,
+        watched=[-1] * request.n_rows if request.logprobs else None,
+    )
     batch = CanvasBatch(session, [spec], request.sampling, noise=request.noise)
     stats.steps.append(0)
     while True:

@@ -265,6 +265,8 @@ class DiffusionModel:
                 with `raw`); token ids are used as they are, no bos added.
             raw: leave out the chat template.
             max_tokens: cuts the result; None: 256, as the released generation config.
+            canvas_length: rows of a canvas, fewer than the file's for short answers: a step costs less, and an answer
+                that does not end goes on in the next canvas. Outside of how the model was trained. None: the file's.
             seed: 64 bits; the same seed gives the same text on one build and device, for any number of threads. None
                 or -1: a fresh one, which `stats.seed` tells.
             stop: a string, or several, that end the text before them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from streams import busy, first_step, taken
 
 from pydiffgguf import (
     Block,
+    CanvasBatch,
+    CanvasSpec,
     ContextOverflowError,
     DenoiseStep,
     DiffusionModel,
@@ -82,6 +85,36 @@ def test_max_tokens_cuts_and_says_length(model: DiffusionModel) -> None:
         assert cut.tokens == whole.tokens[:n]
         assert cut.finish_reason == "length"
         assert cut.stats.tokens_per_forward == n / sum(cut.stats.steps)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 31, CANVAS])
+def test_a_shorter_canvas_goes_on_in_the_next(model: DiffusionModel, n_rows: int) -> None:
+    """Each canvas is the one that a batch of that length gives after the canvases before it."""
+    prompt, seed = plain_ids(model), next(s for s in range(50) if without_ends(model, s).finish_reason == "length")
+    result = model.generate(prompt, seed=seed, steps=2, max_tokens=3 * n_rows, canvas_length=n_rows)
+    expected: list[int] = []
+    sampling = replace(model.sampling, steps=2)
+    with model.session() as session:
+        session.encode(prompt)
+        for index in range(len(result.stats.steps)):
+            batch = CanvasBatch(session, [CanvasSpec(n_rows=n_rows, seed=seed, canvas_index=index)], sampling)
+            while not batch.step()[0].finished:
+                pass
+            tokens = batch.rows(0).argmax.tolist()
+            assert len(tokens) == n_rows
+            session.encode(tokens)
+            expected += tokens
+    assert result.tokens == expected[: len(result.tokens)]
+    assert len(result.stats.steps) == 3 or result.finish_reason == "stop"
+    with_default = [model.generate(prompt, seed=3, steps=2, canvas_length=n).tokens for n in (None, CANVAS)]
+    assert with_default[0] == with_default[1]
+
+
+@pytest.mark.parametrize("n_rows", [0, CANVAS + 1, "x"])
+def test_a_canvas_length_out_of_range_is_refused(model: DiffusionModel, n_rows: Any) -> None:
+    """With the range."""
+    with pytest.raises((ValueError, TypeError), match="canvas_length"):
+        model.generate("x", canvas_length=n_rows)
 
 
 def test_an_end_token_ends_the_text_before_it(model: DiffusionModel) -> None:

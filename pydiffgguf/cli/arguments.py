@@ -403,6 +403,12 @@ def _add_generation(sub: Any) -> None:
     sub.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest result in tokens (256)")
     sub.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (else a fresh one)")
     group = _add_sampling(sub)
+    group.add_argument(
+        "--canvas-length",
+        type=int,
+        metavar="N",
+        help="tokens denoised at once, fewer than the file's for short answers: faster, but not as it was trained",
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
 
 

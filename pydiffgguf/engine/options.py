@@ -106,6 +106,7 @@ class GenerateOptions(SamplingOptions, total=False):
     """Options of `generate`, `chat` and their streams."""
 
     max_tokens: int | None
+    canvas_length: int | None
     seed: int | None
     stop: str | Sequence[str] | None
     noise: Noise | None
