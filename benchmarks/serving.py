@@ -30,8 +30,7 @@ from typing import Any
 
 import httpx
 
-from pydiffgguf import DiffusionModel
-from pydiffgguf.model import demo_model_path
+from pydiffgguf import DiffusionModel, demo_model_path
 
 CHATS = [
     [{"role": "user", "content": text}]

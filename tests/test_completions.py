@@ -11,10 +11,9 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from pydiffgguf import DiffusionModel, UnsupportedError
+from pydiffgguf import DiffusionModel, UnsupportedError, demo_model_path
 from pydiffgguf.completions import ChatReply, CompletionStream, OptionWarning, Shared, TextReply
 from pydiffgguf.generate import Block, Generation, Stats
-from pydiffgguf.model import demo_model_path
 
 ASK = [{"role": "user", "content": "Compare 3 and 5."}]
 

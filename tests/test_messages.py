@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pydiffgguf
-from pydiffgguf import DiffusionModel, UnsupportedError
-from pydiffgguf.model import demo_model_path
+from pydiffgguf import DiffusionModel, UnsupportedError, demo_model_path
 from pydiffgguf.text.messages import conversation
 from pydiffgguf.text.rendering import chat_parts
 from pydiffgguf.text.tokenizer import Tokenizer

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydiffgguf import DiffusionModel
-from pydiffgguf.model import demo_model_path
+from pydiffgguf import DiffusionModel, demo_model_path
 from pydiffgguf.text.calls import parse_calls
 from pydiffgguf.text.tokenizer import Tokenizer
 from pydiffgguf.text.turn import TextView

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydiffgguf import Block, DenoiseStep, DiffusionModel
+from pydiffgguf import Block, DenoiseStep, DiffusionModel, demo_model_path
 from pydiffgguf import generate as generate_module
 from pydiffgguf._binding.records import RawStep
-from pydiffgguf.model import demo_model_path
 
 Script = Callable[..., None]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -57,8 +58,7 @@ class Native:
         stream = fields.boolean("stream")
         headers = service.headers(fields)
         if n_predict == 0:
-            nothing = timings(Stats(seed=asked.seed, prompt_tokens=0), service.model.config.canvas_length)
-            return reply(form.only({"content": "", "stop": True, "timings": nothing}), headers)
+            return await self._warm_up(request, asked, form, headers)
         return await self._fill(request, asked, form, stream, headers, supersedes=True)
 
     async def completion(self, request: Request) -> Response:
@@ -84,7 +84,7 @@ class Native:
             series.work(),
             Kind.CHAT,
             Mailbox(),
-            wanted=lambda item: wanted(item, how.stream and how.diffusion.frames is not None),
+            wanted=partial(wanted, frames=how.stream and how.diffusion.frames is not None),
             cancel=series.cancel,
         )
 
@@ -97,23 +97,43 @@ class Native:
             return EventStream(service, job, lambda items: form.stream(items, how.diffusion.frames, whole), headers)
         return reply(whole(await service.run(request, job)), headers)
 
+    async def _warm_up(self, request: Request, asked: Asked, form: _Form, headers: dict[str, str]) -> Response:
+        """An empty answer, and the prompt in the cache: llama.vim sends the other files ahead of the first keystroke.
+        One step is made, and thrown away."""
+        service = self._service
+        stats = Stats(seed=asked.seed, prompt_tokens=0)
+        if asked.gap != fim.Gap("", ""):
+            step = replace(asked.diffusion, sampling={**asked.diffusion.sampling, "max_steps": 1})
+            job = await self._job(
+                request, replace(asked, max_gap=1, n=1, diffusion=step), Kind.WARM_UP, supersedes=True
+            )
+            [result] = await service.run(request, job)
+            stats = replace(asked.generation(result).stats, generated_tokens=0)
+            count(service, request, stats)
+        took = timings(stats, service.model.config.canvas_length)
+        return reply(form.only({"content": "", "stop": True, "timings": took}), headers)
+
+    async def _job(self, request: Request, asked: Asked, kind: Kind, supersedes: bool, frames: bool = False) -> Job:
+        """The work of a gap."""
+        model = self._service.model
+        self._service.engine.expect(kind)
+        series = await self._service.text(Series, [lambda left: asked.stream(model, left)], asked.diffusion.time_limit)
+        return Job(
+            series.work(),
+            kind,
+            Mailbox(),
+            client=client_of(request),
+            supersedes=supersedes,
+            wanted=partial(wanted, frames=frames),
+            cancel=series.cancel,
+        )
+
     async def _fill(
         self, request: Request, asked: Asked, form: _Form, stream: bool, headers: dict[str, str], supersedes: bool
     ) -> Response:
         service = self._service
-        model = service.model
         frames = asked.diffusion.frames
-        makers = [lambda left: asked.stream(model, left)]
-        series = await service.text(Series, makers, asked.diffusion.time_limit)
-        job = Job(
-            series.work(),
-            Kind.KEYSTROKE,
-            Mailbox(),
-            client=client_of(request),
-            supersedes=supersedes,
-            wanted=lambda item: wanted(item, stream and frames is not None),
-            cancel=series.cancel,
-        )
+        job = await self._job(request, asked, Kind.KEYSTROKE, supersedes, stream and frames is not None)
 
         def objects(results: Sequence[Infill]) -> list[dict[str, Any]]:
             [result] = results

@@ -13,8 +13,7 @@ from typing import Any
 
 import httpx
 
-from pydiffgguf import DiffusionModel
-from pydiffgguf.model import demo_model_path
+from pydiffgguf import DiffusionModel, demo_model_path
 from pydiffgguf.server.run import Serving, bind
 from pydiffgguf.server.service import Service
 from pydiffgguf.server.settings import Settings

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from serving import QUESTION, Running, parse_events
 
-from pydiffgguf import DiffusionModel
-from pydiffgguf.model import demo_model_path
+from pydiffgguf import DiffusionModel, demo_model_path
 from pydiffgguf.server.gaps import Trimmed, trim
 
 PREFIX = "def add_scores(scores):\n    total = 0\n    for score in scores:\n        total"
@@ -74,10 +73,14 @@ def test_the_same_request_gives_the_same_suggestion(server: Running) -> None:
 
 
 def test_a_warm_up_answers_with_nothing(server: Running) -> None:
-    """n_predict 0 with empty sides and response_fields [""]: an empty object."""
+    """n_predict 0 with empty sides and response_fields [""]: an empty object. The files are in the cache then."""
     body = llama_vim(input_prefix="", input_suffix="", prompt="", n_predict=0, response_fields=[""])
     answer = server.post("/infill", body)
     assert answer.status_code == 200 and answer.text == "{}"
+    extra = [{"text": "TWICE = 2\n" * 20, "filename": "warm.py"}]
+    warmed = server.post("/infill", {**body, "input_extra": extra, "response_fields": ["timings/prompt_n"]}).json()
+    real = server.post("/infill", llama_vim(input_extra=extra)).json()
+    assert warmed["timings/prompt_n"] > 60 and real["timings/prompt_n"] < warmed["timings/prompt_n"]
 
 
 def test_llama_vscode_gets_a_list_of_candidates(server: Running) -> None:

@@ -11,8 +11,7 @@ import openai
 import pytest
 from serving import QUESTION, Running, running
 
-from pydiffgguf import Block, DiffusionModel, Generation, Stats
-from pydiffgguf.model import demo_model_path
+from pydiffgguf import Block, DiffusionModel, Generation, Stats, demo_model_path
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from pydiffgguf.model import demo_model_path
-
-SERVE = [sys.executable, "-m", "pydiffgguf", "serve", str(demo_model_path())]
+SERVE = [sys.executable, "-m", "pydiffgguf", "serve", "demo"]
 
 
 @contextmanager
