@@ -1,6 +1,6 @@
 """Counts what must never go wrong: changed bytes, cancels, threads, and memory over many rounds.
 
-    python benchmarks/robustness.py bytes|cancels|generations|busy|rounds [--file MODEL] [--count N]
+    python benchmarks/robustness.py bytes|cancels|generations|busy|rounds|streams [--file MODEL] [--count N]
 
 Each prints its counts, and exits with 1 when one of them is wrong. The tests run small versions of the same functions.
 """
@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pydiffgguf import CancelledError, DiffusionModel, ModelFormatError, OutOfMemoryError, UnsupportedError
+from pydiffgguf import CancelledError, DiffusionModel, ModelFormatError, OutOfMemoryError, Stream, UnsupportedError
 from pydiffgguf._binding.native import NativeModel, NativeSession
 from pydiffgguf._binding.records import CanvasSpec
 from pydiffgguf.convert.inspection.gguf_file import read_head
@@ -266,6 +267,47 @@ def memory_over_rounds(file: Path, count: int) -> list[int]:
     return sizes
 
 
+# ---------------------------------------------------------------------------------------------------------- streams
+
+
+def cancel_one_of_two(file: Path, count: int, seed: int = 0) -> tuple[list[float], int]:
+    """Two streams of one model at work on two threads; a third thread cancels one at a random moment, `count` times.
+    Returns the seconds from each cancel to that stream's end, and how often something was wrong: the stream ended
+    otherwise, or the other one, which is let go on for a few steps, did not go on."""
+    rng = random.Random(seed)
+    endless: dict[str, Any] = {"steps": 100_000, "confidence_threshold": 0.0, "seed": 1}
+    latencies, wrong = [], 0
+    with DiffusionModel(file, n_threads=1) as model, ThreadPoolExecutor(2) as threads:
+        for _ in range(count):
+            one, other = (model.stream(prompt, raw=True, **endless) for prompt in ("Put in order", "On Sunday"))
+            steps = [0]
+
+            def follow(stream: Stream[Any, Any] = other, steps: list[int] = steps) -> str:
+                for _ in stream:
+                    steps[0] += 1
+                reason: str = stream.result.finish_reason
+                return reason
+
+            def end(stream: Stream[Any, Any] = one) -> tuple[str, float]:
+                for _ in stream:
+                    pass
+                return stream.result.finish_reason, time.monotonic()
+
+            ended, going = threads.submit(end), threads.submit(follow)
+            time.sleep(0.05 * rng.random())
+            called = time.monotonic()
+            one.cancel()
+            reason, at = ended.result()
+            latencies.append(at - called)
+            before = steps[0]
+            while steps[0] < before + 3 and not going.done():
+                time.sleep(0.001)
+            wrong += reason != "cancelled" or going.done()
+            other.cancel()
+            wrong += going.result() != "cancelled"
+    return latencies, wrong
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 
@@ -318,12 +360,24 @@ def run_rounds(file: Path, count: int) -> bool:
     return sizes[-1] - sizes[len(sizes) // 5] < 2**20
 
 
+def run_streams(file: Path, count: int) -> bool:
+    latencies, wrong = cancel_one_of_two(file, count or 1000)
+    late = sorted(latencies)
+    print(
+        f"one of two streams cancelled, {len(late)} times: it ended after {1e3 * statistics.median(late):.2f} ms "
+        f"(median), 99 % within {1e3 * late[int(0.99 * len(late))]:.2f} ms, all within {1e3 * late[-1]:.2f} ms; "
+        f"{wrong} wrong"
+    )
+    return wrong == 0
+
+
 RUNS: dict[str, tuple[Callable[..., bool], Path]] = {
     "bytes": (run_bytes, SMALL),
     "cancels": (run_cancels, DEMO),
     "generations": (run_generations, DEMO),
     "busy": (run_busy, DEMO),
     "rounds": (run_rounds, DEMO),
+    "streams": (run_streams, DEMO),
 }
 
 

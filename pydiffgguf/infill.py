@@ -104,7 +104,8 @@ class InfillStats:
 class Infill:
     """A filled gap: prefix + `text` + suffix is the document. `gap_tokens`, `score`: as in `Candidate`. `candidates`:
     at most `n`, the best first, no text twice; none after a cancel, when `text` is the last draft. `finish_reason`:
-    "stop"; "length" where time_limit_s ended it early; "cancelled"."""
+    "stop"; "length" where time_limit_s ended it early, or a text without a suffix came to no end within max_gap;
+    "cancelled"."""
 
     text: str
     gap_tokens: int

@@ -90,6 +90,7 @@ def test_the_constructor_answers_too(option: str, answer: str) -> None:
         ("https://huggingface.co/owner/repo", '"hf:owner/repo"'),
         ("https://huggingface.co/owner/repo/resolve/main/x-Q4_K_M.gguf?download=true", '"hf:owner/repo:x-Q4_K_M.gguf"'),
         ("https://example.org/x.gguf", "download the file first"),
+        ("demo", r"the bundled model is demo_model_path\(\)"),
         ("~/x.gguf", r"os.path.expanduser\('~/x.gguf'\)"),
     ],
 )

@@ -46,6 +46,8 @@ def find(path: object, progress: Callable[[Progress], object] | None = None) -> 
 
 
 def _meant(name: str) -> str:
+    if name == "demo":
+        return "the bundled model is demo_model_path()"
     url = _URL.fullmatch(name)
     if url is not None:
         return f'a repository is written "hf:{url[1]}{":" + url[2] if url[2] else ""}"'
