@@ -31,7 +31,7 @@ import numpy as np
 import shapes
 from rich.progress import track
 
-from pydiffgguf.convert.output import human
+from pydiffgguf._text import human
 from pydiffgguf.convert.recipes import FLOAT_TYPES, TypeRules, recipe
 from pydiffgguf.convert.source.checkpoint import Checkpoint, wanted_tensors
 from pydiffgguf.convert.source.config import FULL, SLIDING, parse_config

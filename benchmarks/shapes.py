@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from pydiffgguf.convert.output import human, whole_or_nothing
+from pydiffgguf._text import human
+from pydiffgguf.convert.output import whole_or_nothing
 from pydiffgguf.convert.quantize import encode
 from pydiffgguf.convert.recipes import RECIPES, ModelFacts, Override, Recipe, TypeRules, model_facts, recipe
 from pydiffgguf.convert.source.checkpoint import CheckpointTensor, rope_freqs, wanted_tensors

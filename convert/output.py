@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pydiffgguf._text import human
+
 if sys.platform != "win32":
     import fcntl
 
@@ -20,15 +22,6 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a file system says that knows no locks, as some network shares do. Two runs into one file are then the user's
 # to avoid; refusing to write there at all would be worse.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-
-
-def human(n: float) -> str:
-    """Bytes in decimal units, as disks and download pages count: 26858000000 -> "26.9 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 999.5:
-            return f"{n:.0f} {unit}" if unit == "bytes" or n >= 99.5 else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
 
 
 def no_room(path: Path, needed: int, code: int = errno.ENOSPC) -> OSError:
@@ -48,8 +41,11 @@ class PartialFile:
     def __init__(self, path: Path, size: int) -> None:
         """Opens and locks the partial file of `path`, of which `size` bytes will be written.
 
-        OSError when the folder does not exist or is not writable, when there is no room, or when another run holds it.
+        A symbolic link stays one: what it names is replaced. OSError when the folder does not exist or is not writable,
+        when there is no room, when another run holds it, or when the file has other names, which would keep the old
+        content.
         """
+        path = path.resolve() if path.is_symlink() else path
         self.path = path
         self.size = size
         self.part = path.with_name(path.name + ".part")
@@ -57,6 +53,13 @@ class PartialFile:
             raise IsADirectoryError(errno.EISDIR, "the output is a folder", str(path))
         if path.exists() and not path.is_file():  # the rename would replace a device, /dev/null for one
             raise FileExistsError(errno.EEXIST, "the output is not a regular file", str(path))
+        if path.exists() and path.stat().st_nlink > 1:
+            names = path.stat().st_nlink
+            raise FileExistsError(
+                errno.EEXIST,
+                f"the output has {names} names (hard links), the others would keep what it is now",
+                str(path),
+            )
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the output's folder does not exist", str(path.parent))
         self.file = self._open_locked()

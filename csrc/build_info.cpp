@@ -2,6 +2,7 @@
 #include "diffgguf.h"
 
 #include "base/log_capture.h"
+#include "base/process.h"
 #include "cpu/features.h"
 #include "cpu/levels.h"
 
@@ -116,6 +117,8 @@ int32_t dg_n_devices(void) {
     dg::initialize_ggml();
     return static_cast<int32_t>(ggml_backend_dev_count());
 }
+
+size_t dg_memory_available(void) { return dg::memory_available(); }
 
 dg_device dg_local_device(int32_t index) {
     dg_device out = {};

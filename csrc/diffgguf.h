@@ -634,6 +634,9 @@ DG_API const char *dg_backend_name(int32_t index); /* NULL when out of range */
 /* This machine's devices, the CPU among them: name and memory are filled in. Zeros when out of range. */
 DG_API int32_t dg_n_devices(void);
 DG_API dg_device dg_local_device(int32_t index);
+/* Bytes of this machine's memory that this process may use without swapping, file pages that can be given up among
+ * them; 0 where the system does not tell. */
+DG_API size_t dg_memory_available(void);
 
 /* ------------------------------------------------------------------------------------------- other machines */
 

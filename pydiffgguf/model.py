@@ -8,11 +8,13 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from math import prod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydiffgguf._arguments import flag, integer
 from pydiffgguf._binding.file import Metadata
+from pydiffgguf._binding.functions import memory_available
 from pydiffgguf._binding.library import StrPath
 from pydiffgguf._binding.records import Device, Memory, ModelConfig, Sampling, TensorInfo
 from pydiffgguf._log import logger
@@ -22,7 +24,7 @@ from pydiffgguf.edit import Choice, Edit, choose, edit
 from pydiffgguf.engine.call import Stream, drain
 from pydiffgguf.engine.conversation import load_cache, read_messages, save_conversation
 from pydiffgguf.engine.core import Engine
-from pydiffgguf.engine.describe import describe
+from pydiffgguf.engine.describe import describe, too_large
 from pydiffgguf.engine.opening import find, model_options, open_native, session_options
 from pydiffgguf.engine.options import (
     Cancel,
@@ -139,7 +141,14 @@ class DiffusionModel:
             if verbose:
                 print(f"pydiffgguf: {line}", file=sys.stderr)
         fault = self._engine.prompts.tokenizer_fault
-        for warning in [*native.warnings, *([] if fault is None else [fault])]:
+        m = self._predicted
+        large = too_large(
+            sum(prod(tensor.shape) for tensor in native.tensors()),
+            m.weights - m.weights_on_devices,
+            m.kv_cache + m.compute + m.logits,
+            memory_available(),
+        )
+        for warning in [*native.warnings, *(text for text in (fault, large) if text is not None)]:
             logger.warning("%s: %s", name, warning)
             warnings.warn(f"{name}: {warning}", ModelWarning, stacklevel=2)
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pydiffgguf.cli.terminal import LiveCanvas, PlainOutput, escape, is_live_terminal, summary
+from pydiffgguf._text import escape
+from pydiffgguf.cli.terminal import LiveCanvas, PlainOutput, is_live_terminal, summary
 from pydiffgguf.generate import Block, DenoiseStep, Generation, Stats
 from pydiffgguf.text.tokenizer import Tokenizer
 

@@ -13,10 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pydiffgguf._text import human, printable
+
 from ..inspection.gguf_file import GGUFHead, read_head
 from ..inspection.inspect import Finding
-from ..inspection.report import printable
-from ..output import human
 from .opening import base_shape, read_adapter
 from .pairs import Adapter, Pair, is_experts, kind_of
 

@@ -14,13 +14,15 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pydiffgguf._binding.functions import plan_layers
+from pydiffgguf._binding.functions import memory_available, plan_layers
+from pydiffgguf._text import human
 from pydiffgguf.errors import ModelFormatError
 
-from ..output import human
 from .inspect import FileReport
 from .report import table
 
+#: A size without a unit is in bytes, and no device has fewer.
+LEAST_BYTES = 1_000_000
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -79,12 +81,16 @@ class FitPlan:
 
 
 def parse_size(text: str) -> int:
-    """`16GB` -> 16 * 10^9 bytes, `16GiB` -> 16 * 2^30, `512 MB`, `1.5GB`, `16000000000`; ValueError for the rest."""
+    """`16GB` -> 16 * 10^9 bytes, `16GiB` -> 16 * 2^30, `512 MB`, `1.5GB`, `16000000000`; ValueError for the rest, and
+    for a number without a unit that is too small to be one of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get(match.group(2).lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f"fit: {text!r}, expected a size such as 16GB, 16GiB or 12000MB")
-    return round(float(match.group(1)) * unit)
+    size = round(float(match.group(1)) * unit)
+    if not match.group(2) and size < LEAST_BYTES:
+        raise ValueError(f"fit: {text!r} would be bytes: write {text.strip()}GB or {text.strip()}GiB")
+    return size
 
 
 def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None) -> FitPlan:
@@ -134,6 +140,21 @@ def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None) ->
             split(f"experts, {n - first_expert} of {n} layers", experts, first_expert),
         ),
     )
+
+
+def in_memory(report: FileReport) -> tuple[str, dict[str, Any]]:
+    """Whether this machine's memory holds the model and a session, in a sentence and in JSON types."""
+    available, total = memory_available(), report.memory.total_bytes
+    if total is None:
+        raise ModelFormatError(f"{report.path}: the keys do not tell its layers (see inspect's findings)")
+    if available is None:
+        text = f"It needs {human(total)}; the system does not tell what is available."
+    elif large := report.too_large(available):
+        text = f"It does not fit: {large}."
+    else:
+        text = f"It fits: it needs {human(total)}, and {human(available)} are available."
+    fits = None if available is None else total <= available
+    return text, {"available_bytes": available, "total_bytes": total, "fits": fits}
 
 
 def sum_tensors(report: FileReport, n_layers: int) -> tuple[int, list[int], list[int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydiffgguf._binding.file import ByteSource
 from pydiffgguf._binding.records import Needs
 from pydiffgguf._binding.structs import KV_TYPES
+from pydiffgguf.engine.describe import too_large
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.text.rendering import template_fault
 
@@ -86,6 +87,18 @@ class MemoryEstimate:
         return None if self.needs is None else self.needs.n_ctx
 
     @property
+    def buffer_bytes(self) -> int | None:
+        """Logits and working buffers, at most."""
+        return None if self.needs is None else self.needs.logits + self.needs.passes + self.needs.sampling
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Weights, cache and buffers."""
+        if self.kv_bytes is None or self.buffer_bytes is None:
+            return None
+        return self.weight_bytes + self.kv_bytes + self.buffer_bytes
+
+    @property
     def kv_bytes(self) -> int | None:
         """The whole KV cache."""
         return None if self.needs is None else sum(self.needs.cache)
@@ -107,6 +120,13 @@ class FileReport:
     figures: Figures | None
     memory: MemoryEstimate
     findings: tuple[Finding, ...]
+
+    def too_large(self, available: int | None) -> str | None:
+        """What is said where this much memory does not hold it; None where it does, or where the need is not known."""
+        m = self.memory
+        if m.total_bytes is None:
+            return None
+        return too_large(self.n_parameters, m.weight_bytes, m.total_bytes - m.weight_bytes, available)
 
     @property
     def n_parameters(self) -> int:

@@ -12,7 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..output import human
+from pydiffgguf._binding.functions import memory_available
+from pydiffgguf._text import human, printable
+
 from .diff import FileDiff, first_difference
 from .gguf_file import Scalar, TensorInfo, Value
 from .inspect import FileReport, MemoryEstimate, TypeShare, base_name
@@ -40,6 +42,9 @@ def to_dict(report: FileReport, *, tensors: bool = False) -> dict[str, Any]:
             "type_kv": report.memory.type_kv,
             "weight_bytes": report.memory.weight_bytes,
             "kv_bytes": report.memory.kv_bytes,
+            "buffer_bytes": report.memory.buffer_bytes,
+            "total_bytes": report.memory.total_bytes,
+            "available_bytes": memory_available(),
         },
         "findings": [{"level": f.level, "text": f.text} for f in report.findings],
     }
@@ -96,12 +101,6 @@ def diff_to_dict(diff: FileDiff) -> dict[str, Any]:
     }
 
 
-def printable(text: str, limit: int = 100) -> str:
-    """A stranger's text for a terminal: one line without control characters, which could move the cursor."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
-
-
 def show_value(value: Value) -> str:
     """A key's value on one line."""
     if isinstance(value.value, list):
@@ -135,6 +134,8 @@ def render(report: FileReport, *, tensors: bool = False) -> RenderableType:
     parts += [Text.assemble((f"{f.level}: ", styles[f.level]), printable(f.text, 300)) for f in report.findings]
     if not report.findings:
         parts.append(Text("Nothing is missing."))
+    if large := report.too_large(memory_available()):
+        parts.append(Text(f"It does not fit into this machine's memory: {large}.", "yellow"))
     return Group(*parts)
 
 
@@ -228,7 +229,12 @@ def memory_rows(memory: MemoryEstimate) -> list[tuple[str, str]]:
     rows = [("weights", human(memory.weight_bytes))]
     if memory.kv_bytes is not None:
         rows.append((f"KV cache, {memory.n_ctx} positions in {memory.type_kv}", human(memory.kv_bytes)))
-        rows.append(("together, working buffers on top", human(memory.weight_bytes + memory.kv_bytes)))
+    if memory.buffer_bytes is not None and memory.total_bytes is not None:
+        rows.append(("buffers, at most", human(memory.buffer_bytes)))
+        rows.append(("together", human(memory.total_bytes)))
+    available = memory_available()
+    if available is not None:
+        rows.append(("this machine has available", human(available)))
     return rows
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydiffgguf._text import one_line
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
 
 SLIDING = "sliding_attention"
@@ -106,12 +107,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFormatError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def one_line(error: BaseException) -> str:
-    """The message of a foreign exception, on one line and of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 class Reader:

@@ -140,6 +140,24 @@ MemoryLeft memory_left() {
     return left;
 }
 
+size_t memory_available() {
+    MemoryLeft left = {SIZE_MAX, ""};
+#if defined(_WIN32)
+    MEMORYSTATUSEX status = {};
+    status.dwLength = sizeof status;
+    if (GlobalMemoryStatusEx(&status)) {
+        lower(left, status.ullAvailPhys, "");
+    }
+#elif defined(__linux__)
+    const uint64_t available = number_of("/proc/meminfo", "MemAvailable:");
+    if (available != UNKNOWN) {
+        lower(left, available * 1024, "");
+    }
+    lower_by_groups(left);
+#endif
+    return left.bytes == SIZE_MAX ? 0 : left.bytes;
+}
+
 void check_memory(const std::string &what, size_t bytes) {
     constexpr size_t SMALL = 1 << 20; // not worth reading /proc for
     if (bytes < SMALL) {

@@ -18,6 +18,10 @@ struct MemoryLeft {
 };
 MemoryLeft memory_left();
 
+// How much memory is there for pages that are used again and again, file pages among them: without swap, and without
+// limits on addresses. 0 where nothing is known.
+size_t memory_available();
+
 // Throws DG_ERROR_MEMORY when `bytes` are more than there are: systems that overcommit grant them, and end the process
 // when it writes to them. `what` begins the message.
 void check_memory(const std::string &what, size_t bytes);

@@ -233,6 +233,11 @@ def _local_device(device: Any) -> LocalDevice:
     }
 
 
+def memory_available() -> int | None:
+    """Bytes of memory that this process may use without swapping; None where the system does not tell."""
+    return lib.dg_memory_available() or None
+
+
 def build_info() -> BuildInfo:
     return {
         "version": text_of(lib.dg_version()),

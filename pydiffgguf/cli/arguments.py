@@ -339,7 +339,8 @@ def _add_inspect(subparsers: Any) -> None:
     sub.add_argument(
         "--fit",
         metavar="SIZE",
-        help="what goes onto a device with so much memory free (16GB is 10^9 bytes each, 16GiB 2^30), and what stays",
+        help="what goes onto a device with this much memory free (16GB is 10^9 bytes each, 16GiB 2^30), and what "
+        "stays; RAM: whether it fits into this machine's memory",
     )
 
 

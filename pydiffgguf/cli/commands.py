@@ -214,9 +214,9 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
+    from pydiffgguf._text import human
     from pydiffgguf.cli.terminal import conversion_progress
     from pydiffgguf.convert import convert
-    from pydiffgguf.convert.output import human
     from pydiffgguf.hub import resolve_model, resolve_source
 
     source = resolve_source(args.source)
@@ -285,10 +285,18 @@ def inspect(args: argparse.Namespace) -> int:
         return inspect_adapter(args, path)
     if args.base is not None:
         args.command.error(f"--base is for adapters, and {args.file} is none")
-    device = None if args.fit is None else fit.parse_size(args.fit)
+    in_memory = args.fit is not None and args.fit.upper() == "RAM"
+    device = None if args.fit is None or in_memory else fit.parse_size(args.fit)
     report = inspect_file(path, n_ctx=args.ctx, type_kv=args.type_kv or "f16", source=source)
     plan = None if device is None else fit.plan(report, device)
-    if args.json:
+    if in_memory:
+        text, found = fit.in_memory(report)
+        if args.json:
+            _print_json({**to_dict(report, tensors=args.tensors), "fit": found})
+        else:
+            _print_rich(render(report, tensors=args.tensors))
+            print(text)
+    elif args.json:
         out = to_dict(report, tensors=args.tensors)
         _print_json(out if plan is None else {**out, "fit": plan.to_dict()})
     else:

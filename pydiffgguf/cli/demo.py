@@ -11,13 +11,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from pydiffgguf._text import escape
 from pydiffgguf.cli.talk import follow
 from pydiffgguf.cli.terminal import (
     LiveCanvas,
     Output,
     PlainOutput,
     SilentOutput,
-    escape,
     infill_summary,
     is_live_terminal,
     summary,

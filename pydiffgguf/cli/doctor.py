@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from pydiffgguf._text import one_line
+
 __all__ = ["examine", "render"]
 
 #: Python packages that the library imports, by import name, and the name to install.
@@ -66,6 +68,7 @@ def examine() -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()).strip() or None,
         "cpu": _cpu_name(),
         "memory": _memory(),
+        "memory_available": None if build is None else _available(),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": packages,
         "build": build,
@@ -82,12 +85,19 @@ def _package(name: str, distribution: str, problem: Any) -> str | None:
         importlib.import_module(name)
         found = version(distribution)
     except Exception as error:  # a broken package can raise anything
-        problem(f"{name} cannot be imported: {_one_line(error)}", f'pip install "{_requirement(distribution)}"')
+        problem(
+            f"{name} cannot be imported: {_told(error)}",
+            f'pip install "{_requirement(distribution)}"',
+        )
         return None
     wanted = re.search(r">=\s*([\d.]+)", _requirement(distribution))
     if wanted and _numbers(found) < _numbers(wanted[1]):
         problem(f"{name} {found} is too old", f'pip install "{_requirement(distribution)}"')
     return found
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _requirement(distribution: str) -> str:
@@ -113,7 +123,7 @@ def _build(own: str | None, problem: Any) -> dict[str, Any] | None:
 
         build: dict[str, Any] = {**functions.build_info()}
     except Exception as error:
-        problem(f"the compiled extension cannot be loaded: {_one_line(error)}", REINSTALL)
+        problem(f"the compiled extension cannot be loaded: {_told(error)}", REINSTALL)
         return None
     if own is not None and build["version"] != own:
         problem(f"the compiled extension is version {build['version']}, the package {own}", REINSTALL)
@@ -130,7 +140,10 @@ def _device_lacks(build: dict[str, Any], demo: Path, problem: Any) -> list[str] 
         with DiffusionModel(demo) as model, model.session() as session:
             return session.fallbacks
     except Exception as error:
-        problem(f"the demo model does not open on the devices: {_one_line(error)}", "see docs/DEVICES.md")
+        problem(
+            f"the demo model does not open on the devices: {_told(error)}",
+            "see docs/DEVICES.md",
+        )
         return None
 
 
@@ -184,6 +197,12 @@ def _memory() -> int | None:
         return None
 
 
+def _available() -> int | None:
+    from pydiffgguf._binding.functions import memory_available
+
+    return memory_available()
+
+
 def _levels(build: dict[str, Any]) -> str:
     """The level in use, and of each other whether it is compiled in and what this processor lacks of it."""
     usable = [level["name"] for level in build["cpu_levels"] if level["compiled"] and level["offered"]]
@@ -198,13 +217,14 @@ def _levels(build: dict[str, Any]) -> str:
     return f"{usable[-1]}; built in: {', '.join(state(level) for level in build['cpu_levels'])}"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def _device(device: dict[str, Any]) -> str:
     free, total = device["memory_free"] / 1e9, device["memory_total"] / 1e9
-    return f"{device['name']}, {free:.1f} of {total:.1f} GB free"
+    return device["name"] if device["name"] == "CPU" else f"{device['name']}, {free:.1f} of {total:.1f} GB free"
+
+
+def _memory_line(total: int | None, available: int | None) -> str:
+    has = "unknown" if total is None else f"{total / 1e9:.1f} GB"
+    return has if available is None else f"{has}, {available / 1e9:.1f} GB available"
 
 
 def render(report: dict[str, Any]) -> str:
@@ -215,6 +235,7 @@ def render(report: dict[str, Any]) -> str:
         ("python", f"{report['python']} ({report['executable']})"),
         ("platform", f"{report['platform']}, {report['threads']} threads"),
         ("CPU", report["cpu"] or report["machine"]),
+        ("memory", _memory_line(report["memory"], report["memory_available"])),
         ("packages", ", ".join(f"{name} {found}" for name, found in report["packages"].items() if found)),
     ]
     if build is not None:

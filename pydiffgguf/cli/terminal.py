@@ -28,6 +28,8 @@ from rich.style import Style
 from rich.table import Column
 from rich.text import Text
 
+from pydiffgguf._text import escape
+
 if TYPE_CHECKING:
     from pydiffgguf.convert import CollectProgress, ConvertProgress
     from pydiffgguf.generate import Block, DenoiseStep, Generation, Prefill
@@ -41,7 +43,6 @@ __all__ = [
     "SilentOutput",
     "chunk_progress",
     "conversion_progress",
-    "escape",
     "infill_summary",
     "is_live_terminal",
     "summary",
@@ -60,13 +61,6 @@ CONTEXT_CHARACTERS = 240
 FRAME_S = 0.04
 
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
-# Controls but newline and tab; line and paragraph separators; marks that turn the reading direction.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def escape(text: str) -> str:
-    """The text with what a terminal would obey written out: ESC becomes ``\\x1b``. Newlines and tabs stay."""
-    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def is_live_terminal(stream: TextIO) -> bool:

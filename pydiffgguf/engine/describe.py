@@ -7,8 +7,26 @@ from collections.abc import Sequence
 
 from pydiffgguf._binding.native import NativeModel
 from pydiffgguf._binding.records import Device, Memory
+from pydiffgguf._text import human
 
-__all__ = ["describe"]
+__all__ = ["describe", "too_large"]
+
+#: Bits a weight has in a whole file, by the types of docs/QUANTIZATION.md at the released shape, rounded up.
+BITS = {"bf16": 16.0, "q8_0": 8.6, "q6_k": 7.2, "q5_k_m": 6.1, "q4_k_m": 5.4, "dg4": 4.7, "q3_k_m": 4.3, "q2_k": 3.4}
+
+
+def too_large(n_parameters: int, weights: int, session: int, available: int | None) -> str | None:
+    """What to say where weights and a session, in bytes, are more than the memory that is available, and which type
+    would fit; None where they fit, or where nobody knows."""
+    if available is None or weights + session <= available:
+        return None
+    sizes = {kind: round(n_parameters * bits / 8) for kind, bits in BITS.items()}
+    smaller = [(kind, size) for kind, size in sizes.items() if size < weights and size + session <= available]
+    cure = f"a file in {smaller[0][0]}, {human(smaller[0][1])}, would fit" if smaller else "no smaller type would fit"
+    return (
+        f"it needs {human(weights + session)} of memory (weights {human(weights)}, session {human(session)}), and "
+        f"{human(available)} are available, so that every pass reads from the disk; {cure}"
+    )
 
 
 def describe(name: str, model: NativeModel, memory: Memory, *, automatic: bool) -> list[str]:

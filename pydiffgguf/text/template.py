@@ -40,6 +40,7 @@ from jinja2.tests import TESTS as DEFAULT_TESTS
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from pydiffgguf._text import one_line
 from pydiffgguf.errors import ModelFormatError
 
 __all__ = ["ChatTemplate", "TemplateRefusal"]
@@ -129,7 +130,7 @@ class ChatTemplate:
             code = self._environment.compile(tree)
             self._template = Template.from_code(self._environment, code, self._environment.make_globals(None))
         except Exception as error:  # jinja2's own, and SyntaxError or RecursionError from the code it generates
-            raise ModelFormatError(f"tokenizer.chat_template does not compile: {_one_line(error)}") from error
+            raise ModelFormatError(f"tokenizer.chat_template does not compile: {_told(error)}") from error
 
     def render(self, variables: Mapping[str, Any], size: int) -> str:
         """The rendered text.
@@ -149,15 +150,15 @@ class ChatTemplate:
             except TemplateRefusal:
                 raise
             except Exception as error:  # whatever a stranger's template can do wrong
-                raise ModelFormatError(f"tokenizer.chat_template fails: {_one_line(error)}") from error
+                raise ModelFormatError(f"tokenizer.chat_template fails: {_told(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def _told(error: Exception) -> str:
     if isinstance(error, _OutOfUnits):
         return "it takes too much work"
     if isinstance(error, RecursionError):
         return "it nests too deeply"
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = one_line(error)
     line = getattr(error, "lineno", None)
     return f"{text} (line {line})" if isinstance(error, TemplateError) and line else text
 

@@ -52,6 +52,30 @@ def test_an_interrupted_conversion_leaves_the_old_output(
         assert os.listdir(tmp_path) == ["x.gguf"]
 
 
+def test_a_link_as_output_stays_a_link(source: Path, tmp_path: Path) -> None:
+    """What it names is replaced, also in another folder, and made where it is not there yet."""
+    (tmp_path / "models").mkdir()
+    for there in (True, False):
+        target, link = tmp_path / "models" / f"{there}.gguf", tmp_path / f"{there}.gguf"
+        if there:
+            target.write_bytes(b"old")
+        link.symlink_to(target)
+        convert(source, link)
+        assert link.is_symlink()
+        assert read_keys(target)
+    assert sorted(os.listdir(tmp_path / "models")) == ["False.gguf", "True.gguf"]
+
+
+def test_an_output_with_other_names_is_refused(source: Path, tmp_path: Path) -> None:
+    """The other name of a hard link would keep the old content; nothing is written."""
+    (tmp_path / "a.gguf").write_bytes(b"old")
+    os.link(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    with pytest.raises(FileExistsError, match=r"2 names \(hard links\)"):
+        convert(source, tmp_path / "b.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["a.gguf", "b.gguf"]
+
+
 def test_progress_counts_up_to_the_whole(source: Path, tmp_path: Path) -> None:
     """Every tensor is announced in order; the bytes grow to exactly the tensor data's size."""
     seen: list[ConvertProgress] = []
