@@ -27,8 +27,10 @@ from pydiffgguf.engine.call import Call, OutOfTime, Stream
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.options import Noise
 from pydiffgguf.engine.pool import common_head
-from pydiffgguf.errors import CancelledError, ContextOverflowError
+from pydiffgguf.errors import CancelledError, ContextOverflowError, UnsupportedError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session, resolve_sampling
+from pydiffgguf.structured.constraint import Constraint, Grammar, read_constraint
+from pydiffgguf.structured.steering import ConstraintStats, Steering
 from pydiffgguf.text.stop import StopStrings
 from pydiffgguf.text.turn import TextView, Turn, until_end
 
@@ -65,6 +67,7 @@ class DenoiseStep(ArrayRecord):
 
     `tokens` int32 [C]: the argmax canvas. `accepted` bool [C], `entropy` float64 [C] in nats. `pinned` bool [C], or
     None where no row is. `text`: the draft of the answer, up to its first end token; `reasoning`: that of the thoughts.
+    `valid_tokens`: how many of the first a constraint takes, None without one.
     `elapsed_s`: since the generation began.
     """
 
@@ -78,6 +81,7 @@ class DenoiseStep(ArrayRecord):
     elapsed_s: float = field(compare=False)
     pinned: BoolArray | None = None
     reasoning: str = ""
+    valid_tokens: int | None = None
 
     def __repr__(self) -> str:
         free = len(self.tokens) - (0 if self.pinned is None else int(self.pinned.sum()))
@@ -107,7 +111,8 @@ class Stats:
 
     `steps`: denoise steps of each canvas. `prompt_tokens`: length of the prompt, of which `reused_tokens` were still
     in the cache from an earlier call. `prefill_s`: encoding the prompt and finished canvases. `denoise_s`: the steps.
-    `reasoning_tokens`: those of `generated_tokens` that thoughts took. `seed`: what to pass to get the same text again.
+    `reasoning_tokens`: those of `generated_tokens` that thoughts took. `constraint`: what a constraint did, None
+    without one. `seed`: what to pass to get the same text again.
     """
 
     seed: int
@@ -118,6 +123,7 @@ class Stats:
     denoise_s: float = 0.0
     generated_tokens: int = 0
     reasoning_tokens: int = 0
+    constraint: ConstraintStats | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -138,6 +144,7 @@ class Generation:
     it ("" without one). `tool_calls`: the calls that the model asks for, as dictionaries of the OpenAI API with their
     arguments as JSON; a call that was cut is text. `logprobs`, where asked for: of each token, the natural log of its
     probability at temperature 1 in the last step of its canvas. `answer_rows`: which tokens `text` is made of.
+    `parsed`: the value of the text where it had to be JSON; None otherwise, and where the answer was cancelled.
     `finish_reason`: "stop" at an end token or stop string, "length" at max_tokens, the end of the context or the time
     limit, "cancelled"."""
 
@@ -149,6 +156,7 @@ class Generation:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[float] | None = field(default=None, repr=False)
     answer_rows: list[int] = field(default_factory=list, repr=False)
+    parsed: Any = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class _Request:
     n_rows: int  # of each canvas
     thought_tokens: int | None  # the most of a thought
     logprobs: bool
+    steering: Steering | None
     watched: bool  # somebody looks at the steps; else no DenoiseStep is made
 
 
@@ -188,18 +197,29 @@ def stream_ids(
     prompt and one canvas do not fit.
     """
     sampling, time_limit = resolve_sampling(engine.sampling, options)
-    max_tokens, most = options.get("max_tokens"), engine.config.canvas_length
+    max_tokens, canvas = options.get("max_tokens"), engine.config.canvas_length
     n_rows = options.get("canvas_length")
+    n_rows = canvas if n_rows is None else integer("canvas_length", n_rows, 1, canvas)
+    most = integer("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, 1, 2**31 - 1)
+    stop = StopStrings(options.get("stop") or ())
+    constraint = read_constraint(options)
+    if constraint is not None and stop.stops:
+        raise ValueError("stop cannot be given beside a constraint, which says where the text ends")
+    if constraint is not None and thought_tokens is not None:
+        raise UnsupportedError(
+            "thinking: a constraint and a limit of thoughts cannot be had together; use True or False"
+        )
     request = _Request(
         prompt=prompt,
-        max_tokens=integer("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, 1, 2**31 - 1),
+        max_tokens=most,
         sampling=sampling,
-        stop=StopStrings(options.get("stop") or ()),
+        stop=stop,
         seed=seed_of(options.get("seed")),
         noise=_check_noise(options.get("noise")),
-        n_rows=most if n_rows is None else integer("canvas_length", n_rows, 1, most),
+        n_rows=n_rows,
         thought_tokens=thought_tokens,
         logprobs=logprobs,
+        steering=None if constraint is None else _steering(engine, prompt, constraint, most, n_rows),
         watched=watched,
     )
     call = Call(options.get("cancel"), time_limit)
@@ -213,6 +233,21 @@ def _check_noise(noise: Noise | None) -> Noise | None:
             f"noise must have the methods canvas, uniform and renoise; {type(noise).__name__} lacks {missing[0]}"
         )
     return noise
+
+
+def _steering(
+    engine: Engine, prompt: Sequence[int], constraint: Constraint, max_tokens: int, canvas: int
+) -> Steering:
+    """Raises ValueError where no answer fits the tokens that there are."""
+    room = max(1, 1 + (engine.n_ctx - len(prompt) - engine.config.canvas_length) // canvas) * canvas
+    view = engine.view.behind(prompt)
+    return Steering(
+        Grammar(constraint, engine.tables),
+        min(max_tokens, room),
+        canvas,
+        markers=view.channel_ids,
+        open_thought=view.in_thought,
+    )
 
 
 def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None, Generation]:
@@ -231,11 +266,15 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
             while True:
                 draft = _Draft(view, end_ids, done, turn)
                 step = yield from _denoise(session, request, canvas_index, call, stats, draft)
-                tokens, ended = until_end(step.argmax.tolist(), end_ids)
                 seen, n_before = turn, len(done)
+                if request.steering is None:
+                    tokens, ended = until_end(step.argmax.tolist(), end_ids)
+                else:
+                    tokens, ended = request.steering.commit()
                 done = [*done, *tokens]
                 if step.logprob is not None:
                     logprobs += step.logprob[: len(tokens)].tolist()
+                    logprobs += [0.0] * (len(done) - len(logprobs))  # of an ending that nobody drew
                 cut = None if limit is None else view.thought_limit(done, limit)
                 if cut is not None and view.close_id is not None:
                     ended, done, limit = False, [*done[:cut], view.close_id], None
@@ -248,6 +287,10 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
                     or call.late()
                     or not _fits_another(session, request.n_rows)
                 )
+                if request.steering is not None:
+                    if last and not request.steering.finished:
+                        done += request.steering.close()
+                    last = request.steering.finished
                 turn = view.read(done, ended=last)
                 stop_at = request.stop.find(turn.text, max(0, len(seen.text) - request.stop.overlap))
                 if stop_at is not None:
@@ -261,12 +304,19 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
                     reason = "stop" if ended else "length"
                     break
                 # Of a thought that was closed here, what the canvas has behind it is forgotten.
-                _timed_encode(session, step.argmax if cut is None else done[n_before:], stats)
+                _timed_encode(session, done[n_before:], stats)
                 canvas_index += 1
     except CancelledError:
         reason = "cancelled"
     except OutOfTime:
         reason = "length"
+        if request.steering is not None and not request.steering.finished:
+            done = [*done, *request.steering.close()]
+            turn = view.read(done)
+            stats.generated_tokens = len(done)
+    if request.steering is not None:
+        stats.constraint = request.steering.stats
+    whole = request.steering is not None and request.steering.finished and reason != "cancelled"
     logger.debug("generated: %s, %s", reason, stats)
     calls = [made.as_openai(f"{request.seed} {i}") for i, made in enumerate(turn.calls)]
     return Generation(
@@ -278,6 +328,7 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
         calls,
         logprobs[: len(done)] if request.logprobs else None,
         turn.rows,
+        request.steering.parsed() if request.steering is not None and whole else None,
     )
 
 
@@ -339,14 +390,19 @@ def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, call: C
 def _denoise(
     session: Session, request: _Request, canvas_index: int, call: Call, stats: Stats, draft: _Draft
 ) -> Generator[DenoiseStep, None, RawStep]:
+    steering = request.steering
     spec = CanvasSpec(
         n_rows=request.n_rows,
         seed=request.seed,
         canvas_index=canvas_index,
-        quiet=not request.watched,
+        quiet=not request.watched and steering is None,
         watched=[-1] * request.n_rows if request.logprobs else None,
     )
     batch = CanvasBatch(session, [spec], request.sampling, noise=request.noise)
+    rules = None
+    if steering is not None:
+        rules = steering.rules()
+        batch.rules(0, rules.pinned, rules.masks)
     stats.steps.append(0)
     while True:
         step_began = time.monotonic()
@@ -354,6 +410,14 @@ def _denoise(
         now = time.monotonic()
         stats.denoise_s += now - step_began
         stats.steps[-1] += 1
+        goes_on = not step.finished
+        if steering is not None:
+            following = steering.after(step.argmax, step.finished, step.converged and step.step + 1 < step.steps)
+            goes_on = following is not None
+            # Rules that are said again would begin the test of stability anew.
+            if following is not None and (step.finished or following != rules):
+                batch.rules(0, following.pinned, following.masks)
+                rules = following
         if request.watched:
             text, reasoning = draft.read(step.argmax)
             yield DenoiseStep(
@@ -366,6 +430,7 @@ def _denoise(
                 text,
                 now - call.began,
                 reasoning=reasoning,
+                valid_tokens=None if steering is None else steering.valid_tokens,
             )
-        if step.finished or (call.deadline is not None and now >= call.deadline):
+        if not goes_on or (call.deadline is not None and now >= call.deadline):
             return batch.rows(0)

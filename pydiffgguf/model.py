@@ -282,6 +282,7 @@ class DiffusionModel:
             noise: draws handed in, in place of the seed's.
             cancel: an object with `is_set()`, such as a threading.Event. Once it is true, the call ends with what there
                 is and finish_reason "cancelled".
+            response_format, regex, grammar, choices: what the answer must be, one of them (docs/STRUCTURED.md).
             options: also `steps`, `t_min`, `t_max`, `entropy_bound`, `stability_threshold`, `confidence_threshold`,
                 `max_steps`, `time_limit_s`; what is not given comes from the file, then from the released config.
 

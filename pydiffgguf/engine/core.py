@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
 from pydiffgguf._binding.native import NativeModel
 from pydiffgguf._binding.records import ModelConfig, Sampling
@@ -14,6 +15,9 @@ from pydiffgguf.session import Session
 from pydiffgguf.text.prompts import Prompts
 from pydiffgguf.text.tokenizer import Tokenizer
 from pydiffgguf.text.turn import TextView
+
+if TYPE_CHECKING:
+    from pydiffgguf.structured.tables import Tables
 
 __all__ = ["Engine"]
 
@@ -62,6 +66,8 @@ class Engine:
         self.pool = SessionPool(self.session, n_sessions, name)
         self.prompts = Prompts(name, native.metadata, native.config.n_vocab)
         self.view = TextView(self.prompts.tokenizer_or_none)
+        self._tables: Tables | None = None
+        self._tables_lock = threading.Lock()
 
     @property
     def config(self) -> ModelConfig:
@@ -75,6 +81,16 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         """Raises UnsupportedError when the file holds none."""
         return self.prompts.tokenizer
+
+    @property
+    def tables(self) -> Tables:
+        """The vocabulary for constraints, made at first use. Raises UnsupportedError without llguidance."""
+        from pydiffgguf.structured.tables import Tables
+
+        with self._tables_lock:
+            if self._tables is None:
+                self._tables = Tables(self.tokenizer)
+            return self._tables
 
     @property
     def n_ctx(self) -> int:

@@ -111,6 +111,10 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str] | None
     noise: Noise | None
     cancel: Cancel | None
+    response_format: Mapping[str, Any] | None
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
 
 
 class ChatOptions(GenerateOptions, total=False):

@@ -194,6 +194,18 @@ class Tokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
+    def token_bytes(self) -> list[bytes]:
+        """What each token writes, by id."""
+        return [
+            bytes((self._byte_values[id_],)) if id_ in self._byte_values else token.replace(SPACE, " ").encode()
+            for id_, token in enumerate(self._tokens)
+        ]
+
+    @property
+    def byte_ids(self) -> Mapping[int, int]:
+        """The tokens of single bytes: id -> byte."""
+        return self._byte_values
+
     def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
         """Ids of a text in pieces (text, whether texts of special tokens are tokens there). Between special tokens the
         pieces are one text, so that ordinary pieces have the ids of the whole.

@@ -121,6 +121,19 @@ class TextView:
         return n
 
     @property
+    def channel_ids(self) -> tuple[int, int] | None:
+        """The tokens that open and close a thought; None where the vocabulary has none."""
+        if self._tokenizer is None:
+            return None
+        opening, closing = self._tokenizer.token_id(CHANNEL_OPEN), self._tokenizer.token_id(CHANNEL_CLOSE)
+        return None if opening is None or closing is None else (opening, closing)
+
+    @property
+    def in_thought(self) -> bool:
+        """The prompt has opened a thought."""
+        return bool(self._lead)
+
+    @property
     def close_id(self) -> int | None:
         """The token that closes a thought."""
         return None if self._tokenizer is None else self._tokenizer.token_id(CHANNEL_CLOSE)
