@@ -33,6 +33,7 @@ _HOME = {
     "infill": "Candidate Fill Infill InfillStats",
     "hub": "demo_model_path",
     "model": "DiffusionModel ModelWarning",
+    "read": "Answer Reading",
     "session": "Canvas CanvasBatch Session Step",
     "text.calls": "ToolCall",
     "text.document": "Document Position Unit",
@@ -98,6 +99,8 @@ if TYPE_CHECKING:
     from pydiffgguf.infill import InfillStats as InfillStats
     from pydiffgguf.model import DiffusionModel as DiffusionModel
     from pydiffgguf.model import ModelWarning as ModelWarning
+    from pydiffgguf.read import Answer as Answer
+    from pydiffgguf.read import Reading as Reading
     from pydiffgguf.session import Canvas as Canvas
     from pydiffgguf.session import CanvasBatch as CanvasBatch
     from pydiffgguf.session import Session as Session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.options import Cancel
 from pydiffgguf.errors import ContextOverflowError
 from pydiffgguf.generate import Stats, encode_prompt
+from pydiffgguf.read import log_probabilities
 from pydiffgguf.session import CanvasBatch, CanvasSpec, resolve_sampling
 from pydiffgguf.text.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ class Edit:
 
 
 class Choice(dict[str, dict[str, float]]):
-    """Slot -> option -> probability, with what it cost in `stats`: a canvas and a step for each option and draw."""
+    """Slot -> option -> probability, with what it cost in `stats`: a pass for each draw and length of options."""
 
     def __init__(self, probabilities: Mapping[str, dict[str, float]], stats: Stats) -> None:
         super().__init__(probabilities)
@@ -222,7 +223,6 @@ def choose(
     for i, (_, _, end) in enumerate(found):
         following = found[i + 1][1] if i + 1 < len(found) else None
         between.append(tokenizer.encode(template[end:following], special=False))
-    sampling = replace(engine.sampling, max_steps=1)
     result: dict[str, dict[str, float]] = {}
     prompt, over = _prompt(engine, before)
     if over:
@@ -235,18 +235,16 @@ def choose(
         for _ in encode_prompt(session, prompt, stats, call):
             pass
         for asked, (name, _, _) in enumerate(found):
-            scores: list[float] = []
             lengths = [len(options[other][0]) for other, _, _ in found]
-            specs, rows = _canvases(asked, options[name], lengths, between, canvas, draws, seed)
-            for group, where in _passes(specs, rows, session.n_rows):
-                began = time.monotonic()
-                steps = CanvasBatch(session, group, sampling).step()
-                stats.denoise_s += time.monotonic() - began
-                stats.steps += [1] * len(group)
-                for step, here in zip(steps, where, strict=True):
-                    assert step.logprob is not None
-                    scores.append(float(step.logprob[here].sum()))
-            table = np.array(scores).reshape(draws, len(options[name]))
+            table = np.zeros((draws, len(options[name])))
+            for n in sorted({len(ids) for ids in options[name]}):
+                pinned, first = _canvas(asked, n, lengths, between, canvas)
+                same = [i for i, ids in enumerate(options[name]) if len(ids) == n]
+                for draw in range(draws):
+                    call.check_cancelled()
+                    logs = log_probabilities(session, pinned, range(first, first + n), seed, draw, stats)
+                    for i in same:
+                        table[draw, i] = logs[np.arange(n), options[name][i]].sum()
             # The mean of probabilities, in logarithms: the greatest is taken out first.
             weights = np.exp(table - table.max()).mean(axis=0)
             result[name] = dict(zip(slots[name], (weights / weights.sum()).tolist(), strict=True))
@@ -254,52 +252,19 @@ def choose(
     return Choice(result, stats)
 
 
-def _canvases(
-    asked: int,
-    options: Sequence[list[int]],
-    lengths: Sequence[int],
-    between: Sequence[list[int]],
-    canvas: int,
-    draws: int,
-    seed: int,
-) -> tuple[list[CanvasSpec], list[slice]]:
-    """For each draw and option of slot number `asked`, a canvas that watches the option's ids, and the rows where they
-    stand. `lengths`: rows of the other slots; `between`: the ids behind each slot."""
-    specs: list[CanvasSpec] = []
-    rows: list[slice] = []
-    for draw in range(draws):
-        for ids in options:
-            sizes = [*lengths[:asked], len(ids), *lengths[asked + 1 :]]
-            first = sum(sizes[:asked]) + sum(map(len, between[:asked]))
-            end = first + len(ids)
-            if end > canvas:
-                raise ContextOverflowError(
-                    f"the template from its first slot to the end of slot number {asked + 1} takes {end} tokens on the "
-                    f"canvas, which has {canvas}; ask about slots that are nearer to each other"
-                )
-            pinned = [id_ for n, text in zip(sizes, between, strict=True) for id_ in [*[-1] * n, *text]][:canvas]
-            watched = [-1] * len(pinned)
-            watched[first:end] = ids
-            specs.append(CanvasSpec(len(pinned), pinned, watched=watched, seed=seed, canvas_index=draw))
-            rows.append(slice(first, end))
-    return specs, rows
-
-
-def _passes(
-    specs: Sequence[CanvasSpec], rows: Sequence[slice], most: int
-) -> list[tuple[list[CanvasSpec], list[slice]]]:
-    """Canvases in groups that fit into one pass."""
-    groups: list[tuple[list[CanvasSpec], list[slice]]] = []
-    filled = most
-    for spec, where in zip(specs, rows, strict=True):
-        n = spec.n_rows or most
-        if filled + n > most:
-            groups.append(([], []))
-            filled = 0
-        groups[-1][0].append(spec)
-        groups[-1][1].append(where)
-        filled += n
-    return groups
+def _canvas(
+    asked: int, n: int, lengths: Sequence[int], between: Sequence[list[int]], canvas: int
+) -> tuple[list[int], int]:
+    """The canvas on which an option of `n` tokens in slot number `asked` is weighed, ids and -1 in the slots, and the
+    option's first row. `lengths`: rows of the other slots; `between`: the ids behind each slot."""
+    sizes = [*lengths[:asked], n, *lengths[asked + 1 :]]
+    first = sum(sizes[:asked]) + sum(map(len, between[:asked]))
+    if first + n > canvas:
+        raise ContextOverflowError(
+            f"the template from its first slot to the end of slot number {asked + 1} takes {first + n} tokens on the "
+            f"canvas, which has {canvas}; ask about slots that are nearer to each other"
+        )
+    return [id_ for size, text in zip(sizes, between, strict=True) for id_ in [*[-1] * size, *text]][:canvas], first
 
 
 def _slots(template: str, slots: object) -> list[tuple[str, int, int]]:

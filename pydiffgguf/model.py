@@ -43,6 +43,7 @@ from pydiffgguf.engine.options import (
 )
 from pydiffgguf.generate import DenoiseStep, Event, Generation, Prefill, stream_ids
 from pydiffgguf.infill import Fill, Infill, stream_fill, stream_infill
+from pydiffgguf.read import Reading, read
 from pydiffgguf.session import Session
 from pydiffgguf.text.tokenizer import Tokenizer
 
@@ -521,6 +522,52 @@ class DiffusionModel:
         """
         self._engine.check_open()
         return choose(self._engine, template, slots, draws=draws, seed=seed, cancel=cancel)
+
+    def read(
+        self,
+        state: str | Mapping[str, Any] | Sequence[Any],
+        questions: Mapping[str, Mapping[str, Any]],
+        *,
+        steps: int = 1,
+        samples: int | None = None,
+        sequential: bool = False,
+        think: int = 0,
+        seed: int | None = 0,
+        cancel: Cancel | None = None,
+    ) -> Reading:
+        """Typed questions about a state, answered by probabilities that are read off the canvas: nothing is written
+        (docs/READ.md).
+
+        Args:
+            state: text, or a JSON value.
+            questions: by id: type "noul" (or "boolean"), "choice", "score" or "number"; instructions; criteria: what
+                true and false mean, the choices with their descriptions, or the levels, the lowest first; for a number
+                minimum and maximum; depends_on: ids that are answered before and in sight.
+            steps: denoise steps before the probabilities are read, the reading one among them.
+            samples: draws of the canvas's noise that are averaged; None: one, and three more where it is unsure.
+            sequential: one question after the other, each in sight of the answers before it.
+            think: tokens of a thought before the answers; 0: none.
+            seed: keys all draws (0); None or -1: a fresh one.
+            cancel: as in `generate`.
+
+        Returns a dict of Answer by id, whose `stats` say what it cost.
+
+        Raises ValueError and TypeError for a question of no known form; ContextOverflowError where the questions do not
+        fit n_ctx; UnsupportedError for more choices than the vocabulary has labels; CancelledError when it was
+        cancelled.
+        """
+        self._engine.check_open()
+        return read(
+            self._engine,
+            state,
+            questions,
+            steps=steps,
+            samples=samples,
+            sequential=flag("sequential", sequential),
+            think=think,
+            seed=seed,
+            cancel=cancel,
+        )
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
