@@ -235,9 +235,7 @@ def _check_noise(noise: Noise | None) -> Noise | None:
     return noise
 
 
-def _steering(
-    engine: Engine, prompt: Sequence[int], constraint: Constraint, max_tokens: int, canvas: int
-) -> Steering:
+def _steering(engine: Engine, prompt: Sequence[int], constraint: Constraint, max_tokens: int, canvas: int) -> Steering:
     """Raises ValueError where no answer fits the tokens that there are."""
     room = max(1, 1 + (engine.n_ctx - len(prompt) - engine.config.canvas_length) // canvas) * canvas
     view = engine.view.behind(prompt)

@@ -16,10 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemas import FIXED, REGEXES, SCHEMAS
 
-from pydiffgguf import DenoiseStep, DiffusionModel, Generation, UnsupportedError
+from pydiffgguf import DenoiseStep, DiffusionModel, Generation, UnsupportedError, demo_model_path
 from pydiffgguf import generate as generate_module
 from pydiffgguf._binding.records import Mask, RawStep
-from pydiffgguf.model import demo_model_path
 from pydiffgguf.structured.automaton import compile_automaton
 
 TASKS = Path(__file__).parent / "data" / "demo_tasks.jsonl"

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel, Session
+from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel, Session, demo_model_path
 from pydiffgguf._binding.records import RawStep
-from pydiffgguf.model import demo_model_path
 
 
 @pytest.fixture(scope="module")

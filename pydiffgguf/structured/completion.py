@@ -32,6 +32,7 @@ MOST_VISITS = 2
 _CLOSING = b"}])"
 _STRUCTURE = b",:"
 _SPACE = b" \n\t\r"
+_ENDS = {*_CLOSING, *_STRUCTURE}
 
 
 class Endings(Protocol):
@@ -139,7 +140,7 @@ class _Search:
         if inside:
             order = [b'"', markers, b"0123456789", range(0x61, 0x7B), range(0x23, 0x5C), range(0x20, 0x7F)]
         else:
-            order = [markers, _CLOSING, b"0123456789", b"ntf", _STRUCTURE, b'"', b"-", b"[{("]
+            order = [markers, _CLOSING, _STRUCTURE, b"0123456789", b"ntf", b'"', b"-", b"[{("]
             order += [range(0x61, 0x7B), range(0x21, 0x7F)]
         present = set(allowed)
         for group in (*order, range(256), _SPACE):
@@ -191,7 +192,8 @@ class _Search:
                 allowed = set(_allowed(reached))
                 if inside and ord('"') in allowed and ord('"') not in here:
                     return now
-                if not inside and not allowed & here and allowed:
+                new = allowed - here
+                if not inside and (new == allowed or new & _ENDS) and new:
                     return now
                 if visits.get(reached, 0) < MOST_VISITS:
                     visits[reached] = visits.get(reached, 0) + 1
