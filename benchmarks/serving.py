@@ -1,4 +1,4 @@
-"""The server under load, on this machine's loopback address: ``python benchmarks/serving.py [--seconds N] [--json F]``.
+"""The server under load, on this machine's loopback address: ``python benchmarks/serving.py [--only PART ..]``.
 
 It starts ``pydiffgguf serve`` with a model on a free port, asks in six ways one after the other, and ends its own
 process. Needs the extras ``server`` and ``test``.
@@ -121,17 +121,37 @@ def expected(model: Path) -> dict[str, str]:
     return texts
 
 
-async def alone(client: httpx.AsyncClient, rounds: int) -> dict[str, Any]:
+class Plain:
+    """One connection without a client library, whose own milliseconds would count as the server's."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def ask(self, path: str, body: Any = None) -> tuple[float, Any]:
+        """Seconds, and the answer."""
+        content = b"" if body is None else json.dumps(body).encode()
+        method = "GET" if body is None else "POST"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+        began = time.perf_counter()
+        self._writer.write(head.encode() + content)
+        answer = await self._reader.readuntil(b"\r\n\r\n")
+        found = re.search(rb"content-length: (\d+)", answer)
+        assert found is not None and answer.startswith(b"HTTP/1.1 200"), answer
+        whole = await self._reader.readexactly(int(found[1]))
+        return time.perf_counter() - began, json.loads(whole)
+
+
+async def alone(server: Server, rounds: int) -> dict[str, Any]:
     """What the server adds to the engine's time, which each reply tells."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    plain = Plain(reader, writer)
     health, own = [], []
     for i in range(rounds):
-        began = time.perf_counter()
-        await client.get("/health")
-        health.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        body = (await client.post("/v1/chat/completions", json=chat_body(0, i))).json()
-        took = time.perf_counter() - began
+        health.append((await plain.ask("/health"))[0])
+        took, body = await plain.ask("/v1/chat/completions", chat_body(0, i))
         own.append(took - (body["timings"]["prompt_ms"] + body["timings"]["predicted_ms"]) / 1000)
+    writer.close()
     return {"health": both(health), "own_time_of_a_chat": both(own)}
 
 
@@ -329,19 +349,23 @@ async def closed(reader: asyncio.StreamReader) -> None:
         pass
 
 
-async def run(model: Path, seconds: float) -> dict[str, Any]:
+async def run(model: Path, seconds: float, only: list[str]) -> dict[str, Any]:
     texts = expected(model)
     server = Server(model)
     try:
         limits = httpx.Limits(max_connections=80, max_keepalive_connections=80)
         async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False, limits=limits) as client:
             found: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
-            found["alone"] = await alone(client, 200)
-            found["keystrokes"] = await keystrokes(client, 60)
-            found["mixed"] = await mixed(server, client, seconds, texts)
-            found["many"] = await many(server, client, 10_000)
-            found["full"] = await full(client)
-            found["hostile"] = await hostile(server, client)
+            parts = {
+                "alone": lambda: alone(server, 200),
+                "keystrokes": lambda: keystrokes(client, 60),
+                "mixed": lambda: mixed(server, client, seconds, texts),
+                "many": lambda: many(server, client, 10_000),
+                "full": lambda: full(client),
+                "hostile": lambda: hostile(server, client),
+            }
+            for name in only or parts:
+                found[name] = await parts[name]()
     finally:
         log = server.stop()
     found["tracebacks"] = log.count("Traceback")
@@ -353,9 +377,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, default=demo_model_path(), help="a GGUF file (the demo model)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the mixed load (60)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="some of the parts above")
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures there, too")
     args = parser.parse_args()
-    found = asyncio.run(run(args.model, args.seconds))
+    found = asyncio.run(run(args.model, args.seconds, args.only))
     text = json.dumps(found, indent=2)
     print(text)
     if args.json is not None:

@@ -40,8 +40,8 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def open_model(args: argparse.Namespace) -> Any:
-    """The DiffusionModel that the arguments name."""
+def open_model(args: argparse.Namespace, **more: Any) -> Any:
+    """The DiffusionModel that the arguments name, with `more` of its options."""
     from pydiffgguf import DiffusionModel
     from pydiffgguf.hub import resolve_model
 
@@ -61,7 +61,7 @@ def open_model(args: argparse.Namespace) -> Any:
         "verbose": args.verbose or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    return DiffusionModel(resolve_model(args.model), **given)
+    return DiffusionModel(resolve_model(args.model), **given, **more)
 
 
 def generate(args: argparse.Namespace) -> int:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pydiffgguf.errors import UnsupportedError
-
 if TYPE_CHECKING:
+    from pydiffgguf import DiffusionModel
     from pydiffgguf.server.settings import Settings
 
 __all__ = ["add_arguments", "run"]
@@ -65,6 +63,10 @@ def add_arguments(sub: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import logging
+
+    from pydiffgguf.errors import UnsupportedError
+
     try:
         from pydiffgguf.server.run import Serving, bind
     except ImportError as error:
@@ -78,10 +80,11 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger("pydiffgguf.server").warning("--log-bodies: the log holds what people write")
     sockets = bind(settings.host, settings.port)
 
-    def open_it(progress: Any) -> Any:
+    def open_it(told: Callable[[float], None]) -> DiffusionModel:
         from pydiffgguf.cli.commands import open_model
 
-        return open_model(args)
+        model: DiffusionModel = open_model(args, progress=lambda part: told(part.done / max(part.total, 1)))
+        return model
 
     return Serving(settings, open_it, sockets, lambda address: print(f"listening on {address}", flush=True)).run()
 
@@ -108,8 +111,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     if os.environ.get("PYDIFFGGUF_API_KEY"):
         keys.append(os.environ["PYDIFFGGUF_API_KEY"])
     if args.api_key_file is not None:
-        lines = Path(args.api_key_file).read_text(encoding="utf-8").splitlines()
-        keys += [line.strip() for line in lines if line.strip()]
+        with open(args.api_key_file, encoding="utf-8") as lines:
+            keys += [line.strip() for line in lines if line.strip()]
     if not all(keys) or (args.api_key_file is not None and not keys):
         error("an API key is empty")
     if not is_loopback(args.host) and not keys:

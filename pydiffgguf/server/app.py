@@ -25,6 +25,7 @@ Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 NOT_OFFERED = (
     "/v1/embeddings", "/embeddings", "/v1/responses", "/responses", "/rerank", "/v1/rerank", "/slots", "/v1/messages",
+    "/v1/systemone",
 )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ class How:
     n: int
     stream: bool
     include_usage: bool
+    constraint: dict[str, Any]
     diffusion: Diffusion
 
     @classmethod
@@ -100,6 +101,7 @@ class How:
             n=fields.integer("n", 1, 4) or 1,
             stream=fields.boolean("stream"),
             include_usage=options.boolean("include_usage"),
+            constraint=_constraint(fields),
             diffusion=Diffusion.read(fields, settings.time_limit),
         )
 
@@ -107,11 +109,17 @@ class How:
         """The stream that `call` makes with these options, of at most `left` seconds. Of a warm-up, whose prompt goes
         into the cache, one step is made, and thrown away."""
         sampling = {**self.diffusion.sampling, "max_steps": 1} if self.warm_up else self.diffusion.sampling
-        return call(max_tokens=self.max_tokens, stop=self.stop, time_limit_s=left, **sampling)
+        return call(max_tokens=self.max_tokens, stop=self.stop, time_limit_s=left, **self.constraint, **sampling)
 
     def seeds(self) -> list[int]:
         """One for each of `n` choices."""
         return [(self.seed + i) % 2**64 for i in range(self.n)]
+
+
+def _constraint(fields: Fields) -> dict[str, Any]:
+    """What the answer must be, as an option of the Python interface; nothing where it may be any text."""
+    form = fields.object("response_format")
+    return {} if form is None or form.get("type") == "text" else {"response_format": form}
 
 
 class Series:

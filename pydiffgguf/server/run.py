@@ -170,6 +170,10 @@ class Serving:
             self._failure = error
             self._server.should_exit = True
             return
+        need = self._model.memory()
+        megabytes = (need.weights / 1e6, (need.kv_cache + need.compute + need.logits) / 1e6)
+        sessions = self.service.settings.sessions
+        logger.info("%.1f MB of weights, %.1f MB for each of %d sessions", *megabytes, sessions)
         self.service.loaded(self._model)
         self._announce(self.address)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 from serving import QUESTION, Running, running
 
@@ -335,3 +337,27 @@ def test_a_conversations_prompt_can_be_looked_at(server: Running, model: Diffusi
     assert "".join(each["piece"] for each in pieces) == "day"
     bad = server.post("/detokenize", {"tokens": [10**6]})
     assert bad.status_code == 400 and "tokens[0]" in bad.json()["error"]["message"]
+
+
+def test_an_answer_obeys_a_schema(client: openai.OpenAI) -> None:
+    """By a pydantic model through the package's own helper, and as JSON of any form; a broken schema is refused."""
+    pytest.importorskip("llguidance", reason="constraints are the extra structured")
+
+    class Digit(pydantic.BaseModel):
+        digit: int
+        sure: bool
+
+    parsed = client.chat.completions.parse(model="", messages=QUESTION, response_format=Digit, seed=1)
+    (choice,) = parsed.choices
+    assert isinstance(choice.message.parsed, Digit) and choice.finish_reason == "stop"
+    anything = client.chat.completions.create(
+        model="", messages=QUESTION, response_format={"type": "json_object"}, seed=1, max_tokens=60
+    )
+    assert isinstance(json.loads(anything.choices[0].message.content or ""), dict)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(
+            model="",
+            messages=QUESTION,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}},
+        )
+    assert error.value.status_code == 400

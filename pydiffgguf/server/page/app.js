@@ -23,9 +23,9 @@ function speak(text) {
 }
 
 function startTabs() {
-  const tabs = [...document.querySelectorAll('[role="tab"]')];
+  const all = [...document.querySelectorAll('[role="tab"]')];
   function choose(tab) {
-    for (const other of tabs) {
+    for (const other of all) {
       const chosen = other === tab;
       other.setAttribute("aria-selected", String(chosen));
       other.tabIndex = chosen ? 0 : -1;
@@ -33,14 +33,15 @@ function startTabs() {
     }
     tab.focus();
   }
-  tabs.forEach((tab, i) => {
+  for (const tab of all) {
     tab.addEventListener("click", () => choose(tab));
     tab.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (step) choose(tabs[(i + step + tabs.length) % tabs.length]);
+      const tabs = all.filter((other) => !other.hidden);
+      if (step) choose(tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length]);
     });
-  });
-  const named = tabs.find((tab) => tab.getAttribute("aria-controls") === location.hash.slice(1));
+  }
+  const named = all.find((tab) => tab.getAttribute("aria-controls") === location.hash.slice(1));
   if (named) choose(named);
 }
 
@@ -59,6 +60,7 @@ async function start() {
   try {
     const props = await showFacts();
     if (props.model_path === "demo.gguf") chat.suggest(DEMO_QUESTION);
+    document.getElementById("tab-reads").hidden = !props.diffusion.reads;
     problem("");
   } catch (error) {
     problem(error);
