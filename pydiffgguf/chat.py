@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydiffgguf._arguments import int32
-from pydiffgguf.errors import UnsupportedError
 from pydiffgguf.text.prompts import Prompts
 from pydiffgguf.text.tools import Tool, check_tool_choice, check_tools
 
@@ -31,7 +30,5 @@ def chat_prompt(prompts: Prompts, messages: object, options: Mapping[str, Any]) 
         thinking = False
     limit = None if isinstance(thinking, bool) else int32("thinking", thinking)
     choice = check_tool_choice(options.get("tool_choice"), check_tools(options.get("tools")))
-    if choice.forced:
-        raise UnsupportedError("tool_choice: a call cannot be forced yet; use 'auto'")
     ids = prompts.chat(messages, thinking=bool(thinking), tools=choice.offered)
     return ChatPrompt(ids, limit or None, choice.forced)

@@ -556,6 +556,7 @@ def create_chat_completion(
         prompt.ids,
         options,
         thought_tokens=prompt.thought_tokens,
+        forced=prompt.forced,
         logprobs=logprobs,
         watched=stream and frames,
     )

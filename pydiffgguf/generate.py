@@ -32,6 +32,7 @@ from pydiffgguf.session import CanvasBatch, CanvasSpec, Session, resolve_samplin
 from pydiffgguf.structured.constraint import Constraint, Grammar, read_constraint
 from pydiffgguf.structured.steering import ConstraintStats, Steering
 from pydiffgguf.text.stop import StopStrings
+from pydiffgguf.text.tools import Tool
 from pydiffgguf.text.turn import TextView, Turn, until_end
 
 __all__ = [
@@ -183,6 +184,7 @@ def stream_ids(
     *,
     thought_tokens: int | None = None,
     logprobs: bool = False,
+    forced: Sequence[Tool] = (),
     watched: bool = True,
 ) -> Stream[Event, Generation]:
     """A generation from token ids. Afterwards the session's prefix holds the prompt and every canvas except the last.
@@ -191,6 +193,7 @@ def stream_ids(
         options: `GenerateOptions`; other names are not looked at.
         thought_tokens: a thought that takes as many is closed; None: it may take any number.
         logprobs: report each token's log-probability.
+        forced: the answer must be a call of one of these tools.
         watched: somebody takes the events; else there are no DenoiseSteps.
 
     Raises, before the first event, ValueError and TypeError for an option; at the first, ContextOverflowError when the
@@ -203,6 +206,10 @@ def stream_ids(
     most = integer("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, 1, 2**31 - 1)
     stop = StopStrings(options.get("stop") or ())
     constraint = read_constraint(options)
+    if forced:
+        if constraint is not None:
+            raise ValueError("tool_choice forces a call: no other constraint can be given beside it")
+        constraint = Constraint("calls", list(forced))
     if constraint is not None and stop.stops:
         raise ValueError("stop cannot be given beside a constraint, which says where the text ends")
     if constraint is not None and thought_tokens is not None:

@@ -410,7 +410,14 @@ class DiffusionModel:
         check_names(call, options, ChatOptions)
         self._engine.check_open()
         prompt = chat_prompt(self._engine.prompts, messages, options)
-        return stream_ids(self._engine, prompt.ids, options, thought_tokens=prompt.thought_tokens, watched=watched)
+        return stream_ids(
+            self._engine,
+            prompt.ids,
+            options,
+            thought_tokens=prompt.thought_tokens,
+            forced=prompt.forced,
+            watched=watched,
+        )
 
     # -------------------------------------------------------------------------------------------------------- infill
 

@@ -19,7 +19,10 @@ from schemas import FIXED, REGEXES, SCHEMAS
 from pydiffgguf import DenoiseStep, DiffusionModel, Generation, UnsupportedError, demo_model_path
 from pydiffgguf import generate as generate_module
 from pydiffgguf._binding.records import Mask, RawStep
+from pydiffgguf.engine.call import drain
+from pydiffgguf.generate import stream_ids
 from pydiffgguf.structured.automaton import compile_automaton
+from pydiffgguf.text.tools import check_tool_choice, check_tools
 
 TASKS = Path(__file__).parent / "data" / "demo_tasks.jsonl"
 
@@ -149,6 +152,60 @@ def test_grammars_and_choices_hold_for_a_model_that_knows_nothing(model: Diffusi
     check_budgets(model, {"grammar": sums}, lambda result: is_sum(result.text) or pytest.fail(result.text))
     choices = ["yes", "no", "I don't know", 'a "quoted" one', "yes, but"]
     check_budgets(model, {"choices": choices}, lambda result: result.text in choices or pytest.fail(result.text))
+
+
+def tool(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    function = {"name": name, "description": "x", **({} if parameters is None else {"parameters": parameters})}
+    return {"type": "function", "function": function}
+
+
+PLACE = {
+    "type": "object",
+    "properties": {"lat": {"type": "number"}, "at sea": {"type": "boolean"}},
+    "required": ["lat"],
+}
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": ["integer", "null"]},
+        "unit": {"type": "string", "enum": ["C", "F", ""]},
+        "where": {"$ref": "#/$defs/place"},
+        "tags": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"const": 7}]}},
+    },
+    "required": ["city", "where"],
+    "$defs": {"place": PLACE},
+}
+
+
+@pytest.mark.usefixtures("knows_nothing")
+@pytest.mark.parametrize("choice", ["required", "named"])
+def test_a_forced_call_is_one(model: DiffusionModel, tmp_path: Path, choice: str) -> None:
+    """Of a model that knows nothing: exactly one, of a tool that was offered, with arguments of its types, whatever the
+    budget; a tool without parameters is called without."""
+    tools = [tool("get_weather", PARAMETERS), tool("now", None)]
+    forced = "required" if choice == "required" else tools[0]
+    offered = check_tool_choice(forced, check_tools(tools)).forced
+    ids = model.chat_tokens([{"role": "user", "content": "Rain?"}])
+    names = set()
+    for seed in range(8):
+        Random.seed = seed
+        result = drain(stream_ids(model._engine, ids, {"seed": seed, "max_tokens": 60 + seed}, forced=offered))
+        [call] = result.tool_calls
+        assert result.text == ""
+        names.add(call["function"]["name"])
+        arguments = json.loads(call["function"]["arguments"])
+        if call["function"]["name"] == "now":
+            assert arguments == {}
+        else:
+            jsonschema.Draft202012Validator({**PARAMETERS, "additionalProperties": False}).validate(arguments)
+    assert names <= {made.name for made in offered}
+
+
+def test_a_call_cannot_be_forced_into_a_form(model: DiffusionModel) -> None:
+    ids = model.chat_tokens([{"role": "user", "content": "Rain?"}])
+    with pytest.raises(ValueError, match="tool_choice forces a call: no other constraint"):
+        stream_ids(model._engine, ids, {"regex": "a"}, forced=check_tools([tool("now", None)]))
 
 
 SCHEMA: dict[str, Any] = {

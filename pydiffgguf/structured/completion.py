@@ -31,7 +31,7 @@ MOST_VISITS = 2
 
 _CLOSING = b"}])"
 _STRUCTURE = b",:"
-_SPACE = b" \n\t\r"
+_SPACE = tuple(b" \n\t\r")
 _ENDS = {*_CLOSING, *_STRUCTURE}
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffgguf.errors import UnsupportedError
 from pydiffgguf.structured.automaton import Automaton, compile_automaton
+from pydiffgguf.structured.calls import calls_grammar
 from pydiffgguf.structured.completion import Endings, ends_of_automaton, ends_of_choices, search_endings
 from pydiffgguf.structured.tables import Symbols, Tables, engine
+from pydiffgguf.text.calls import CALL_CLOSE, CALL_OPEN, QUOTE
 from pydiffgguf.text.messages import check_json
 
 if TYPE_CHECKING:
@@ -85,8 +87,9 @@ _DICTS = ("$defs", "definitions", "patternProperties", "properties")
 
 @dataclass(frozen=True)
 class Constraint:
-    """A checked request. `kind`: "json", "regex", "grammar" or "choices"; `value`: the schema, the expression, the
-    grammar in Lark's notation, or the texts. `compact`: JSON without white space."""
+    """A checked request. `kind`: "json", "regex", "grammar", "choices" or "calls"; `value`: the schema, the expression,
+    the grammar in Lark's notation, the texts, or the tools of which one is to be called. `compact`: JSON without white
+    space."""
 
     kind: str
     value: Any
@@ -219,7 +222,13 @@ class Grammar:
         return json.loads(data) if self.constraint.kind == "json" else None
 
 
-_OPTION = {"json": "response_format", "regex": "regex", "grammar": "grammar", "choices": "choices"}
+_OPTION = {
+    "json": "response_format",
+    "regex": "regex",
+    "grammar": "grammar",
+    "choices": "choices",
+    "calls": "tool_choice",
+}
 
 
 def _sources(constraint: Constraint, symbols: Symbols, tables: Tables) -> tuple[str, str]:
@@ -234,6 +243,13 @@ def _sources(constraint: Constraint, symbols: Symbols, tables: Tables) -> tuple[
         source = matcher.grammar_from_regex(constraint.value)
     elif constraint.kind == "choices":
         source = matcher.grammar_from_lark("start: " + " | ".join(_literal(text) for text in constraint.value))
+    elif constraint.kind == "calls":
+        ids = {text: tables.tokenizer.token_id(text) for text in (CALL_OPEN, CALL_CLOSE, QUOTE)}
+        if None in ids.values():
+            raise UnsupportedError("tool_choice: this vocabulary has no tokens for calls, so that none can be forced")
+        large = calls_grammar(constraint.value, lambda text: f"<[{ids[text]}]>")
+        small = calls_grammar(constraint.value, lambda text: f"<[{symbols.number[ids[text] or 0]}]>")
+        return matcher.grammar_from_lark(large), matcher.grammar_from_lark(small)
     else:
         large = matcher.grammar_from_lark(name_markers(constraint.value, lambda id_: id_, tables))
         return large, matcher.grammar_from_lark(
@@ -251,13 +267,13 @@ _MARKER = re.compile(r'<\|"\|>|<\|?\w+\|?>')
 
 def name_markers(lark: str, number: Any, tables: Tables) -> str:
     """The grammar with markers of structure (``<|tool_call>``), outside of its strings and expressions, by number."""
-    parts = re.split(r'("(?:[^"\\\n]|\\.)*"i?|/(?:[^/\\\n]|\\.)+/[a-z]*|//[^\n]*)', lark)
+    parts = re.split(r'(<\|"\|>|"(?:[^"\\\n]|\\.)*"i?|/(?:[^/\\\n]|\\.)+/[a-z]*|//[^\n]*)', lark)
 
     def named(found: re.Match[str]) -> str:
         id_ = tables.tokenizer.token_id(found[0])
         return found[0] if id_ is None or id_ not in tables.symbols.number else f"<[{number(id_)}]>"
 
-    return "".join(part if i % 2 else _MARKER.sub(named, part) for i, part in enumerate(parts))
+    return "".join(part if i % 2 and part != QUOTE else _MARKER.sub(named, part) for i, part in enumerate(parts))
 
 
 def _endings(constraint: Constraint, grammar: str, symbols: Symbols) -> Endings:

@@ -192,10 +192,11 @@ class Steering:
         while not stopped and row < self._n_rows:
             assert matcher is not None
             token = argmax[row]
-            is_end = token in self._tables.ends
+            is_end = token in self._tables.tokenizer.end_ids
             restricted = row in self._sticky
             if restricted:
-                masks[row] = self._mask(matcher, tokens) if row not in self._end_only else self._ends_mask
+                ends = row in self._end_only and matcher.is_accepting()
+                masks[row] = self._ends_mask if ends else self._mask(matcher, tokens)
                 sticky.add(row)
                 could_end[row] = matcher.is_accepting()
             if row in self._end_only and matcher.is_accepting():
@@ -214,10 +215,10 @@ class Steering:
                 masks[row] = self._mask(matcher, tokens)
                 sticky.add(row)
                 could_end[row] = matcher.is_accepting()
-            only = _only(masks[row])
-            if only is not None and only in self._tables.ends:
-                ended = True
+            if matcher.is_accepting() and not (masks[row] & ~self._ends_mask).any():
+                ended = True  # nothing but the end
                 break
+            only = _only(masks[row])
             if only is not None and matcher.try_consume_tokens([only]) == 1:
                 tokens.append(only)
                 row += 1
@@ -257,7 +258,7 @@ class Steering:
             return self._at(tokens), row
         while row < self._n_rows:
             token = argmax[row]
-            if token in self._tables.ends:
+            if token in self._tables.tokenizer.end_ids:
                 # A thought has to be closed.
                 masks[row] = ~self._ends_mask & self._tables.everything
                 sticky.add(row)
