@@ -20,6 +20,7 @@ _HOME = {
     "_binding.records": "CanvasSpec Device LayerConfig Memory ModelConfig RawStep Sampling TensorInfo Timings",
     "completions": "CompletionStream OptionWarning",
     "edit": "Choice Edit",
+    "engine.adapters": "Adapter",
     "engine.call": "Stream",
     "engine.options": (
         "Cancel ChatOptions EditOptions FillOptions Gap GenerateOptions InfillMode InfillOptions KvType ModelOptions "
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from pydiffgguf.completions import OptionWarning as OptionWarning
     from pydiffgguf.edit import Choice as Choice
     from pydiffgguf.edit import Edit as Edit
+    from pydiffgguf.engine.adapters import Adapter as Adapter
     from pydiffgguf.engine.call import Stream as Stream
     from pydiffgguf.engine.options import Cancel as Cancel
     from pydiffgguf.engine.options import ChatOptions as ChatOptions

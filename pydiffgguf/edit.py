@@ -16,7 +16,7 @@ from pydiffgguf._arguments import integer, real, seed_of
 from pydiffgguf._binding import functions
 from pydiffgguf._binding.records import Int32Array
 from pydiffgguf._log import logger
-from pydiffgguf.engine.call import Call, OutOfTime
+from pydiffgguf.engine.call import OutOfTime
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.options import Cancel
 from pydiffgguf.errors import ContextOverflowError
@@ -96,11 +96,11 @@ def edit(engine: Engine, text: str, spans: Sequence[tuple[int, int]], options: M
         raise ValueError(f"strength is {share}: it must be in (0, 1]")
     seed = seed_of(options.get("seed", 0))
     sampling, limit = resolve_sampling(engine.sampling, options)
-    call = Call(options.get("cancel"), limit)
+    call = engine.call(options, limit)
     call.begin()
     ids, places = _cut(engine.tokenizer, text, where)
     given = ids.copy()
-    stats = Stats(seed=seed, prompt_tokens=0)
+    stats = Stats(seed=seed, prompt_tokens=0, lora=dict(call.adapters.names))
     dropped = 0
     in_time = True
     for first, end, free in _windows(places, len(ids), engine.config.canvas_length):
@@ -208,13 +208,14 @@ def choose(
     draws: int,
     seed: int | None,
     cancel: Cancel | None,
+    lora: Mapping[str, float] | None,
 ) -> Choice:
     """See `DiffusionModel.choose`."""
     if not isinstance(template, str):
         raise TypeError(f"template must be a str, not {type(template).__name__}")
     integer("draws", draws, 1, 1024)
     seed = seed_of(seed)
-    call = Call(cancel)
+    call = engine.call({"cancel": cancel, "lora": lora})
     found = _slots(template, slots)
     tokenizer, canvas = engine.tokenizer, engine.config.canvas_length
     options = {name: [tokenizer.encode(option, special=False) for option in slots[name]] for name, _, _ in found}
@@ -230,7 +231,7 @@ def choose(
             f"the text before the first slot has {len(prompt) + over} tokens, but n_ctx {engine.n_ctx} leaves room for "
             f"{len(prompt)} before a canvas of {canvas}; shorten it, or open the model with a larger n_ctx"
         )
-    stats = Stats(seed=seed, prompt_tokens=len(prompt))
+    stats = Stats(seed=seed, prompt_tokens=len(prompt), lora=dict(call.adapters.names))
     with engine.pool.take(prompt, call) as session:
         for _ in encode_prompt(session, prompt, stats, call):
             pass

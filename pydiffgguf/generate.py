@@ -113,7 +113,7 @@ class Stats:
     `steps`: denoise steps of each canvas. `prompt_tokens`: length of the prompt, of which `reused_tokens` were still
     in the cache from an earlier call. `prefill_s`: encoding the prompt and finished canvases. `denoise_s`: the steps.
     `reasoning_tokens`: those of `generated_tokens` that thoughts took. `constraint`: what a constraint did, None
-    without one. `seed`: what to pass to get the same text again.
+    without one. `lora`: the adapters that ran, with their scales. `seed`: what to pass to get the same text again.
     """
 
     seed: int
@@ -125,6 +125,7 @@ class Stats:
     generated_tokens: int = 0
     reasoning_tokens: int = 0
     constraint: ConstraintStats | None = None
+    lora: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_forward(self) -> float:
@@ -229,7 +230,7 @@ def stream_ids(
         steering=None if constraint is None else _steering(engine, prompt, constraint, most, n_rows),
         watched=watched,
     )
-    call = Call(options.get("cancel"), time_limit)
+    call = engine.call(options, time_limit)
     return Stream(_run(engine, request, call), call)
 
 
@@ -258,7 +259,7 @@ def _steering(engine: Engine, prompt: Sequence[int], constraint: Constraint, max
 def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None, Generation]:
     call.begin()
     view, end_ids = engine.view.behind(request.prompt), engine.prompts.end_ids
-    stats = Stats(seed=request.seed, prompt_tokens=len(request.prompt))
+    stats = Stats(seed=request.seed, prompt_tokens=len(request.prompt), lora=dict(call.adapters.names))
     done: list[int] = []
     logprobs: list[float] = []
     turn = Turn()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,8 +17,18 @@ from pydiffgguf.engine.options import Progress
 
 if TYPE_CHECKING:
     from pydiffgguf._binding.file import ByteSource
+    from pydiffgguf._binding.library import StrPath
 
-__all__ = ["Access", "choose_files", "demo_model_path", "open_header", "resolve_hub", "resolve_model", "resolve_source"]
+__all__ = [
+    "Access",
+    "choose_files",
+    "demo_model_path",
+    "open_header",
+    "resolve_adapter",
+    "resolve_hub",
+    "resolve_model",
+    "resolve_source",
+]
 
 PREFIX = "hf:"
 
@@ -32,6 +44,14 @@ _OTHER_GGUF = re.compile(r"mmproj|imatrix|(^|[-_.])(q?lora|adapter)([-_.]|$)", r
 
 #: What the model that comes with the package is called, for every command.
 DEMO = "demo"
+
+#: What an adapter's folder has, and what tells another form of it.
+_ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "automodel_peft_config.json",
+    "adapters.safetensors",
+)
 
 #: What a checkpoint has besides its weights, as far as the converter reads it.
 _CHECKPOINT_FILES = (
@@ -96,6 +116,24 @@ def open_header(spec: str) -> tuple[Path, ByteSource | None]:
     if cached is not None or cached_only:
         return (cached or _fetch_all(repo_id, names, access, cached_only)), None
     return Path(names[0]), _Ranges(repo_id, access)
+
+
+def resolve_adapter(source: StrPath) -> tuple[Path, str | None]:
+    """(path, name) of an adapter: a path as it is, and no name; of ``hf:OWNER/REPO[@REVISION][:SUBFOLDER or FILE]`` its
+    PEFT folder, or its GGUF file, downloaded when it is not in the cache, and the repository's or folder's name."""
+    spec = os.fspath(source)
+    if not spec.startswith(PREFIX):
+        if not os.path.exists(spec):
+            raise FileNotFoundError(errno.ENOENT, "no such adapter", spec)
+        return Path(spec), None
+    repo_id, access, inner = _parse(spec)
+    inner = inner.strip("/")
+    name = PurePosixPath(inner or repo_id).name
+    if inner.lower().endswith(".gguf"):
+        return _fetch(repo_id, inner, access, False), name[: -len(".gguf")]
+    prefix = f"{inner}/" if inner else ""
+    folder = _snapshot(repo_id, access, [prefix + file for file in _ADAPTER_FILES])
+    return (folder / inner if inner else folder), name
 
 
 class _Ranges:

@@ -52,6 +52,7 @@ class InfillStats:
     `prompt_tokens`: what stood in the cache, of which `reused_tokens` were there from an earlier call; `encoded_tokens`
     were not. `dropped_tokens`: context that n_ctx had no room for. `candidates`: lengths and joints that were tried.
     `forwards`: denoise passes, each over as many candidates as there are rows for; `rows`: rows in all of them.
+    `lora`: the adapters that ran, with their scales.
     Seconds: `prefill_s` for the prompt, `denoise_s`, `score_s` for the causal judge. `seed` gives the same text again.
     """
 
@@ -61,6 +62,7 @@ class InfillStats:
     reused_tokens: int
     dropped_tokens: int
     prefill_s: float
+    lora: dict[str, float] = field(default_factory=dict)
     search: SearchStats = field(default_factory=SearchStats)
 
     @property
@@ -92,12 +94,13 @@ class InfillStats:
         """The sums over several gaps of one call; there must be one."""
 
         def added(records: Sequence[Any]) -> dict[str, Any]:
-            names = [f.name for f in fields(records[0]) if f.name not in ("seed", "mode", "search", "out_of_time")]
+            shared = ("seed", "mode", "lora", "search", "out_of_time")
+            names = [f.name for f in fields(records[0]) if f.name not in shared]
             return {name: sum(getattr(record, name) for record in records) for name in names}
 
         searches = [part.search for part in parts]
         search = SearchStats(**added(searches), out_of_time=any(s.out_of_time for s in searches))
-        return cls(parts[0].seed, parts[0].mode, **added(parts), search=search)
+        return cls(parts[0].seed, parts[0].mode, lora=parts[0].lora, **added(parts), search=search)
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ def _check(engine: Engine, options: Mapping[str, Any]) -> tuple[_Options, Call]:
         until=until,
         sampling=sampling,
     )
-    return checked, Call(options.get("cancel"), limit)
+    return checked, engine.call(options, limit)
 
 
 def stream_infill(
@@ -285,7 +288,9 @@ def _run(
 ) -> Generator[Prefill | DenoiseStep, None, Infill]:
     tokenizer = engine.tokenizer
     cost = Stats(seed=options.seed, prompt_tokens=len(layout.prompt))
-    stats = InfillStats(options.seed, options.mode, len(layout.prompt), 0, layout.dropped, 0.0)
+    stats = InfillStats(
+        options.seed, options.mode, len(layout.prompt), 0, layout.dropped, 0.0, dict(call.adapters.names)
+    )
     last = ""
     found: list[Filled] = []
     reason: FinishReason = "stop"

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import prod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from pydiffgguf._log import logger
 from pydiffgguf.chat import chat_prompt
 from pydiffgguf.completions import CompletionStream, create_chat_completion, create_completion
 from pydiffgguf.edit import Choice, Edit, choose, edit
+from pydiffgguf.engine.adapters import Adapter, AdapterSource, Region, load_all
 from pydiffgguf.engine.call import Stream, drain
 from pydiffgguf.engine.conversation import load_cache, read_messages, save_conversation
 from pydiffgguf.engine.core import Engine
@@ -90,6 +91,8 @@ class DiffusionModel:
         n_sessions: how many prefixes are kept between calls, each with a cache and buffers of its own. Two let a chat
             and an autocompleter take turns without reading their texts again; the second is made when it is needed.
             More calls than that at a time wait for each other.
+        lora: adapters to load, paths or (path, scale): PEFT folders, GGUF adapters, or ``hf:OWNER/REPO[:SUBFOLDER]``.
+            They run beside the weights in every call that does not say otherwise (docs/ADAPTERS.md).
         progress: called with a `Progress` while a file is downloaded and opened, on the thread that works.
         verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
             logger "pydiffgguf".
@@ -123,6 +126,7 @@ class DiffusionModel:
         use_mmap: bool = True,
         n_sessions: int = 2,
         progress: Callable[[Progress], object] | None = None,
+        lora: Sequence[AdapterSource] = (),
         verbose: bool = False,
     ) -> None:
         options = session_options(n_ctx, n_batch, n_threads, type_kv, sampler)
@@ -136,6 +140,7 @@ class DiffusionModel:
         name = self.path.name
         self._predicted = native.memory(**options)
         self._engine = Engine(native, name, options, n_sessions=n_sessions, verbose=verbose)
+        load_all(self._engine.adapters, lora)
         logger.info("opened %s", self.path)
         for line in describe(name, native, self._predicted, automatic=n_gpu_layers == "auto"):
             logger.info("%s", line)
@@ -219,8 +224,8 @@ class DiffusionModel:
         return self._engine.native.devices()
 
     def memory(self, **options: Unpack[SessionOptions]) -> Memory:
-        """Bytes by kind: the weights, and what the sessions of this model's calls hold; before the first, what one will
-        take.
+        """Bytes by kind: the weights, the adapters that are loaded, and what the sessions of this model's calls hold;
+        before the first, what one will take.
 
         Args:
             options: n_ctx, n_batch, type_kv, n_rows of one session to predict, beside the model's own.
@@ -231,7 +236,8 @@ class DiffusionModel:
         self._engine.check_open()
         if options:
             return self._engine.native.memory(**{**self._engine.session.options, **options})
-        return _together([session.memory for session in self._engine.pool.sessions()] or [self._predicted])
+        sessions = [session.memory for session in self._engine.pool.sessions()] or [self._predicted]
+        return replace(_together(sessions), adapters=self._engine.adapters.n_bytes)
 
     # ---------------------------------------------------------------------------------------------------------- text
 
@@ -281,6 +287,7 @@ class DiffusionModel:
                 or -1: a fresh one, which `stats.seed` tells.
             stop: a string, or several, that end the text before them.
             noise: draws handed in, in place of the seed's.
+            lora: adapters of this call, by name with their scales, and no others; {}: none; None: those of the model.
             cancel: an object with `is_set()`, such as a threading.Event. Once it is true, the call ends with what there
                 is and finish_reason "cancelled".
             response_format, regex, grammar, choices: what the answer must be, one of them (docs/STRUCTURED.md).
@@ -444,7 +451,7 @@ class DiffusionModel:
             heal: let the gap's first token go on with the prefix's last word where the vocabulary has such tokens
                 (True).
             ends: the suffix reaches to the document's end (True); False where it was cut.
-            cancel: as in `generate`.
+            cancel, lora: as in `generate`.
             options: also `generate`'s sampling options; `time_limit_s` returns the best so far.
 
         Raises:
@@ -498,7 +505,7 @@ class DiffusionModel:
             strength: in (0, 1], 1 by default: the share of a span's tokens that starts as random ids; the rest starts
                 as it is, and may change as well.
             seed: keys all draws (0); None or -1: a fresh one.
-            options: also `cancel`, and `generate`'s sampling options.
+            options: also `cancel` and `lora`, and `generate`'s sampling options.
 
         Raises ValueError for spans that are empty, overlap or leave the text; TypeError for an unknown option;
         CancelledError when it was cancelled.
@@ -515,6 +522,7 @@ class DiffusionModel:
         draws: int = 4,
         seed: int | None = 0,
         cancel: Cancel | None = None,
+        lora: Mapping[str, float] | None = None,
     ) -> Choice:
         """Probabilities of given options: a dict, for each slot, of option -> probability, which sum to 1 over the
         slot's options; its `stats` say what it cost.
@@ -528,7 +536,39 @@ class DiffusionModel:
         n_ctx; CancelledError when it was cancelled.
         """
         self._engine.check_open()
-        return choose(self._engine, template, slots, draws=draws, seed=seed, cancel=cancel)
+        return choose(self._engine, template, slots, draws=draws, seed=seed, cancel=cancel, lora=lora)
+
+    # ------------------------------------------------------------------------------------------------------ adapters
+
+    def load_lora(
+        self, path: StrPath, name: str | None = None, scale: float = 1.0, region: Region | None = None
+    ) -> Adapter:
+        """Loads an adapter; from then on it runs beside the weights in every call that does not say otherwise.
+
+        Args:
+            path: a PEFT folder, a GGUF adapter, or ``hf:OWNER/REPO[:SUBFOLDER]``.
+            name: what calls name it by; None: the file's or folder's.
+            scale: what it is multiplied by, where a call does not say: any finite number. `Adapter.scale` changes it.
+            region: "decoder", "encoder" or "both": where it acts, whatever it says itself.
+
+        Raises:
+            OSError: no such file or folder.
+            ModelFormatError: a broken adapter, or one for another model; says which tensor.
+            UnsupportedError: another method than plain LoRA (docs/ADAPTERS.md lists them).
+            ValueError: a name that is taken; a region for an adapter with a set for each mode.
+        """
+        self._engine.check_open()
+        return self._engine.adapters.load(path, name, scale, region)
+
+    def unload_lora(self, name: str) -> None:
+        """Forgets an adapter. Calls under way keep it. Raises ValueError for a name that is not loaded."""
+        self._engine.check_open()
+        self._engine.adapters.unload(name)
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The loaded adapters by name, in the order in which they were loaded."""
+        return self._engine.adapters
 
     def read(
         self,
@@ -579,7 +619,12 @@ class DiffusionModel:
     # ------------------------------------------------------------------------------------------------------ sessions
 
     def session(
-        self, *, n_rows: int | None = None, ggml_operators: bool = False, sampler: SamplerName | None = None
+        self,
+        *,
+        n_rows: int | None = None,
+        ggml_operators: bool = False,
+        sampler: SamplerName | None = None,
+        lora: Mapping[str, float] | None = None,
     ) -> Session:
         """A session of its own, for tests, research and embedders; with the options that the model was opened with.
 
@@ -589,13 +634,17 @@ class DiffusionModel:
             ggml_operators: compute with ggml's operators alone, as devices other than the CPU do: slower, and with
                 other last bits.
             sampler: as in the constructor; None: the model's.
+            lora: as in `generate`; `Session.set_lora` changes it.
 
         Raises OutOfMemoryError when its cache or buffers are refused.
         """
         self._engine.check_open()
         options: dict[str, Any] = {} if sampler is None else {"sampler": sampler}
         rows = 0 if n_rows is None else integer("n_rows", n_rows, self.config.canvas_length, 2**16)
-        return self._engine.session(**options, n_rows=rows, ggml_operators=ggml_operators)
+        chosen = self._engine.adapters.choose(lora)
+        session = self._engine.session(**options, n_rows=rows, ggml_operators=ggml_operators)
+        session.use(chosen)
+        return session
 
     def cancel(self) -> None:
         """From any thread: all that this model is generating ends, with finish_reason "cancelled" and the canvases that

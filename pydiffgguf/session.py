@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pydiffgguf._binding import functions
+from pydiffgguf._binding.adapters import set_adapters
 from pydiffgguf._binding.library import StrPath
 from pydiffgguf._binding.native import NativeModel, NativeSession
 from pydiffgguf._binding.records import (
@@ -32,6 +33,7 @@ from pydiffgguf._binding.records import (
     Sampling,
     Timings,
 )
+from pydiffgguf.engine.adapters import NONE, Adapters, Chosen
 from pydiffgguf.engine.options import Noise, SamplingOptions, ScheduleOptions, check_names
 
 if TYPE_CHECKING:
@@ -109,9 +111,11 @@ class Session:
     `cancel()` from another thread; the prefix then holds what `n_past` says, and the session is usable.
     """
 
-    def __init__(self, model: NativeModel, **options: Any) -> None:
+    def __init__(self, model: NativeModel, adapters: Adapters, **options: Any) -> None:
         self._native = NativeSession(model, **options)
         self._model = model
+        self._adapters = adapters
+        self._running = NONE
         self.n_batch: int = options.get("n_batch", 512)
         self.config: ModelConfig = model.config
         self._defaults = model.sampling
@@ -180,6 +184,28 @@ class Session:
         empty then.
         """
         self._native.load(path)
+
+    def set_lora(self, lora: Mapping[str, float] | None) -> int:
+        """From here on the session runs these adapters, by name with their scales; {}: none; None: the model's own.
+
+        Returns how many tokens of the prefix were encoded again: all, where what acts on a prompt has changed; adapters
+        of the decoder alone leave the cache as it is. A canvas under way is dropped. Raises ValueError for an unknown
+        name or a scale that is not finite; CancelledError can leave a shorter prefix.
+        """
+        return self.use(self._adapters.choose(lora))
+
+    def use(self, adapters: Chosen) -> int:
+        """The same for adapters that are chosen already."""
+        if adapters.pairs == self._running.pairs:
+            return 0
+        encoded = set_adapters(self._native, adapters.pairs)
+        self._running = adapters
+        return encoded
+
+    @property
+    def lora(self) -> dict[str, float]:
+        """The adapters that run, with their scales."""
+        return dict(self._running.names)
 
     @property
     def memory(self) -> Memory:

@@ -13,6 +13,7 @@ from streams import busy
 
 from pydiffgguf import DiffusionModel, ModelClosedError, OutOfMemoryError
 from pydiffgguf.engine import pool as pool_module
+from pydiffgguf.engine.adapters import Chosen
 from pydiffgguf.engine.call import Call
 
 FAST: dict[str, Any] = {"seed": 1, "steps": 2, "max_tokens": 4}
@@ -189,13 +190,13 @@ def test_a_prefix_of_another_key_is_not_gone_on_from(model: DiffusionModel) -> N
     """What a prefix depends on besides its tokens keeps sessions apart."""
     pool, prompt = model._engine.pool, ids(40, 20)
     model.generate(prompt, **FAST)
-    with pool.take(prompt, Call(), key="other") as session:
+    with pool.take(prompt, Call(adapters=Chosen(key=1))) as session:
         assert session.n_past == 0
         session.encode(prompt)
     assert model.generate(prompt, **FAST).stats.reused_tokens == 40
-    with pool.take(prompt, Call(), key="other") as session:
+    with pool.take(prompt, Call(adapters=Chosen(key=1))) as session:
         assert session.n_past == 40
-    with pool.take(prompt, Call(), key="third") as session:
+    with pool.take(prompt, Call(adapters=Chosen(key=2))) as session:
         assert session.n_past == 0
 
 

@@ -202,7 +202,11 @@ class NativeSession:
             text_of(lib.dg_session_fallback(pointer, i)) for i in range(lib.dg_session_n_fallbacks(pointer))
         ]
         self._rows: list[int] = []  # of each canvas under way
-        self.memory = Memory(**fields_of(lib.dg_session_memory(pointer), MEMORY_FIELDS))
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes by kind, which adapters change."""
+        return Memory(**fields_of(lib.dg_session_memory(self._open_pointer()), MEMORY_FIELDS))
 
     @property
     def closed(self) -> bool:

@@ -17,7 +17,18 @@ from typing import Any
 
 from pydiffgguf.cli import commands, serve
 from pydiffgguf.cli.commands import SAMPLING
-from pydiffgguf.cli.parser import Parser, at_least, flag, flag_of_option, gap, gpu_layers, numbers, position, words
+from pydiffgguf.cli.parser import (
+    Parser,
+    adapter,
+    at_least,
+    flag,
+    flag_of_option,
+    gap,
+    gpu_layers,
+    numbers,
+    position,
+    words,
+)
 
 __all__ = ["MODEL_HELP", "add_model_options", "main"]
 
@@ -451,6 +462,13 @@ def add_model_options(sub: Any) -> None:
     group.add_argument("--sampler", metavar="KIND", help="host, operators or kernels (auto: by the main device)")
     group.add_argument("--type-kv", metavar="TYPE", help="type of the cache: f16 (default), f32, bf16, q8_0")
     group.add_argument("--cpu", metavar="LEVEL", help="instructions that the CPU uses, as doctor lists them (the best)")
+    group.add_argument(
+        "--lora",
+        action="append",
+        type=adapter,
+        metavar="PATH[:SCALE]",
+        help="run this adapter beside the weights: a PEFT folder, a GGUF file, or hf:OWNER/REPO; repeatable",
+    )
     group.add_argument("--verbose", action="store_true", help="say on stderr what was opened and what it takes")
 
 

@@ -58,6 +58,7 @@ def open_model(args: argparse.Namespace, **more: Any) -> Any:
         "type_kv": args.type_kv,
         "cpu": args.cpu,
         "n_sessions": getattr(args, "sessions", None),  # `serve` has it
+        "lora": args.lora,
         "verbose": args.verbose or None,
     }
     given = {name: value for name, value in options.items() if value is not None}

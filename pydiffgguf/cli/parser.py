@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "at_least", "flag", "flag_of_option", "gap", "gpu_layers", "numbers", "position", "words"]
+__all__ = [
+    "Parser",
+    "adapter",
+    "at_least",
+    "flag",
+    "flag_of_option",
+    "gap",
+    "gpu_layers",
+    "numbers",
+    "position",
+    "words",
+]
 
 #: Flags of other programs that have no namesake here, and what to write instead.
 HINTS = {
@@ -124,6 +136,18 @@ def numbers(text: str) -> list[float]:
         return [float(word) for word in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,1") from None
+
+
+def adapter(text: str) -> tuple[str, float]:
+    """(path, scale) of PATH[:SCALE]: what stands behind the last colon is a scale if it reads as a number, and the
+    whole is no path."""
+    path, colon, tail = text.rpartition(":")
+    if colon and path and not os.path.exists(text):
+        try:
+            return path, float(tail)
+        except ValueError:
+            pass
+    return text, 1.0
 
 
 def at_least(least: int) -> Callable[[str], int]:

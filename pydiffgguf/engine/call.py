@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from pydiffgguf.engine.adapters import NONE, Chosen
 from pydiffgguf.engine.options import Cancel
 from pydiffgguf.errors import CancelledError
 
@@ -27,14 +28,19 @@ class Call:
     Args:
         cancel: the caller's; see `Cancel`.
         time_limit_s: seconds from `begin`.
+        adapters: what runs beside the weights.
     """
 
-    def __init__(self, cancel: Cancel | None = None, time_limit_s: float | None = None) -> None:
+    def __init__(
+        self, cancel: Cancel | None = None, time_limit_s: float | None = None, adapters: Chosen = NONE
+    ) -> None:
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise TypeError(f"cancel must have a method is_set(), as a threading.Event has, but is {cancel!r:.60}")
         self._cancel = cancel
         self._requested = False
         self._time_limit_s = time_limit_s
+        #: What its session runs beside the weights.
+        self.adapters = adapters
         #: On time.monotonic.
         self.began = time.monotonic()
         self.deadline: float | None = None

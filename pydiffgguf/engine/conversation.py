@@ -11,7 +11,6 @@ import numpy as np
 
 from pydiffgguf._binding.library import StrPath
 from pydiffgguf._log import logger
-from pydiffgguf.engine.call import Call
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.pool import common_head
 from pydiffgguf.errors import DiffGGUFError
@@ -28,7 +27,7 @@ def save_conversation(engine: Engine, path: StrPath, messages: Sequence[Mapping[
     was one. `ids`: the prompt that the messages become."""
     path = Path(path)
     data = json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=1)
-    with engine.pool.take(ids, Call()) as session:
+    with engine.pool.take(ids, engine.call()) as session:
         # As the pool has it: a session with less in common has read something else.
         cached = 2 * common_head(session, np.asarray(ids, np.int32)) >= session.n_past > 0
         if cached:
@@ -53,7 +52,7 @@ def load_cache(engine: Engine, path: StrPath, ids: Sequence[int]) -> bool:
     """Reads the cache beside a conversation, of which `ids` are the prompt, into a session that the next call finds.
     False, and a line in the log, where it is missing or belongs to another model."""
     cache = Path(path).with_name(Path(path).name + CACHE)
-    with engine.pool.take(ids, Call()) as session:
+    with engine.pool.take(ids, engine.call()) as session:
         if common_head(session, np.asarray(ids, np.int32)) == len(ids):
             return True
         try:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydiffgguf._binding.native import NativeModel
 from pydiffgguf._binding.records import ModelConfig, Sampling
 from pydiffgguf._log import logger
+from pydiffgguf.engine.adapters import Adapters
+from pydiffgguf.engine.call import Call
 from pydiffgguf.engine.pool import SessionPool
 from pydiffgguf.errors import ModelClosedError
 from pydiffgguf.session import Session
@@ -26,8 +30,11 @@ class SessionMaker:
     """Makes a model's sessions, and says once what a device lacks. It knows the file, and not the engine: a model that
     nobody holds any longer is freed at once, and not when Python next looks for circles."""
 
-    def __init__(self, native: NativeModel, name: str, options: dict[str, Any], verbose: bool) -> None:
+    def __init__(
+        self, native: NativeModel, name: str, options: dict[str, Any], verbose: bool, adapters: Adapters
+    ) -> None:
         self.options = options
+        self._adapters = adapters
         self._native = native
         self._name = name
         self._verbose = verbose
@@ -35,7 +42,7 @@ class SessionMaker:
 
     def __call__(self, **options: Any) -> Session:
         """A session with these options beside or over the model's."""
-        session = Session(self._native, **{**self.options, **options})
+        session = Session(self._native, self._adapters, **{**self.options, **options})
         logger.debug("session: n_ctx %d, %d threads, %s", session.n_ctx, session.n_threads, session.memory)
         for line in session.fallbacks:
             if line not in self._announced:
@@ -62,7 +69,8 @@ class Engine:
     ) -> None:
         self.native = native
         self.name = name
-        self.session = SessionMaker(native, name, session_options, verbose)
+        self.adapters = Adapters(native)
+        self.session = SessionMaker(native, name, session_options, verbose, self.adapters)
         self.pool = SessionPool(self.session, n_sessions, name)
         self.prompts = Prompts(name, native.metadata, native.config.n_vocab)
         self.view = TextView(self.prompts.tokenizer_or_none)
@@ -97,6 +105,10 @@ class Engine:
         """Positions of a session: prefix, finished canvases and the live canvas together."""
         return self.native.n_ctx(**self.session.options)
 
+    def call(self, options: Mapping[str, Any] = MappingProxyType({}), time_limit_s: float | None = None) -> Call:
+        """A call with the `cancel` and `lora` of these options. Raises TypeError and ValueError for them."""
+        return Call(options.get("cancel"), time_limit_s, self.adapters.choose(options.get("lora")))
+
     def check_open(self) -> None:
         if self.native.closed:
             raise ModelClosedError(f"{self.name} is closed")
@@ -105,3 +117,4 @@ class Engine:
         """Ends what is running and lets go of the file. Idempotent."""
         self.native.close()
         self.pool.close()
+        self.adapters.clear()

@@ -111,6 +111,7 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str] | None
     noise: Noise | None
     cancel: Cancel | None
+    lora: Mapping[str, float] | None
     response_format: Mapping[str, Any] | None
     regex: str | None
     grammar: str | None
@@ -131,6 +132,7 @@ class EditOptions(SamplingOptions, total=False):
     strength: float
     seed: int | None
     cancel: Cancel | None
+    lora: Mapping[str, float] | None
 
 
 class FillOptions(SamplingOptions, total=False):
@@ -144,6 +146,7 @@ class FillOptions(SamplingOptions, total=False):
     heal: bool
     ends: bool
     cancel: Cancel | None
+    lora: Mapping[str, float] | None
 
 
 class InfillOptions(FillOptions, total=False):
@@ -180,6 +183,7 @@ class ModelOptions(TypedDict, total=False):
     cpu: str | None
     use_mmap: bool
     n_sessions: int
+    lora: Sequence[Any]
     progress: Callable[[Progress], object] | None
     verbose: bool
 

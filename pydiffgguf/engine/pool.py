@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -62,34 +62,33 @@ class SessionPool:
         self._turn = threading.Condition()
         self._idle: list[Session] = []  # the one that was used last at the end
         self._lent: dict[Session, Call] = {}
-        self._keys: dict[Session, Hashable] = {}  # of all sessions
+        self._keys: dict[Session, int] = {}  # of all sessions: those of the adapters that they ran last
         self._being_made = 0
         self._line: deque[Call] = deque()
 
     @contextmanager
-    def take(self, prompt: Sequence[int], call: Call, key: Hashable = None) -> Iterator[Session]:
-        """A session for a call.
-
-        Args:
-            key: what a prefix depends on besides its tokens. A session of another key shares nothing with the prompt,
-                and is lent with an empty prefix.
+    def take(self, prompt: Sequence[int], call: Call) -> Iterator[Session]:
+        """A session for a call, which runs the call's adapters. One that ran others, whose prefix depends on them,
+        shares nothing with the prompt, and is lent with an empty prefix.
 
         Raises:
             CancelledError, OutOfTime: the call ended while it waited.
             ModelClosedError, OutOfMemoryError
         """
+        key = call.adapters.key
         session = self._acquire(np.asarray(prompt, dtype=np.int32), call, key)
         try:
             if self._keys[session] != key:
                 session.reset()
-                self._keys[session] = key
+            session.use(call.adapters)
+            self._keys[session] = key
             session.stop_when(call.cancelled)
             yield session
         finally:
             session.stop_when(None)
             self._give_back(session)
 
-    def _acquire(self, prompt: Int32Array, call: Call, key: Hashable) -> Session:
+    def _acquire(self, prompt: Int32Array, call: Call, key: int) -> Session:
         session = self._wait(prompt, call, key)
         while session is None:
             session = self._new(call, key)
@@ -97,7 +96,7 @@ class SessionPool:
                 session = self._wait(prompt, call, key, first=True)
         return session
 
-    def _wait(self, prompt: Int32Array, call: Call, key: Hashable, first: bool = False) -> Session | None:
+    def _wait(self, prompt: Int32Array, call: Call, key: int, first: bool = False) -> Session | None:
         """An idle session, taken; None: one is to be made. `first`: the call goes to the head of the line."""
         with self._turn:
             self._leave_parent()
@@ -130,7 +129,7 @@ class SessionPool:
     def _room(self) -> bool:
         return len(self._idle) + len(self._lent) + self._being_made < self.size
 
-    def _choose(self, prompt: Int32Array, key: Hashable) -> Session | None:
+    def _choose(self, prompt: Int32Array, key: int) -> Session | None:
         """Takes an idle session; None: a new one is to be made."""
         best, longest = None, -1
         for session in self._idle:
@@ -144,7 +143,7 @@ class SessionPool:
             self._idle.remove(best)
         return best
 
-    def _new(self, call: Call, key: Hashable) -> Session | None:
+    def _new(self, call: Call, key: int) -> Session | None:
         """A session that was made, or an idle one where memory for another is refused; None: wait for one."""
         session: Session | None = None
         refusal: OutOfMemoryError | None = None
