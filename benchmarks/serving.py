@@ -50,7 +50,12 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def both(values: list[float]) -> dict[str, float]:
-    return {"p50_ms": round(percentile(values, 0.5), 2), "p99_ms": round(percentile(values, 0.99), 2), "n": len(values)}
+    return {
+        "p10_ms": round(percentile(values, 0.1), 2),
+        "p50_ms": round(percentile(values, 0.5), 2),
+        "p99_ms": round(percentile(values, 0.99), 2),
+        "n": len(values),
+    }
 
 
 class Server:

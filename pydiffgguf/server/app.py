@@ -11,13 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pydiffgguf.server.errors import ApiError
-from pydiffgguf.server.guard import Disconnected, Guard, note_of, systemone_body
+from pydiffgguf.server.errors import ApiError, worded
+from pydiffgguf.server.guard import Disconnected, Guard, note_of
 from pydiffgguf.server.looking import Looking
 from pydiffgguf.server.native import Native
 from pydiffgguf.server.openai import OpenAI
 from pydiffgguf.server.page import page_routes
 from pydiffgguf.server.service import Service, Superseded, reply
+from pydiffgguf.server.systemone import SystemOne
 
 __all__ = ["make_app"]
 
@@ -25,7 +26,6 @@ Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 NOT_OFFERED = (
     "/v1/embeddings", "/embeddings", "/v1/responses", "/responses", "/rerank", "/v1/rerank", "/slots", "/v1/messages",
-    "/v1/systemone",
 )  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def make_app(service: Service) -> Guard:
     looking = Looking(service)
     openai = OpenAI(service)
     native = Native(service)
+    systemone = SystemOne(service)
     table: list[tuple[str, str, Endpoint]] = [
         ("GET", "/health", looking.health),
         ("GET", "/v1/health", looking.health),
@@ -53,6 +54,7 @@ def make_app(service: Service) -> Guard:
         ("POST", "/completion", native.completion),
         ("POST", "/completions", native.completion),
         ("POST", "/infill", native.infill),
+        ("POST", "/v1/systemone", systemone.read),
         ("POST", "/props", _not_offered),
         *(("POST", path, _not_offered) for path in NOT_OFFERED),
     ]
@@ -92,8 +94,8 @@ async def _not_offered(request: Request) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    body = systemone_body(error) if request.url.path == "/v1/systemone" else error.body()
-    return reply(body, error.headers, error.status)
+    status, body = worded(error, request.url.path)
+    return reply(body, error.headers, status)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

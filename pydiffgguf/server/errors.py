@@ -15,7 +15,7 @@ from pydiffgguf.errors import (
     UnsupportedError,
 )
 
-__all__ = ["ApiError", "from_exception", "overflow"]
+__all__ = ["ApiError", "from_exception", "overflow", "worded"]
 
 #: The ``type`` of an error that names none, by status.
 TYPES = {
@@ -63,6 +63,15 @@ class ApiError(Exception):
         """The answer, in the shape of OpenAI's errors."""
         error = {"code": self.status, "message": self.message, "type": self.type, "param": self.param}
         return {"error": {**error, **self.extra}}
+
+
+def worded(error: ApiError, path: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error. ``/v1/systemone`` has a form of its own: ``detail`` in place of ``error``, and 529
+    for a full queue."""
+    if path != "/v1/systemone":
+        return error.status, error.body()
+    detail = error.extra.get("detail", {"error_type": error.type, "message": error.message})
+    return 529 if error.status == 429 else error.status, {"detail": detail}
 
 
 def overflow(n_prompt: int, room: int, n_ctx: int) -> ApiError:

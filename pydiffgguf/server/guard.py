@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pydiffgguf.server.errors import ApiError
+from pydiffgguf.server.errors import ApiError, worded
 from pydiffgguf.server.metrics import Metrics
 from pydiffgguf.server.settings import Settings, digest, is_loopback
 from pydiffgguf.server.wire import dump, inflate, show
@@ -226,18 +226,12 @@ def _is_address(name: str) -> bool:
 
 async def refuse(error: ApiError, scope: Scope, send: Send) -> None:
     """Answers with an error, in the shape that the path's clients read."""
-    body = dump(systemone_body(error) if scope["path"] == "/v1/systemone" else error.body())
+    status, words = worded(error, scope["path"])
+    body = dump(words)
     headers = [(name.encode(), value.encode("latin-1")) for name, value in error.headers.items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body if scope["method"] != "HEAD" else b""})
-
-
-def systemone_body(error: ApiError) -> dict[str, object]:
-    """An error as ``/v1/systemone`` words it: ``detail`` in place of ``error``."""
-    if "detail" in error.extra:
-        return {"detail": error.extra["detail"]}
-    return {"detail": {"error_type": error.type, "message": error.message}}
 
 
 async def _empty(send: Send) -> None:

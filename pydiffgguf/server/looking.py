@@ -84,7 +84,6 @@ class Looking:
                 "diffusion": {
                     "canvas_length": model.config.canvas_length,
                     **{name: getattr(sampling, name) for name in sampling.__dataclass_fields__},
-                    "reads": hasattr(model, "read"),
                     "infill_mode": str(model.metadata.get("diffusion.infill_mode", "auto")),
                     "memory": self._memory(),
                 },

@@ -106,6 +106,19 @@ class TestInABrowser:
         assert page.run("document.querySelectorAll('#filled li').length") >= 2
         clean(page, server)
 
+    def test_typed_reads_show_probabilities(self, page: Page, server: Running) -> None:
+        """A table for each question, whose options sum to one."""
+        opened(page, server, "reads")
+        page.run("document.querySelector('#read [name=send]').focus()")
+        page.key("Enter")
+        page.until("document.querySelectorAll('#answers table').length === 3")
+        sums = page.run(
+            "[...document.querySelectorAll('#answers table')].map((table) => "
+            "[...table.querySelectorAll('meter')].reduce((sum, meter) => sum + meter.value, 0))"
+        )
+        assert sums == pytest.approx([1, 1, 1], abs=1e-4)
+        clean(page, server)
+
     def test_stop_ends_the_work_on_the_server(self, page: Page, server: Running) -> None:
         """Escape does it too, by closing the connection."""
         opened(page, server)
@@ -124,7 +137,7 @@ class TestInABrowser:
         """Arrows go through the tabs; a button turns dark to light and back."""
         opened(page, server)
         page.run("document.getElementById('tab-chat').focus()")
-        for tab in ("infill", *(["reads"] if hasattr(server.service.model, "read") else []), "facts"):
+        for tab in ("infill", "reads", "facts"):
             page.key("ArrowRight")
             assert page.run(f"document.activeElement.id === 'tab-{tab}' && !document.getElementById('{tab}').hidden")
         assert "2048 tokens" in page.run("document.getElementById('facts').textContent")

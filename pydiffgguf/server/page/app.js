@@ -23,9 +23,9 @@ function speak(text) {
 }
 
 function startTabs() {
-  const all = [...document.querySelectorAll('[role="tab"]')];
+  const tabs = [...document.querySelectorAll('[role="tab"]')];
   function choose(tab) {
-    for (const other of all) {
+    for (const other of tabs) {
       const chosen = other === tab;
       other.setAttribute("aria-selected", String(chosen));
       other.tabIndex = chosen ? 0 : -1;
@@ -33,15 +33,14 @@ function startTabs() {
     }
     tab.focus();
   }
-  for (const tab of all) {
+  tabs.forEach((tab, i) => {
     tab.addEventListener("click", () => choose(tab));
     tab.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      const tabs = all.filter((other) => !other.hidden);
-      if (step) choose(tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length]);
+      if (step) choose(tabs[(i + step + tabs.length) % tabs.length]);
     });
-  }
-  const named = all.find((tab) => tab.getAttribute("aria-controls") === location.hash.slice(1));
+  });
+  const named = tabs.find((tab) => tab.getAttribute("aria-controls") === location.hash.slice(1));
   if (named) choose(named);
 }
 
@@ -60,7 +59,6 @@ async function start() {
   try {
     const props = await showFacts();
     if (props.model_path === "demo.gguf") chat.suggest(DEMO_QUESTION);
-    document.getElementById("tab-reads").hidden = !props.diffusion.reads;
     problem("");
   } catch (error) {
     problem(error);
