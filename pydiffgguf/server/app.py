@@ -43,6 +43,7 @@ def make_app(service: Service) -> Guard:
         ("GET", "/v1/models/{name:path}", looking.model),
         ("GET", "/props", looking.props),
         ("GET", "/lora-adapters", looking.adapters),
+        ("POST", "/lora-adapters", looking.set_adapters),
         ("POST", "/tokenize", looking.tokenize),
         ("POST", "/detokenize", looking.detokenize),
         ("POST", "/apply-template", looking.apply_template),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -130,7 +131,7 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
         self._running: list[Job] = []
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._turn = 0
         self._number = 0
         self._stopping = False
@@ -152,11 +153,13 @@ class Engine:
     def running(self) -> int:
         return len(self._running)
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], None]) -> Future[None]:
         """Runs a function on the engine's thread, between two steps."""
+        done: Future[None] = Future()
         with self._changed:
-            self._calls.append(function)
+            self._calls.append((function, done))
             self._changed.notify()
+        return done
 
     def expect(self, kind: Kind) -> None:
         """Raises ApiError where `submit` would by now: before a template is rendered for nothing."""
@@ -277,10 +280,13 @@ class Engine:
                 call = self._calls.popleft() if self._calls else None
                 job = None if call else next((job for job in self._running if job.ended is not None), self._next())
             if call is not None:
+                function, done = call
                 try:
-                    call()
-                except Exception:
-                    logger.exception("a call on the engine's thread failed")
+                    function()
+                except Exception as error:
+                    done.set_exception(error)
+                else:
+                    done.set_result(None)
             elif job is not None:
                 self._advance(job)
         for job in jobs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pydiffgguf import Generation, Infill
@@ -35,13 +35,14 @@ class Asked:
     n_indent: int
     ends: bool
     diffusion: Diffusion
+    lora: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, gap: fim.Gap, how: How, settings: Settings) -> Asked:
         """The gap of a completion. Stop strings that are markers are dropped: a text that quotes one goes on."""
         diffusion = replace(how.diffusion, time_limit=min(how.diffusion.time_limit, settings.infill_time_limit))
         stop = [text for text in how.stop if not fim.is_marker(text)]
-        return cls(gap, min(how.max_tokens, settings.infill_max), 1, how.seed, stop, 0, True, diffusion)
+        return cls(gap, min(how.max_tokens, settings.infill_max), 1, how.seed, stop, 0, True, diffusion, how.lora)
 
     def stream(self, model: DiffusionModel, left: float) -> Any:
         """The events of the filling, at most `left` seconds of them."""
@@ -59,6 +60,7 @@ class Asked:
             heal=extra.get("heal", True),
             ends=self.ends,
             time_limit_s=left,
+            **self.lora,
             **options,
         )
 

@@ -6,11 +6,15 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydiffgguf.server.errors import ApiError
 from pydiffgguf.server.fields import Fields
+from pydiffgguf.server.looking import lora_options
 from pydiffgguf.server.settings import Settings
+
+if TYPE_CHECKING:
+    from pydiffgguf import DiffusionModel
 
 __all__ = ["MAX_STOP", "MAX_STOPS", "Diffusion", "How", "Series", "seed_of"]
 
@@ -81,10 +85,13 @@ class How:
     stream: bool
     include_usage: bool
     constraint: dict[str, Any]
+    lora: dict[str, Any]
     diffusion: Diffusion
 
     @classmethod
-    def read(cls, fields: Fields, settings: Settings, limits: Sequence[str], default: int) -> How:
+    def read(
+        cls, fields: Fields, settings: Settings, model: DiffusionModel, limits: Sequence[str], default: int
+    ) -> How:
         """Args: `limits`: names of the field that says how long the answer may be, the first present one counts."""
         longest: int | None = None
         for name in limits:
@@ -102,6 +109,7 @@ class How:
             stream=fields.boolean("stream"),
             include_usage=options.boolean("include_usage"),
             constraint=_constraint(fields),
+            lora=lora_options(fields, model),
             diffusion=Diffusion.read(fields, settings.time_limit),
         )
 
@@ -109,7 +117,9 @@ class How:
         """The stream that `call` makes with these options, of at most `left` seconds. Of a warm-up, whose prompt goes
         into the cache, one step is made, and thrown away."""
         sampling = {**self.diffusion.sampling, "max_steps": 1} if self.warm_up else self.diffusion.sampling
-        return call(max_tokens=self.max_tokens, stop=self.stop, time_limit_s=left, **self.constraint, **sampling)
+        return call(
+            max_tokens=self.max_tokens, stop=self.stop, time_limit_s=left, **self.constraint, **self.lora, **sampling
+        )
 
     def seeds(self) -> list[int]:
         """One for each of `n` choices."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,10 +12,14 @@ from pydiffgguf.server.errors import ApiError
 from pydiffgguf.server.fields import Fields
 from pydiffgguf.server.service import Service, reply
 
-__all__ = ["MAX_IDS", "Looking", "chat_options", "check_ids", "messages_of"]
+if TYPE_CHECKING:
+    from pydiffgguf import DiffusionModel
+
+__all__ = ["MAX_IDS", "Looking", "chat_options", "check_ids", "lora_options", "messages_of"]
 
 MAX_IDS = 2**20
 MAX_MESSAGES = 4096
+MAX_SCALE = 1e30
 
 
 class Looking:
@@ -96,8 +101,22 @@ class Looking:
         return {name: int(getattr(memory, name)) for name in memory.__dataclass_fields__}
 
     async def adapters(self, request: Request) -> Response:
-        self._service.check_loaded()
-        return reply([])
+        """The loaded adapters, numbered in the order in which they were loaded."""
+        adapters = self._service.model.adapters.values()
+        return reply([{"id": i, "path": each.path.name, "scale": each.scale} for i, each in enumerate(adapters)])
+
+    async def set_adapters(self, request: Request) -> Response:
+        """Sets scales, between two steps; those that the list does not name are set to 0, as llama-server does it."""
+        service = self._service
+        adapters = list(service.model.adapters.values())
+        scales = scales_of(await service.items(request), len(adapters))
+
+        def change() -> None:
+            for i, adapter in enumerate(adapters):
+                adapter.scale = scales.get(i, 0.0)
+
+        await asyncio.wrap_future(service.engine.call(change))
+        return reply({"success": True})
 
     async def metrics(self, request: Request) -> Response:
         engine = self._service.engine
@@ -145,6 +164,32 @@ class Looking:
             return model.detokenize(model.chat_tokens(messages, **options))
 
         return reply({"prompt": await self._service.text(work)}, headers)
+
+
+def scales_of(items: list[Any], n: int) -> dict[int, float]:
+    """Scales by an adapter's number, of ``[{"id":0,"scale":0.5}]``."""
+    scales: dict[int, float] = {}
+    for i, item in enumerate(items):
+        given = Fields(item if isinstance(item, dict) else {}, f"[{i}].")
+        number, scale = given.integer("id", 0, 2**31), given.number("scale")
+        if number is None or scale is None:
+            raise given.wrong("id", 'beside a "scale"', item)
+        if number >= n:
+            raise ApiError(400, f"no LoRA adapter with id {number}", param="id")
+        if abs(scale) > MAX_SCALE:
+            raise given.wrong("scale", f"at most {MAX_SCALE:g} in size", scale)
+        scales[number] = float(scale)
+    return scales
+
+
+def lora_options(fields: Fields, model: DiffusionModel) -> dict[str, Any]:
+    """The adapters of one request, which other adapters do not act on; nothing where it does not say, or the model has
+    none: editors send the field to whatever answers."""
+    names = list(model.adapters)
+    if not names or "lora" not in fields:
+        return {}
+    scales = scales_of(fields.items("lora") or [], len(names))
+    return {"lora": {names[i]: scale for i, scale in scales.items()}}
 
 
 def messages_of(fields: Fields) -> list[Any]:

@@ -18,6 +18,7 @@ from pydiffgguf.server.fields import Fields
 from pydiffgguf.server.frames import Frames, wanted
 from pydiffgguf.server.gaps import CUT_SUFFIX, DEFAULT_GAP, Asked
 from pydiffgguf.server.generations import MAX_STOP, MAX_STOPS, Diffusion, How, Series, seed_of
+from pydiffgguf.server.looking import lora_options
 from pydiffgguf.server.openai import plain_series, prompts_of, refuse_completion
 from pydiffgguf.server.service import EventStream, Service, client_of, count, reply
 
@@ -54,6 +55,7 @@ class Native:
             n_indent=fields.integer("n_indent", 0, 2**16) or 0,
             ends=suffix.count("\n") < CUT_SUFFIX,
             diffusion=Diffusion.read(fields, settings.infill_time_limit, "mode", "heal", "min_gap"),
+            lora=lora_options(fields, service.model),
         )
         stream = fields.boolean("stream")
         headers = service.headers(fields)
@@ -72,7 +74,7 @@ class Native:
         if len(prompts) != 1:
             raise fields.refuse("prompt", "prompt: one at a time is answered here; /v1/completions takes several")
         gap = fim.split(prompts[0]) if isinstance(prompts[0], str) else None
-        how = How.read(fields, settings, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
+        how = How.read(fields, settings, model, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
         form = _Form.read(service, fields)
         refuse_completion(fields, how)
         headers = service.headers(fields)

@@ -64,7 +64,7 @@ class OpenAI:
         fields = await service.fields(request)
         fields.take("model")
         messages, options = messages_of(fields), chat_options(fields)
-        how = How.read(fields, service.settings, ("n_predict", "max_completion_tokens", "max_tokens"), 2**31)
+        how = How.read(fields, service.settings, model, ("n_predict", "max_completion_tokens", "max_tokens"), 2**31)
         _refuse_chat(fields)
         headers = service.headers(fields)
         service.engine.expect(Kind.WARM_UP if how.warm_up else Kind.CHAT)
@@ -103,7 +103,7 @@ class OpenAI:
         model, settings = service.model, service.settings
         prompts = prompts_of(fields, model.config.n_vocab)
         gap = _gap(fields, prompts)
-        how = How.read(fields, settings, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
+        how = How.read(fields, settings, model, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
         echo = fields.boolean("echo")
         refuse_completion(fields, how)
         headers = service.headers(fields)

@@ -166,16 +166,15 @@ class Serving:
     def _load(self) -> None:
         try:
             self._model = self._open_model(self._told)
+            need = self._model.memory()
+            megabytes = (need.weights / 1e6, (need.kv_cache + need.compute + need.logits) / 1e6)
+            sessions = self.service.settings.sessions
+            logger.info("%.1f MB of weights, %.1f MB for each of %d sessions", *megabytes, sessions)
+            self.service.loaded(self._model)
+            self._announce(self.address)
         except Exception as error:
             self._failure = error
             self._server.should_exit = True
-            return
-        need = self._model.memory()
-        megabytes = (need.weights / 1e6, (need.kv_cache + need.compute + need.logits) / 1e6)
-        sessions = self.service.settings.sessions
-        logger.info("%.1f MB of weights, %.1f MB for each of %d sessions", *megabytes, sessions)
-        self.service.loaded(self._model)
-        self._announce(self.address)
 
     def _told(self, part: float) -> None:
         self.service.progress = part

@@ -97,6 +97,14 @@ class Service:
         body = parse(raw) if len(raw) < LARGE else await self.text(parse, raw)
         return Fields(body)
 
+    async def items(self, request: Request) -> list[Any]:
+        """A request's body that is a list."""
+        raw = await read_body(request.scope, request.receive, self.settings)
+        items: list[Any] = parse(b'{"list":' + raw + b"}")["list"]
+        if not isinstance(items, list):
+            raise ApiError(400, "the body must be a list")
+        return items
+
     def headers(self, fields: Fields) -> dict[str, str]:
         """Headers of the answer that name the fields which had no effect; called when all others were taken."""
         names = ignored_header(fields.rest(self.settings.strict_params))
