@@ -46,7 +46,7 @@ def model(tiny_gguf: Path) -> Iterator[DiffusionModel]:
         ("generate", "num_steps", "it is called steps here"),
         ("generate", "timeout", "it is called time_limit_s here"),
         ("generate", "stability_treshold", "did you mean stability_threshold"),
-        ("generate", "zyx", r"unknown option 'zyx'; generate\(\) takes raw, .*max_tokens, seed, stop"),
+        ("generate", "zyx", r"unknown option 'zyx'; generate\(\) takes raw, .*max_tokens, .*seed, stop"),
         ("chat", "enable_thinking", "it is called thinking here"),
         ("infill", "max_tokens", "it is called max_gap here"),
         ("infill", "max_new_tokens", "it is called max_gap here"),
