@@ -21,6 +21,7 @@ from pydiffgguf.generate import DenoiseStep, FinishReason, Prefill, Stats, encod
 from pydiffgguf.layout import Layout, check_extra, fence_around, lay_out, resolve_mode
 from pydiffgguf.search import Draft, Filled, SearchStats, fill_hole, write_on
 from pydiffgguf.session import Session, resolve_sampling
+from pydiffgguf.structured.constraint import Grammar, read_constraint
 from pydiffgguf.text.document import newline_of, plain
 from pydiffgguf.text.joint import complete, is_blank_line, without_indentation, without_repeat
 from pydiffgguf.text.tokenizer import Tokenizer
@@ -145,6 +146,7 @@ class _Options:
     ends: bool
     until: Until | None
     sampling: Sampling
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,10 @@ def _check(engine: Engine, options: Mapping[str, Any]) -> tuple[_Options, Call]:
     if until is not None and gap != "auto":
         raise ValueError(f"until is {until!r}, but the gap is to have {gap} tokens: leave one of them out")
     sampling, limit = resolve_sampling(engine.sampling, options)
+    constraint = read_constraint(options)
+    grammar = None if constraint is None else Grammar(constraint, engine.tables)
+    if grammar is not None:
+        grammar.nearest("", max_gap if gap == "auto" else gap)
     file_mode, has_template = engine.native.metadata.get("diffusion.infill_mode"), bool(engine.prompts.template)
     checked = _Options(
         gap=gap,
@@ -219,6 +225,7 @@ def _check(engine: Engine, options: Mapping[str, Any]) -> tuple[_Options, Call]:
         ends=flag("ends", options.get("ends", True)),
         until=until,
         sampling=sampling,
+        grammar=grammar,
     )
     return checked, engine.call(options, limit)
 
@@ -258,6 +265,9 @@ def _lay_out(engine: Engine, place: _Place, options: _Options, later: Sequence[i
         later=later,
         ends=options.ends and not place.open_end,
     )
+    if options.grammar is not None:
+        refused: Callable[[Sequence[int]], bool] = _Unfit(engine.tokenizer, layout.head_text, options.grammar)
+        return replace(layout, hole=replace(layout.hole, refused=refused))
     if options.gap != "auto" or not is_blank_line(place.prefix):
         return layout
     # White space alone is no answer on a line that holds nothing else.
@@ -274,6 +284,31 @@ class _Blank:
 
     def __call__(self, tokens: Sequence[int]) -> bool:
         return not self.tokenizer.decode(tokens, skip_special=True)[len(self.head_text) :].strip()
+
+
+@dataclass(frozen=True)
+class _Unfit:
+    """Whether a filling is none that the constraint takes."""
+
+    tokenizer: Tokenizer
+    head_text: str
+    grammar: Grammar
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        return not self.grammar.accepts(self.tokenizer.decode(tokens, skip_special=True)[len(self.head_text) :])
+
+
+def _obeying(candidates: Sequence[Candidate], grammar: Grammar, options: _Options) -> list[Candidate]:
+    """The candidates, each changed as little as makes the constraint take it: those that needed no change first."""
+    most = options.max_gap if options.gap == "auto" else options.gap
+    by_text: dict[str, Candidate] = {}
+    for candidate in sorted(candidates, key=lambda candidate: not grammar.accepts(candidate.text)):
+        text = grammar.nearest(candidate.text, most)
+        if text != candidate.text:
+            n_tokens = len(grammar.tables.tokenizer.encode(text, special=False))
+            candidate = replace(candidate, text=text, gap_tokens=n_tokens)
+        by_text.setdefault(text, candidate)
+    return list(by_text.values())
 
 
 def _one(
@@ -323,6 +358,9 @@ def _run(
         candidate = _candidate(tokenizer, place, layout, filled, options)
         by_text.setdefault(candidate.text, candidate)
     candidates = list(by_text.values())
+    if options.grammar is not None and reason != "cancelled":
+        nothing = Candidate("", 0, float("-inf"), 0.0, False)
+        candidates = _obeying(candidates or [nothing], options.grammar, options)
     best = candidates[0] if candidates else Candidate(last, 0, float("-inf"), 0.0, False)
     return Infill(best.text, best.gap_tokens, best.score, candidates, reason, stats)
 

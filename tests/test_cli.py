@@ -629,3 +629,21 @@ def test_the_command_imports_little() -> None:
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert process.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_answers_form_can_be_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A schema as text or in a file, an expression, a grammar, choices."""
+    grammar, schema = tmp_path / "g.lark", tmp_path / "s.json"
+    grammar.write_text('start: "x" | "y"\n', encoding="utf-8")
+    schema.write_text('{"type": "integer"}', encoding="utf-8")
+    for form, expected in [
+        (["--regex", "[ab]{3}"], "[ab]{3}"),
+        (["--json-schema", '{"type": "boolean"}'], "true|false"),
+        (["--json-schema", str(schema)], r"-?\d+"),
+        (["--grammar", str(grammar)], "x|y"),
+        (["--choice", "yes", "--choice", "no"], "yes|no"),
+    ]:
+        assert cli.main(["generate", "demo", "-p", "Hi", "-n", "12", "--seed", "1", "--no-live", *form]) == 0
+        assert re.fullmatch(expected, capsys.readouterr().out.strip())
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "demo", "-p", "Hi", "--json-schema", "{"])

@@ -286,6 +286,24 @@ def test_a_cancelled_answer_is_no_document(model: DiffusionModel) -> None:
     assert result.parsed is None
 
 
+def test_a_gap_obeys(model: DiffusionModel) -> None:
+    """Fillings that fit come first; others are changed into the nearest text that does, of at most max_gap tokens."""
+    before, behind = "The box has ", " coins.\n"
+    for regex in (r"\d+", r"[a-z]+ing", "(x|yy){2}"):
+        filled = model.infill(before, behind, max_gap=8, n=3, seed=2, regex=regex)
+        assert filled.candidates
+        for candidate in filled.candidates:
+            assert re.fullmatch(regex, candidate.text)
+            assert len(model.tokenize(candidate.text)) <= 8
+        assert filled.text == filled.candidates[0].text
+    chosen = model.infill(before, behind, gap=2, seed=1, choices=["five", "no", "a lot of"])
+    assert chosen.text in ("five", "no", "a lot of")
+    free = model.infill(before, behind, gap=2, seed=1)
+    assert model.infill(before, behind, gap=2, seed=1, choices=["?", free.text]).text == free.text
+    with pytest.raises(ValueError, match="max_gap is 2, but the constraint's shortest text has"):
+        model.infill(before, behind, gap=2, regex="[a-c]{40}")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [

@@ -30,6 +30,26 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return _given(args, "max_tokens", "canvas_length", "seed", "stop") | sampling_options(args)
 
 
+def _form(args: argparse.Namespace) -> dict[str, Any]:
+    """What the answer must be, by the options of `DiffusionModel.generate`."""
+    import json
+
+    from pydiffgguf.text.document import decode, read_bytes
+
+    if args.json_schema is not None:
+        text = args.json_schema
+        if not text.lstrip().startswith(("{", "true", "false")):
+            text = decode(*read_bytes(text))
+        try:
+            schema = json.loads(text)
+        except ValueError as error:
+            args.command.error(f"--json-schema: it is no JSON: {error}")
+        return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    if args.grammar is not None:
+        return {"grammar": decode(*read_bytes(args.grammar))}
+    return {name: value for name, value in (("regex", args.regex), ("choices", args.choice)) if value is not None}
+
+
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The same for what every denoising takes."""
     limit = {} if args.time_limit is None else {"time_limit_s": args.time_limit}
@@ -83,7 +103,7 @@ def generate(args: argparse.Namespace) -> int:
             thinking=args.thinking,
             as_json=args.json,
             live=not args.no_live,
-            options=generation_options(args),
+            options=generation_options(args) | _form(args),
             json_lines=args.json_lines,
         )
 

@@ -102,7 +102,16 @@ class SamplingOptions(ScheduleOptions, total=False):
     steps: int | None
 
 
-class GenerateOptions(SamplingOptions, total=False):
+class ConstraintOptions(TypedDict, total=False):
+    """What an answer or a gap must be; one of them."""
+
+    response_format: Mapping[str, Any] | None
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
+
+
+class GenerateOptions(SamplingOptions, ConstraintOptions, total=False):
     """Options of `generate`, `chat` and their streams."""
 
     max_tokens: int | None
@@ -112,10 +121,6 @@ class GenerateOptions(SamplingOptions, total=False):
     noise: Noise | None
     cancel: Cancel | None
     lora: Mapping[str, float] | None
-    response_format: Mapping[str, Any] | None
-    regex: str | None
-    grammar: str | None
-    choices: Sequence[str] | None
 
 
 class ChatOptions(GenerateOptions, total=False):
@@ -149,7 +154,7 @@ class FillOptions(SamplingOptions, total=False):
     lora: Mapping[str, float] | None
 
 
-class InfillOptions(FillOptions, total=False):
+class InfillOptions(FillOptions, ConstraintOptions, total=False):
     """Options of `infill` and its stream."""
 
     gap: Gap

@@ -192,6 +192,7 @@ class Grammar:
         self._start: llguidance.LLMatcher = engine().LLMatcher(tables.table, source, log_level=0)
         self._check(self._start)
         self.endings = _endings(constraint, small, tables.symbols)
+        self._bytes: llguidance.LLMatcher = engine().LLMatcher(tables.symbols.table, small, log_level=0)
 
     def _check(self, matcher: llguidance.LLMatcher) -> None:
         if not matcher.is_error():
@@ -204,6 +205,33 @@ class Grammar:
     def matcher(self) -> llguidance.LLMatcher:
         """A matcher at the beginning."""
         return self._start.deep_copy()
+
+    def accepts(self, text: str) -> bool:
+        """Whether the whole text is one that the constraint takes."""
+        data = list(text.encode())
+        matcher = self._bytes.deep_copy()
+        return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+
+    def nearest(self, text: str, most: int) -> str:
+        """The text, if the constraint takes it; else its longest head that can be ended, with its ending, of at most
+        `most` tokens. Raises ValueError where nothing is so short, UnsupportedError where no ending is known."""
+        if self.accepts(text):
+            return text
+        data = list(text.encode())
+        n = self._bytes.deep_copy().try_consume_tokens(data)
+        back = 1
+        while True:
+            ending = self.endings(data[:n])
+            if ending is not None and len(self.tokens_of([*data[:n], *ending])) <= most:
+                return bytes([*data[:n], *ending]).decode()
+            if n == 0:
+                break
+            n, back = max(0, n - back), 2 * back
+        if ending is None:
+            raise UnsupportedError("no text is known that this constraint takes: it cannot be enforced")
+        raise ValueError(
+            f"max_gap is {most}, but the constraint's shortest text has {len(self.tokens_of(ending))} tokens"
+        )
 
     def tokens_of(self, symbols: Sequence[int]) -> list[int]:
         """Ids that write these symbols. Raises UnsupportedError where the vocabulary cannot."""
