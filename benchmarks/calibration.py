@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,14 @@ ROOT = Path(__file__).parents[1]
 BINS = 10
 
 
-def cells(model: DiffusionModel, draws: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Of each free cell the probability of its most probable digit, and whether that is right."""
+def cells(
+    model: DiffusionModel, draws: int, sequential: bool = False
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Of each free cell the probability of its most probable digit, and whether that is right.
+
+    Args:
+        sequential: one cell after the other, the answers before it pinned, instead of all at once.
+    """
     rows = [json.loads(line) for line in (ROOT / "tests/data/demo_tasks.jsonl").read_text("utf-8").splitlines()]
     digits = [model.tokenize(digit, special=False)[0] for digit in "1234"]
     stats = Stats(seed=0, prompt_tokens=0)
@@ -40,15 +47,17 @@ def cells(model: DiffusionModel, draws: int) -> tuple[npt.NDArray[np.float64], n
             pinned = [-1 if cell == "." else id_ for cell, id_ in zip(row["grid"], grid, strict=True)]
             pinned.append(model.tokenizer.eos_id or 0)
             free = [i for i, id_ in enumerate(pinned) if id_ < 0]
-            tables = []
-            for draw in range(draws):
-                logs = log_probabilities(session, pinned, free, row["id"], draw, stats)[:, digits]
-                weights = np.exp(logs - logs.max(axis=1, keepdims=True))
-                tables.append(weights / weights.sum(axis=1, keepdims=True))
-            mean = np.mean(tables, axis=0)
-            for cell, table in zip(free, mean, strict=True):
-                probability.append(float(table.max()))
-                right.append("1234"[int(table.argmax())] == row["answer"][cell])
+            for asked in [[cell] for cell in free] if sequential else [free]:
+                tables = []
+                for draw in range(draws):
+                    logs = log_probabilities(session, pinned, asked, row["id"], draw, stats)[:, digits]
+                    weights = np.exp(logs - logs.max(axis=1, keepdims=True))
+                    tables.append(weights / weights.sum(axis=1, keepdims=True))
+                for cell, table in zip(asked, np.mean(tables, axis=0), strict=True):
+                    probability.append(float(table.max()))
+                    right.append("1234"[int(table.argmax())] == row["answer"][cell])
+                    if sequential:
+                        pinned[cell] = digits[int(table.argmax())]
     return np.array(probability), np.array(right)
 
 
@@ -97,15 +106,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--sequential", action="store_true", help="one cell after the other")
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     with DiffusionModel(args.model) as model:
-        p, right = cells(model, args.draws)
+        began = time.perf_counter()
+        p, right = cells(model, args.draws, args.sequential)
+        spent = time.perf_counter() - began
     bins = reliability(p, right)
     ece = sum(n * abs(mean - share) for mean, share, n in bins) / len(p)
     for mean, share, n in bins:
         print(f"{mean:.3f} {share:.3f} {n}")
-    print(f"cells {len(p)}, right {right.mean():.3f}, mean probability {p.mean():.3f}, ECE {ece:.4f}")
+    print(f"cells {len(p)}, right {right.mean():.3f}, mean probability {p.mean():.3f}, ECE {ece:.4f}, {spent:.1f} s")
     if args.svg:
         args.svg.write_text(svg(bins, ece), encoding="utf-8")
 
