@@ -7,6 +7,7 @@ Nothing here needs the compiled extension, rich or numpy to be there: a broken i
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -31,6 +32,10 @@ PACKAGES = {
     "tokenizers": "tokenizers",
 }
 
+#: Packages of extras, of which the version is told where they are installed: with llguidance's, a seed gives the same
+#: constrained answer again.
+OPTIONAL = ("llguidance",)
+
 #: Backends of ggml that compute on a GPU, and the switch that builds each.
 GPU_BACKENDS = {"CUDA": "GGML_CUDA", "ROCm": "GGML_HIP", "Vulkan": "GGML_VULKAN", "MTL": "GGML_METAL"}
 
@@ -51,6 +56,7 @@ def examine() -> dict[str, Any]:
         own = None
         problem("pydiffgguf is not installed, only imported from a folder", "pip install . in that folder")
     packages = {name: _package(name, distribution, problem) for name, distribution in PACKAGES.items()}
+    packages |= {name: version(name) for name in OPTIONAL if importlib.util.find_spec(name) is not None}
     build = _build(own, problem)
     folder = Path(__file__).parent.parent
     demo = folder / "data" / "demo.gguf"
