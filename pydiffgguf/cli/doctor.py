@@ -28,7 +28,6 @@ PACKAGES = {
     "huggingface_hub": "huggingface_hub",
     "jinja2": "jinja2",
     "rich": "rich",
-    "safetensors": "safetensors",
     "tokenizers": "tokenizers",
 }
 
