@@ -14,6 +14,7 @@ from gguf import GGUFValueType
 from gguf_rewrite import DROP, Typed, read_tensor, rewrite
 
 from pydiffgguf import DiffusionModel, ModelFormatError, ModelWarning, UnsupportedError
+from pydiffgguf.convert import convert, inspect_file
 
 NUMBERS = [
     "block_count",
@@ -60,6 +61,48 @@ def test_what_is_no_gguf_is_told_so(tmp_path: Path, content: bytes, match: str) 
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
     open_fails(path, ModelFormatError, match)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs pointer .* `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html><head>", "an HTML page, .* write resolve in place of blob"),
+        (b"\x40\0\0\0\0\0\0\0{" + b" " * 63, "a safetensors file: `pydiffgguf convert` .* the folder"),
+        (b"PK\x03\x04" + b"\0" * 100, "a zip archive"),
+    ],
+)
+def test_what_people_have_in_a_models_place_is_named(tmp_path: Path, content: bytes, match: str) -> None:
+    """With what to do about it, by `inspect` and `convert` too."""
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    open_fails(path, ModelFormatError, match)
+    for use in (inspect_file, lambda source: convert(source, tmp_path / "out.gguf")):
+        with pytest.raises(ModelFormatError, match=match):
+            use(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "match"),
+    [
+        ("adapter", "diffusion-gemma", "a LoRA adapter, not a model: .* --lora"),
+        ("mmproj", "clip", r"an image encoder \(mmproj\), not a model: .* --mmproj"),
+        ("model", "clip", r"an image encoder \(mmproj\)"),
+        ("imatrix", "", "an importance matrix, not a model: .* --imatrix"),
+        ("model", "qwen3", '"qwen3", expected "diffusion-gemma"; other models run in llama.cpp or Ollama'),
+    ],
+)
+def test_a_gguf_that_is_no_model_says_what_it_is(tmp_path: Path, kind: str, architecture: str, match: str) -> None:
+    """By its own keys, with the option that takes it."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", architecture)
+    writer.add_type(kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    open_fails(tmp_path / "x.gguf", ModelFormatError, match)
+    with pytest.raises(ModelFormatError, match=match):
+        inspect_file(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize("use_mmap", [True, False])
