@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from shapes import write_head
 
-from pydiffgguf import DiffusionModel, cli
+from pydiffgguf import cli
+from pydiffgguf._binding.native import NativeModel
 from pydiffgguf.convert.inspection.fit import FitPlan, parse_size, plan
 from pydiffgguf.convert.inspection.inspect import FileReport, inspect_file
 
@@ -96,24 +97,23 @@ def test_buffers_are_not_less_than_a_session_takes(shape: str, tmp_path: Path) -
     write_head(tmp_path / "head.gguf", shape, type="q4_k_m")
     contexts: list[dict[str, Any]] = [{"n_ctx": n} for n in (257, 1024, 8192, 32_768)]
     others: list[dict[str, Any]] = [{"n_rows": 512}, {"n_rows": 1280}, {"n_batch": 2048}, {"type_kv": "f32"}]
-    with DiffusionModel(tmp_path / "head.gguf", n_gpu_layers=0) as model:
-        figures = inspect_file(tmp_path / "head.gguf").figures
-        assert figures is not None
-        for options in (*contexts, *others):
-            needs = figures.needs(**options)
-            for sampler in ("host", "operators", "kernels"):
-                for ggml_operators in (False, True):
-                    memory = model.memory(**options, sampler=sampler, ggml_operators=ggml_operators)
-                    assert sum(needs.cache) == memory.kv_cache
-                    assert needs.logits >= memory.logits
-                    assert needs.passes + needs.sampling >= memory.compute
-            assert needs.logits == model.memory(**options).logits
+    model = NativeModel(tmp_path / "head.gguf")
+    figures = inspect_file(tmp_path / "head.gguf").figures
+    assert figures is not None
+    for options in (*contexts, *others):
+        needs = figures.needs(**options)
+        for sampler in ("host", "operators", "kernels"):
+            for ggml_operators in (False, True):
+                memory = model.memory(**options, sampler=sampler, ggml_operators=ggml_operators)
+                assert sum(needs.cache) == memory.kv_cache
+                assert needs.logits >= memory.logits
+                assert needs.passes + needs.sampling >= memory.compute
+        assert needs.logits == model.memory(**options).logits
 
 
 def test_buffers_are_not_much_more_either(heads: dict[str, Path], q4: FileReport) -> None:
     """Of the released shape at a context of 8,192: measured, 1.042 times what a session with the kernels takes."""
-    with DiffusionModel(heads["q4_k_m"], n_gpu_layers=0) as model:
-        memory = model.memory(sampler="kernels", ggml_operators=True)
+    memory = NativeModel(heads["q4_k_m"]).memory(sampler="kernels", ggml_operators=True)
     needs = q4.memory.needs
     assert needs is not None
     assert needs.passes + needs.sampling <= 1.05 * memory.compute
