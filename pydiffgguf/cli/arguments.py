@@ -158,7 +158,9 @@ def _add_generate(subparsers: Any) -> None:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     where = sub.add_mutually_exclusive_group()
     where.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; without -p and -f it is read from stdin")
-    where.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file, less one last newline")
+    where.add_argument(
+        "-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file, without its last newline"
+    )
     sub.add_argument("--raw", action="store_true", help="plain text: do not put the prompt through the chat template")
     sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
     form = sub.add_mutually_exclusive_group()
@@ -177,7 +179,7 @@ def _add_infill(subparsers: Any) -> None:
     sub = _command(
         subparsers,
         "infill",
-        "fill a gap: the text between what stands before and behind it",
+        "fill a gap in a text: write what is missing between the text before it and the text behind it",
         commands.infill,
         "pydiffgguf infill model.gguf main.py --at 12:5",
         "pydiffgguf infill model.gguf main.py --at 12 --gap 20 --in-place",
@@ -186,7 +188,7 @@ def _add_infill(subparsers: Any) -> None:
         "pydiffgguf infill --stdio model.gguf",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    group = sub.add_argument_group("where the gap is", "One of the three; what is read must be UTF-8, - is stdin.")
+    group = sub.add_argument_group("where the gap is", "One of the three. Files must be UTF-8; - reads standard input.")
     group.add_argument("file", metavar="FILE", nargs="?", help="a text file; with --at")
     group.add_argument(
         "--at", type=position, metavar="LINE[:COL]", help="counted from 1, in characters; no COL: the line's end"
@@ -196,28 +198,30 @@ def _add_infill(subparsers: Any) -> None:
     group.add_argument(
         "--template",
         metavar="TEXT",
-        help="text with gaps: <gap/>, <gap max=8/>, <gap min=2 max=8/>, <gap len=3/> (<\\gap/> is the text <gap/>); of "
-        "several gaps each is printed as a JSON string on its own line",
+        help="text with gaps: <gap/>, <gap max=8/>, <gap min=2 max=8/>, <gap len=3/> (<\\gap/> is the text <gap/>); "
+        "several gaps are printed one on a line, as JSON strings",
     )
     group = sub.add_argument_group("the gap")
-    group.add_argument("--gap", type=gap, metavar="N|auto", help="its length in tokens (auto: lengths are tried)")
-    group.add_argument("--min-gap", type=at_least(0), metavar="N", help="shortest that auto tries (0)")
-    group.add_argument("--max-gap", type=at_least(1), metavar="N", help="longest that auto tries (128)")
+    group.add_argument("--gap", type=gap, metavar="N|auto", help="length of the gap in tokens (auto: find it)")
+    group.add_argument("--min-gap", type=at_least(0), metavar="N", help="shortest gap that auto tries (0)")
+    group.add_argument("--max-gap", type=at_least(1), metavar="N", help="longest gap that auto tries (128)")
     group.add_argument(
         "--until",
         choices=("line", "block", "end"),
         help="at the end of a text: stop with the line, with the block of lines, or where the model ends it (end)",
     )
     group.add_argument("--mode", choices=("auto", "raw", "chat"), help="a document, or a request in the chat template")
-    group.add_argument("--no-heal", action="store_true", help="do not go on with the prefix's last, unfinished word")
-    group.add_argument("--extra", action="append", metavar="FILE", help="another file to know; may be given repeatedly")
-    group.add_argument("-n", type=at_least(1), metavar="N", help="rank so many fillings, which --json lists (1)")
-    group.add_argument("--seed", type=int, metavar="N", help="keys all draws (0)")
+    group.add_argument("--no-heal", action="store_true", help="do not complete a half-typed word before the gap")
+    group.add_argument(
+        "--extra", action="append", metavar="FILE", help="another file that the model should know; repeatable"
+    )
+    group.add_argument("-n", type=at_least(1), metavar="N", help="number of alternatives to return with --json (1)")
+    group.add_argument("--seed", type=int, metavar="N", help="random seed (0)")
     sub.add_argument(
         "--in-place",
         action="store_true",
-        help="write the filling into FILE, which must be a writable file without other hard links; a pipe gets nothing "
-        "then, unless writing fails",
+        help="write the text into FILE, which must be a writable file without other hard links; stdout gets it only if "
+        "writing fails",
     )
     sub.add_argument("--json", action="store_true", help="print one object: text, gap_tokens, score, candidates, ...")
     sub.add_argument("--json-lines", action="store_true", help="print an object a line for each event, then the result")
@@ -252,7 +256,7 @@ def _add_serve(subparsers: Any) -> None:
     sub = _command(
         subparsers,
         "serve",
-        "answer programs over HTTP, as OpenAI's and llama-server's interfaces have it, and show a page",
+        "answer programs over HTTP, as the servers of OpenAI and llama.cpp do, and show a page in the browser",
         serve.run,
         "pydiffgguf serve model.gguf",
         "pydiffgguf serve demo --port 8012",
@@ -281,7 +285,13 @@ def _add_convert(subparsers: Any) -> None:
         help="a folder with config.json and safetensors, or hf:OWNER/REPO; a GGUF file, or hf:OWNER/REPO:PATTERN; the "
         "folder of a PEFT adapter",
     )
-    sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="appears only when it is whole")
+    sub.add_argument(
+        "-o",
+        "--out",
+        metavar="OUT.gguf",
+        required=True,
+        help="the file to write; it gets this name when it is complete",
+    )
     sub.add_argument(
         "--type",
         metavar="TYPE",
@@ -292,30 +302,32 @@ def _add_convert(subparsers: Any) -> None:
     sub.add_argument(
         "--region",
         choices=("decoder", "encoder", "both"),
-        help="of an adapter: one set alone, or what its one set acts in",
+        help="for an adapter: use one set alone, or say where its only set acts",
     )
-    sub.add_argument("--base", metavar="MODEL", help="of an adapter: a GGUF model of the kind that it was trained on")
+    sub.add_argument("--base", metavar="MODEL", help="for an adapter: a GGUF model of the kind that it was trained on")
     sub.add_argument(
         "--tensor-type",
         action="append",
         metavar="PATTERN=TYPE",
-        help="tensors whose name has the regular expression get that ggml type; repeatable, the first match counts",
+        help="the type of all tensors whose name matches a regular expression; repeatable, the first match counts",
     )
     sub.add_argument(
-        "--imatrix", metavar="F", help="an importance matrix: of pydiffgguf imatrix, or llama.cpp's in GGUF"
+        "--imatrix", metavar="F", help="an importance matrix, made by pydiffgguf imatrix or by llama.cpp (as GGUF)"
     )
-    sub.add_argument("--threads", type=at_least(1), metavar="N", help="quantize on so many cores (all)")
+    sub.add_argument("--threads", type=at_least(1), metavar="N", help="number of cores to quantize on (all)")
     sub.add_argument(
         "--name", metavar="NAME", help="general.name in the file; the folder's name, or the GGUF's, if not given"
     )
-    sub.add_argument("--allow-missing-tokenizer", action="store_true", help="a folder without tokenizer.json will do")
+    sub.add_argument(
+        "--allow-missing-tokenizer", action="store_true", help="convert a folder that has no tokenizer.json"
+    )
 
 
 def _add_imatrix(subparsers: Any) -> None:
     sub = _command(
         subparsers,
         "imatrix",
-        "collect an importance matrix, by which convert spends the bits of small types where they matter",
+        "learn from a text which weights matter, so that convert can spend bits where they help",
         commands.imatrix,
         "pydiffgguf imatrix model-bf16.gguf -f text.txt -o imatrix.gguf",
         "pydiffgguf convert model-bf16.gguf -o small.gguf --type dg4 --imatrix imatrix.gguf",
@@ -325,8 +337,8 @@ def _add_imatrix(subparsers: Any) -> None:
         "-f", "--file", metavar="FILE", required=True, help="UTF-8 text like what the model will write; - is stdin"
     )
     sub.add_argument("-o", "--out", metavar="OUT.gguf", required=True, help="in llama.cpp's imatrix GGUF format")
-    sub.add_argument("--chunks", type=at_least(1), metavar="N", help="run at most so many chunks of the text (all)")
-    sub.add_argument("--seed", type=int, metavar="N", default=0, help="of the random tokens on the canvases (0)")
+    sub.add_argument("--chunks", type=at_least(1), metavar="N", help="use at most this many chunks of the text (all)")
+    sub.add_argument("--seed", type=int, metavar="N", default=0, help="random seed of the canvases (0)")
     add_model_options(sub)
 
 
@@ -334,7 +346,7 @@ def _add_inspect(subparsers: Any) -> None:
     sub = _command(
         subparsers,
         "inspect",
-        "what a GGUF file holds, what memory it needs, what it lacks; or what sets two files apart",
+        "show what a GGUF file holds, how much memory it needs and what it lacks; or how two files differ",
         commands.inspect,
         "pydiffgguf inspect model.gguf",
         "pydiffgguf inspect model.gguf --tensors --json",
@@ -343,20 +355,18 @@ def _add_inspect(subparsers: Any) -> None:
         "pydiffgguf inspect my-lora/ --base model.gguf",
     )
     sub.add_argument("file", metavar="FILE", nargs="?", help=f"{MODEL_HELP}; an adapter's folder or file")
-    sub.add_argument("--base", metavar="MODEL", help="of an adapter: say what of it does not fit this model")
-    sub.add_argument(
-        "--diff", nargs=2, metavar=("A", "B"), help="compare two files, in place of FILE: keys and tensors"
-    )
-    sub.add_argument("--data", action="store_true", help="with --diff: the weights too, byte for byte")
+    sub.add_argument("--base", metavar="MODEL", help="for an adapter: say what in it does not fit this model")
+    sub.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare the keys and tensors of two files")
+    sub.add_argument("--data", action="store_true", help="with --diff: compare the weights too, byte for byte")
     sub.add_argument("--tensors", action="store_true", help="list every tensor")
     sub.add_argument("--json", action="store_true", help="print one object")
-    sub.add_argument("--ctx", type=int, metavar="N", help="positions to reckon the memory for")
-    sub.add_argument("--type-kv", metavar="TYPE", help="type of the cache to reckon with (f16)")
+    sub.add_argument("--ctx", type=int, metavar="N", help="calculate memory for a context of N tokens")
+    sub.add_argument("--type-kv", metavar="TYPE", help="calculate memory for a cache of this type (f16)")
     sub.add_argument(
         "--fit",
         metavar="SIZE",
-        help="what goes onto a device with this much memory free (16GB is 10^9 bytes each, 16GiB 2^30), and what "
-        "stays; RAM: whether it fits into this machine's memory",
+        help="show what goes onto a device with this much free memory, and what does not (GB: 10^9 bytes, GiB: 2^30); "
+        "RAM: whether it fits into this machine's memory",
     )
 
 
@@ -373,7 +383,7 @@ def _add_rpc_server(subparsers: Any) -> None:
         "--host",
         metavar="ADDRESS",
         default="127.0.0.1",
-        help="where to listen (127.0.0.1); there is no authentication: never where strangers can reach it",
+        help="where to listen (127.0.0.1); there is no password, so never listen where strangers can reach it",
     )
     sub.add_argument("--port", type=at_least(1), metavar="P", default=50052, help="(50052)")
     sub.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (as many as there are)")
@@ -391,8 +401,8 @@ def _add_bench(subparsers: Any) -> None:
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--prefill", type=int, metavar="N", default=512, help="tokens of the prompt to encode (512)")
-    sub.add_argument("--repeat", type=int, metavar="N", default=5, help="times are medians of so many runs (5)")
-    sub.add_argument("-p", "--prompt", metavar="TEXT", help="what to generate from")
+    sub.add_argument("--repeat", type=int, metavar="N", default=5, help="number of runs; times are their medians (5)")
+    sub.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt of the generation that is timed")
     sub.add_argument(
         "--compare",
         nargs=2,
@@ -424,16 +434,18 @@ def _add_generation(sub: Any) -> None:
         "--canvas-length",
         type=int,
         metavar="N",
-        help="tokens denoised at once, fewer than the file's for short answers: faster, but not as it was trained",
+        help="tokens that are denoised at once: fewer are faster for short answers, but the model was not trained so",
     )
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
 
 
 def _add_sampling(sub: Any) -> Any:
     group = sub.add_argument_group("sampling", "What is not given comes from the file, then from the released model.")
     for name, kind, text in SAMPLING:
         group.add_argument(flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
-    group.add_argument("--time-limit", type=float, metavar="S", help="begin no step later than so many seconds")
+    group.add_argument(
+        "--time-limit", type=float, metavar="S", help="stop after this many seconds and return the best so far"
+    )
     return group
 
 
@@ -457,16 +469,28 @@ def add_model_options(sub: Any) -> None:
         metavar="N|auto|all",
         help="layers on devices (auto: as many as fit)",
     )
-    group.add_argument("--cpu-moe", type=at_least(0), metavar="N", help="keep the first N layers' experts on the CPU")
-    group.add_argument("--tensor-split", type=numbers, metavar="X,Y", help="each device's share (its free memory)")
+    group.add_argument(
+        "--cpu-moe", type=at_least(0), metavar="N", help="keep the experts of the first N layers on the CPU"
+    )
+    group.add_argument(
+        "--tensor-split",
+        type=numbers,
+        metavar="X,Y",
+        help="each device's share of the layers (in proportion to free memory)",
+    )
     group.add_argument("--main-gpu", type=at_least(0), metavar="I", help="the device with the head (the last)")
     group.add_argument("--no-offload-kv", action="store_true", help="keep the cache, and attention, on the CPU")
     group.add_argument(
-        "--rpc", type=words, metavar="HOST:PORT,..", help="devices of other machines, which run pydiffgguf rpc-server"
+        "--rpc",
+        type=words,
+        metavar="HOST:PORT,..",
+        help="use the devices of other machines that run pydiffgguf rpc-server",
     )
     group.add_argument("--sampler", metavar="KIND", help="host, operators or kernels (auto: by the main device)")
     group.add_argument("--type-kv", metavar="TYPE", help="type of the cache: f16 (default), f32, bf16, q8_0")
-    group.add_argument("--cpu", metavar="LEVEL", help="instructions that the CPU uses, as doctor lists them (the best)")
+    group.add_argument(
+        "--cpu", metavar="LEVEL", help="level of CPU instructions, by a name that doctor lists (the best)"
+    )
     group.add_argument(
         "--lora",
         action="append",
@@ -474,7 +498,9 @@ def add_model_options(sub: Any) -> None:
         metavar="PATH[:SCALE]",
         help="run this adapter beside the weights: a PEFT folder, a GGUF file, or hf:OWNER/REPO; repeatable",
     )
-    group.add_argument("--verbose", action="store_true", help="say on stderr what was opened and what it takes")
+    group.add_argument(
+        "--verbose", action="store_true", help="say on stderr what was opened and how much memory it takes"
+    )
 
 
 def _version() -> str:

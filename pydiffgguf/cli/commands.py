@@ -16,11 +16,16 @@ from typing import Any
 #: Sampling options of the Python interface, as flags: name, type, what it does.
 SAMPLING: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("steps", int, "denoise steps of the temperature schedule"),
-    ("max_steps", int, "stop a canvas after so many steps, whatever the schedule"),
-    ("t_min", float, "temperature at the schedule's end"),
-    ("t_max", float, "temperature at its beginning"),
-    ("entropy_bound", float, "nats that a step may accept together, beyond the most certain token"),
-    ("stability_threshold", int, "equal drafts in a row that a stop needs, besides the present one"),
+    ("max_steps", int, "stop a canvas after this many steps, whatever the schedule"),
+    ("t_min", float, "temperature that the schedule falls to"),
+    ("t_max", float, "temperature of the first step"),
+    (
+        "entropy_bound",
+        float,
+        "uncertainty that a step may accept: the most certain tokens whose entropies add up to this many nats; higher "
+        "is faster and riskier",
+    ),
+    ("stability_threshold", int, "stop when the draft has not changed for this many steps"),
     ("confidence_threshold", float, "mean entropy in nats, below which a stable canvas is finished"),
 )
 
