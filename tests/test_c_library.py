@@ -8,11 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pydiffgguf import demo_model_path
@@ -67,8 +67,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-#: For both builds of the source release: the second one takes the objects of the first, which is two minutes of work.
-GENERATOR = {"CMAKE_GENERATOR": "Ninja" if shutil.which("ninja") else "Unix Makefiles"}
+#: For both builds of the source release. With the same tools the second takes the objects of the first, which is two
+#: minutes of work; pip would take the compiler that Python was built with.
+TOOLS = {"CMAKE_GENERATOR": "Ninja" if shutil.which("ninja") else "Unix Makefiles"}
+if shutil.which("cc") and shutil.which("c++"):
+    TOOLS |= {"CC": "cc", "CXX": "c++"}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("-C", "build-dir=build/both", "-C", "cmake.define.PYDIFFGGUF_WERROR=ON"),
         cwd=source,
         offline=True,
-        **GENERATOR,
+        **TOOLS,
     )
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -96,7 +99,7 @@ def prefix(source: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) 
     run(
         *("cmake", "-S", source, "-B", build, "-DPYDIFFGGUF_WERROR=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON"),
         offline=True,
-        **GENERATOR,
+        **TOOLS,
     )
     run("cmake", "--build", build, "--parallel", str(os.cpu_count()), offline=True)
     run("cmake", "--install", build, "--prefix", folder / "installed")
@@ -133,7 +136,7 @@ with pydiffgguf.DiffusionModel(pydiffgguf.demo_model_path()) as model:
     print(model.generate("Put in order: 9 7 1.", seed=7).text)
 """
     # -S leaves out the hooks of a development install, which would be imported in its place.
-    site, others = tmp_path / "site", sysconfig.get_path("platlib")
+    site, others = tmp_path / "site", Path(np.__file__).parents[1]
     assert run(sys.executable, "-S", "-c", script, site, others) == "1 7 9\n"
 
 
