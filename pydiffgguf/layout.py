@@ -22,7 +22,7 @@ from pydiffgguf.text.tokenizer import Tokenizer
 
 __all__ = ["Layout", "chat_message", "check_extra", "fence_around", "lay_out", "resolve_mode"]
 
-#: A word longer than so many tokens is not healed, nor one that takes more than a quarter of the canvas.
+#: A word longer than this many tokens is not healed, nor one that takes more than a quarter of the canvas.
 MOST_HEAD = 4
 #: Tokens of the prefix that open the answer in the chat form.
 CHAT_TAIL = 64

@@ -66,7 +66,7 @@ class DiffusionModel:
     has the most in common with its prompt, and encodes the prompt from where it differs.
 
     Args:
-        path: the GGUF file; of a model in several (``NAME-00001-of-0000N.gguf``) the first, with the others beside it.
+        path: the GGUF file, or the first of several (``NAME-00001-of-0000N.gguf``), with the others in the same folder.
             Or ``hf:OWNER/REPO[:PATTERN]``, as for `from_pretrained`.
         n_ctx: positions of a session: prefix, finished canvases and the live canvas. None: the smaller of 8192 and the
             file's context_length.
@@ -77,9 +77,9 @@ class DiffusionModel:
             "auto" puts as many there as fit into free memory, the attention and dense parts of all layers before any
             expert (docs/DEVICES.md); "all" and -1 put all there. `devices()` and `verbose` say what came of it.
         n_cpu_moe: the experts of this many first layers stay on the CPU; with "auto", at least these.
-        tensor_split: each device's share of the layers; None: as their free memory.
+        tensor_split: each device's share of the layers; None: in proportion to their free memory.
         main_gpu: index in `devices()`-order of the device with the head and the sampler; None: the last.
-        offload_kv: a layer's cache lies where the layer does; False: on the CPU.
+        offload_kv: True puts a layer's cache where the layer is, False on the CPU.
         rpc: "host:port" of servers that `pydiffgguf rpc-server` runs; docs/DEVICES.md.
         sampler: what makes the work on a step's logits. "host": C++ on the CPU; "operators": ggml's, where the logits
             are; "kernels": own ones, on CUDA (and, far slower than "host", on the CPU: for tests); "auto": the last
@@ -94,8 +94,7 @@ class DiffusionModel:
         lora: adapters to load, paths or (path, scale): PEFT folders, GGUF adapters, or ``hf:OWNER/REPO[:SUBFOLDER]``.
             They run beside the weights in every call that does not say otherwise (docs/ADAPTERS.md).
         progress: called with a `Progress` while a file is downloaded and opened, on the thread that works.
-        verbose: say on stderr what was opened and what it takes. Nothing is printed otherwise; the same goes to the
-            logger "pydiffgguf".
+        verbose: say on stderr what was opened and how much memory it takes. The logger "pydiffgguf" has it too.
 
     Raises:
         OSError: no such file, a directory, not readable; no RPC server at an address.

@@ -68,7 +68,7 @@ class Hole:
         return list(itertools.takewhile(lambda id_: id_ >= 0, self.suffix[:SUFFIX_ROWS]))
 
     def longest_gap(self, canvas: int) -> int:
-        """Tokens of a gap that one canvas of so many rows holds together with the suffix's first ones."""
+        """Tokens of a gap that one canvas of this many rows holds together with the suffix's first ones."""
         return canvas - len(self.head) - min(len(self.suffix), suffix_rows(canvas))
 
 

@@ -78,7 +78,7 @@ class Canvas(ArrayRecord):
 
 
 #: Options of the canvas loop, by the names that they have everywhere. `time_limit_s` is the only one that is not part
-#: of the sampler itself: no new step, and in `generate` no new chunk of the prompt, begins later than so many seconds
+#: of the sampler itself: no new step, and in `generate` no new chunk of the prompt, begins later than this many seconds
 #: after the call.
 SAMPLING_OPTIONS = (*(f.name for f in fields(Sampling)), "time_limit_s")
 

@@ -1,4 +1,4 @@
-"""Which part of a model goes onto a device with so much memory: layers, experts, cache, buffers, and what is left over.
+"""Which part of a model goes onto a device with this much memory: layers, experts, cache, buffers, and what is left.
 
 What goes there, what is kept free and what the buffers take is the engine's to say (model/placement.cpp), which does
 the same when it opens a model with `n_gpu_layers="auto"`; here are a file's sizes, from its header alone, and the sums.

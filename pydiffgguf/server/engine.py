@@ -24,7 +24,7 @@ __all__ = ["Engine", "Job", "Kind", "Mailbox", "Outcome", "Why"]
 
 logger = logging.getLogger("pydiffgguf.server")
 
-#: Every so many steps the turn goes to a class that would have to wait.
+#: Every this many steps the turn goes to a class that would have to wait.
 FAIR = 5
 
 
@@ -197,7 +197,7 @@ class Engine:
                 self._end(job, Why.STOPPING)
 
     def close(self, timeout: float) -> None:
-        """Ends the thread after the step under way; waits so many seconds for it."""
+        """Ends the thread after the step under way; waits this many seconds for it."""
         with self._changed:
             self._stopping = self._closed = True
             self._changed.notify()

@@ -10,7 +10,7 @@ from pydiffgguf.completions import frame
 
 __all__ = ["Frames", "wanted"]
 
-#: At most so many drafts a second; the last of a block always goes out.
+#: At most this many drafts a second; the last of a block always goes out.
 PER_SECOND = 20
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CUT_SUFFIX", "DEFAULT_GAP", "Asked", "Trimmed", "trim"]
 
-#: Editors send the rest of the line, at most so many lines and a newline: a suffix with more newlines was cut.
+#: Editors send the rest of the line, at most this many lines and a newline: a suffix with more newlines was cut.
 CUT_SUFFIX = 65
 DEFAULT_GAP = 128
 

@@ -197,7 +197,7 @@ def from_units(text: str, n: int, unit: Unit) -> int:
 
 
 def to_units(text: str, offset: int, unit: Unit) -> int:
-    """A place after so many characters, counted in other units. Raises ValueError for an unknown unit."""
+    """A place after this many characters, counted in other units. Raises ValueError for an unknown unit."""
     if unit == "characters":
         return len(text[:offset])
     if unit == "utf-8":

@@ -102,7 +102,7 @@ class TextView:
         return self.read(tokens, ended=ended).text
 
     def tokens_within(self, tokens: list[int], n_characters: int) -> list[int]:
-        """The longest head of `tokens` whose answer has at most so many characters."""
+        """The longest head of `tokens` whose answer has at most `n_characters` characters."""
 
         def length(n: int) -> int:
             return len(self.answer(tokens[:n], ended=False))
