@@ -580,6 +580,7 @@ class DiffusionModel:
         think: int = 0,
         seed: int | None = 0,
         cancel: Cancel | None = None,
+        lora: Mapping[str, float] | None = None,
     ) -> Reading:
         """Typed questions about a state, answered by probabilities that are read off the canvas: nothing is written
         (docs/READ.md).
@@ -594,7 +595,7 @@ class DiffusionModel:
             sequential: one question after the other, each in sight of the answers before it.
             think: tokens of a thought before the answers; 0: none.
             seed: keys all draws (0); None or -1: a fresh one.
-            cancel: as in `generate`.
+            cancel, lora: as in `generate`.
 
         Returns a dict of Answer by id, whose `stats` say what it cost.
 
@@ -613,6 +614,7 @@ class DiffusionModel:
             think=think,
             seed=seed,
             cancel=cancel,
+            lora=lora,
         )
 
     # ------------------------------------------------------------------------------------------------------ sessions

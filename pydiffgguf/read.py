@@ -21,7 +21,7 @@ from pydiffgguf._arguments import int32, integer, real, seed_of
 from pydiffgguf._binding import functions
 from pydiffgguf._binding.records import Float64Array
 from pydiffgguf._log import logger
-from pydiffgguf.engine.call import Call, drain
+from pydiffgguf.engine.call import drain
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.options import Cancel
 from pydiffgguf.errors import ContextOverflowError, UnsupportedError
@@ -115,6 +115,7 @@ def read(
     think: int,
     seed: int | None,
     cancel: Cancel | None,
+    lora: Mapping[str, float] | None,
 ) -> Reading:
     """See `DiffusionModel.read`."""
     integer("steps", steps, 1, 64)
@@ -122,12 +123,12 @@ def read(
         integer("samples", samples, 1, 1024)
     int32("think", think)
     seed = seed_of(seed)
-    call = Call(cancel)
+    call = engine.call({"cancel": cancel, "lora": lora})
     asked = _check(questions)
     shown = _shown(state)
     labels = _Labels(engine.tokenizer)
-    prompt = _prompt(engine, asked, labels, shown, think, seed, cancel)
-    stats = Stats(seed=seed, prompt_tokens=len(prompt))
+    prompt = _prompt(engine, asked, labels, shown, think, seed, cancel, lora)
+    stats = Stats(seed=seed, prompt_tokens=len(prompt), lora=dict(call.adapters.names))
     answers: dict[str, Answer] = {}
     with engine.pool.take(prompt, call) as session:
         for _ in encode_prompt(session, prompt, stats, call):
@@ -271,6 +272,7 @@ def _prompt(
     think: int,
     seed: int,
     cancel: Cancel | None,
+    lora: Mapping[str, float] | None,
 ) -> list[int]:
     lines = ["Answer each question about what follows with one of its labels, and nothing else."]
     for i, question in enumerate(asked, 1):
@@ -288,7 +290,7 @@ def _prompt(
     channel = engine.view.channel_ids
     if not think or channel is None:
         return ids
-    options = {"max_tokens": think + 1, "seed": seed, "cancel": cancel}
+    options = {"max_tokens": think + 1, "seed": seed, "cancel": cancel, "lora": lora}
     thought = drain(stream_ids(engine, ids, options, thought_tokens=think, watched=False)).tokens
     if channel[1] in thought:
         return [*ids, *thought[: thought.index(channel[1]) + 1]]

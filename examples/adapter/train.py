@@ -48,6 +48,8 @@ def batch(rng: Random, model: DiffusionModel, rows: int) -> tuple[torch.Tensor, 
 
 def train(out: Path, steps: int, minutes: float, seed: int) -> None:
     """Writes the adapter's folder."""
+    # A second thread brings these small matrices little, and waits for ever where another program wants its core.
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = Random(seed)
     demo = DiffusionModel(demo_model_path())
