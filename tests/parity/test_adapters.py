@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from levels import LEVELS
 from nets import Net, Report, relative_error
 from peft_adapters import KINDS, adapted, save
 from places import DEVICES, Place
-from reference import Model, reference_logits
+from rebuild import model_from_gguf
+from reference import HandedNoise, Model, Sampling, reference_generate, reference_logits, same_path
 
+from pydiffgguf import DiffusionModel
 from pydiffgguf._binding.adapters import NativeAdapter, set_adapters
 from pydiffgguf.convert.adapter.gguf_adapter import to_gguf
 from pydiffgguf.convert.adapter.opening import read_adapter
@@ -95,3 +99,56 @@ def test_adapted_logits_are_pefts(
     assert moved > 0.02 or (kind == "router" and name == "one_kv_head")
     assert worst <= place.tolerance
     assert effect <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "bf16"])
+def test_a_quantized_base_is_what_the_pairs_run_beside(net: Callable[[str], Net], kind: str, report: Report) -> None:
+    """The reference has the base's rounded weights, and the least level of this processor multiplies them in float32.
+    The adapted logits are as close as the bare ones, to 1e-5."""
+    one = net("many_experts")
+    base = model_from_gguf(one.gguf(kind))
+    model = adapted(base, KINDS["two regions"], seed=3)
+    folder = save(model, one.checkpoint.with_name(f"beside-{kind}"))
+    prompt, canvas = one.ids(1, 40), one.ids(2, one.canvas_length)
+    options = {"type_kv": "f32", "n_ctx": 1024, "n_threads": 1, "n_gpu_layers": 0, "cpu": LEVELS[0]}
+    with DiffusionModel(one.gguf(kind), lora=[folder], **options) as opened:
+        assert {tensor.kernel for tensor in opened.tensors()} == {"float32"}
+        errors = []
+        for lora, reference_model in (({}, base), (None, model.base_model.model)):
+            session = opened.session(lora=lora)
+            session.encode(prompt)
+            errors.append(relative_error(session.denoise(canvas), reference_logits(reference_model, prompt, canvas)))
+    report(f"adapter beside {kind}: relative error {errors[1]:.1e}, of the bare model {errors[0]:.1e}")
+    assert errors[1] <= errors[0] + 1e-5
+
+
+@pytest.mark.parametrize("name", ["alternating", "full_first"])
+def test_adapted_trajectories_are_pefts(walker: Callable[[str], Net], name: str, report: Report) -> None:
+    """Three canvases with the same draws: every token and every count of steps, for each seed on which transformers'
+    own two attentions agree."""
+    one = walker(name)
+    # Small factors: the walkers' nets are sharp, and a router that flips at a near tie would decide.
+    model = adapted(one.model, replace(KINDS["two regions"], size=0.5), seed=5)
+    folder = save(model, one.checkpoint.with_name(f"{name}.walking"))
+    inner, sampling, counted = model.base_model.model, Sampling(steps=10, entropy_bound=2.0), 0
+    with DiffusionModel(one.gguf("f32"), type_kv="f32", n_threads=1, n_gpu_layers=0, lora=[folder]) as opened:
+        for seed in range(4):
+            noise = HandedNoise(seed, one.canvas_length, one.vocab_size)
+            prompt = one.ids(seed, 30)
+            wanted = reference_generate(inner, prompt, noise, 3, sampling)
+            if not same_path(wanted, reference_generate(inner, prompt, noise, 3, sampling, attn="eager")):
+                continue
+            counted += 1
+            got = opened.generate(
+                prompt.tolist(),
+                noise=noise,
+                max_tokens=3 * one.canvas_length,
+                **{key: value for key, value in asdict(sampling).items() if value is not None},
+            )
+            assert got.stats.steps == [len(canvas.steps) for canvas in wanted]
+            assert got.tokens == np.concatenate([canvas.tokens for canvas in wanted]).tolist()
+            assert (
+                got.tokens != opened.generate(prompt.tolist(), noise=noise, lora={}, max_tokens=len(got.tokens)).tokens
+            )
+    report(f"adapted trajectories, {name}: {counted} of 4 seeds counted, all equal")
+    assert counted >= 3
