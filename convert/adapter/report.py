@@ -119,7 +119,8 @@ def misfits(adapter: Adapter, base: GGUFHead) -> list[str]:
         for target, outputs in base_matrices(pair, base):
             tensor = base.tensors.get(f"{target}.weight")
             if tensor is None:
-                found.append(f"{pair.target}: this base has none there: another base model?")
+                where, _, what = pair.target.rpartition(".")
+                found.append(f"{where or 'the decoder'}: this base has no {what} there: another base model?")
                 break
             there = (tensor.shape[0], tensor.shape[1] * outputs)
             if made != there:
