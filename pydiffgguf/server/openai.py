@@ -72,7 +72,12 @@ class OpenAI:
         def prepare() -> Series:
             ids = model.chat_tokens(messages, **options)
             check_room(model, len(ids))
-            return series_of(model, [ids], how, service.settings.time_limit)
+            if options.get("tool_choice") in (None, "auto", "none"):
+                return series_of(model, [ids], how, service.settings.time_limit)
+            # A call that is forced is a constraint, which belongs to the conversation and not to its tokens.
+            chat = partial(model.stream_chat, messages, **options)
+            makers = [partial(how.limited, partial(chat, seed=seed)) for seed in how.seeds()]
+            return Series(makers, service.settings.time_limit)
 
         series = await service.text(prepare)
         shared = self._shared(how)

@@ -311,6 +311,25 @@ def test_thoughts_and_tool_calls_come_apart_from_the_text(
     assert asked["tools"] == TOOLS and asked["thinking"] is True and asked["messages"] == QUESTION
 
 
+def test_a_forced_call_reaches_the_model_as_one(
+    client: openai.OpenAI, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choice is a constraint on the answer, and not on the prompt alone."""
+    asked: list[Any] = []
+
+    def stream_chat(messages: Any, **options: Any) -> Canned:
+        asked.append(options["tool_choice"])
+        return Canned()
+
+    monkeypatch.setattr(server.service.model, "stream_chat", stream_chat)
+    monkeypatch.setattr(server.service.model, "chat_tokens", lambda messages, **options: [1])
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        answer = client.chat.completions.create(model="", messages=QUESTION, tools=TOOLS, tool_choice=choice)
+        assert answer.choices[0].finish_reason == "tool_calls"
+    assert asked == ["required", named]
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
