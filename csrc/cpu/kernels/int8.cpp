@@ -5,8 +5,10 @@
 #include <cmath>
 #include <type_traits>
 
-#if DG_HAS_INT8
+#if defined(DG_INT8_VNNI) || defined(DG_INT8_PAIRS)
 #    include <immintrin.h>
+#elif DG_HAS_INT8
+#    include <arm_neon.h>
 #endif
 
 namespace dg::DG_LEVEL {
@@ -31,116 +33,256 @@ bool has_int8_product(ggml_type type) {
 #if DG_HAS_INT8
 namespace {
 
-// What a type's quants are, seen as integers from 0 on.
+// What a type's quants are, as unpack_quants leaves them.
 struct Layout {
     int32_t zero; // the integer that stands for 0
     bool halves;  // 16 values share a scale, not 32
     bool minimum; // minima are subtracted
+    int fits;     // sums of four products of which 16 bits hold so many, two and two: 32767 / (2 * 127 * greatest)
 };
 
 template <ggml_type TYPE> constexpr Layout layout() {
     switch (TYPE) {
-        case GGML_TYPE_Q8_0: return {128, false, false};
-        case GGML_TYPE_Q4_0: return {8, false, false};
-        case GGML_TYPE_Q5_0: return {16, false, false};
-        case GGML_TYPE_Q6_K: return {32, true, false};
-        default: return {0, false, true}; // Q4_K, Q5_K
+        case GGML_TYPE_Q8_0: return {Q8_ZERO, false, false, 1};
+        case GGML_TYPE_Q4_0: return {8, false, false, 8};
+        case GGML_TYPE_Q5_0: return {16, false, false, 4};
+        case GGML_TYPE_Q6_K: return {32, true, false, 2};
+        case GGML_TYPE_Q5_K: return {0, false, true, 4};
+        default: return {0, false, true, 8}; // Q4_K
     }
 }
 
-__m512i load_int(const void *from) { return _mm512_loadu_si512(from); }
+// Rows and vectors of columns of a tile, and rows that go through a group together: what the registers hold.
+#    if defined(__AVX512F__)
+constexpr int MOST_TILE_ROWS = 8;
+constexpr int TILE_VECTORS = 2;
+constexpr int TOGETHER = 2;
+#    elif defined(__aarch64__)
+constexpr int MOST_TILE_ROWS = 8;
+constexpr int TILE_VECTORS = 2;
+constexpr int TOGETHER = 2;
+#    else
+constexpr int MOST_TILE_ROWS = 6;
+constexpr int TILE_VECTORS = 1;
+constexpr int TOGETHER = 3;
+#    endif
 
-// R rows (even) and V vectors of columns.
-template <ggml_type TYPE, int R, int V>
-void multiply_tile_int8(const IntRows &rows, int64_t first, int64_t depth, const GroupColumns *x, float *out,
-                        bool add) {
-    constexpr Layout L = layout<TYPE>();
-    constexpr int PAIR = R >= 2 ? 2 : 1;
-    constexpr int PARTS = L.halves ? 2 : 1; // of a group, each with a scale of its own
-    constexpr int FOURS = GROUP / 4 / PARTS;
-    __m512 sums[R][V];
-    for (int r = 0; r < R; ++r) {
+IntLanes load_int(const void *from) {
+    IntLanes v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+Lanes to_float(IntLanes x) { return __builtin_convertvector(x, Lanes); }
+
+// The sums of R rows' products with V vectors of columns, over a group's values [first, last), added to `dots`.
+// `quants`: of the first row and of the group; `x`: the group's columns, from the first vector's on.
+#    if defined(DG_INT8_VNNI)
+
+IntLanes dot(IntLanes sum, IntLanes weights, IntLanes columns) {
+#        if defined(__AVX512F__)
+    return reinterpret_cast<IntLanes>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights), reinterpret_cast<__m512i>(columns)));
+#        else
+    return reinterpret_cast<IntLanes>(_mm256_dpbusd_avx_epi32(
+        reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weights), reinterpret_cast<__m256i>(columns)));
+#        endif
+}
+
+template <ggml_type, int R, int V>
+void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns &x, int64_t column, int first,
+              int last) {
+    for (int four = first / 4; four < last / 4; ++four) {
+        IntLanes columns[V];
         for (int v = 0; v < V; ++v) {
-            sums[r][v] = _mm512_setzero_ps();
+            columns[v] = load_int(x.quants[four][column + v * LANES]);
+        }
+        for (int r = 0; r < R; ++r) {
+            int32_t weights;
+            std::memcpy(&weights, quants + r * IntRows::ROW + four * 4, sizeof weights);
+            for (int v = 0; v < V; ++v) {
+                dots[r][v] = dot(dots[r][v], IntLanes{} + weights, columns[v]);
+            }
         }
     }
+}
+
+#    elif defined(DG_INT8_PAIRS)
+
+#        if defined(__AVX2__)
+typedef __m256i Bytes;
+Bytes products(Bytes a, Bytes b) { return _mm256_maddubs_epi16(a, b); }
+Bytes add_pairs(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
+Bytes sum_pairs(Bytes a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+Bytes magnitude(Bytes a) { return _mm256_abs_epi8(a); }
+Bytes with_sign(Bytes a, Bytes of) { return _mm256_sign_epi8(a, of); }
+#        else
+typedef __m128i Bytes;
+Bytes products(Bytes a, Bytes b) { return _mm_maddubs_epi16(a, b); }
+Bytes add_pairs(Bytes a, Bytes b) { return _mm_add_epi16(a, b); }
+Bytes sum_pairs(Bytes a) { return _mm_madd_epi16(a, _mm_set1_epi16(1)); }
+Bytes magnitude(Bytes a) { return _mm_abs_epi8(a); }
+Bytes with_sign(Bytes a, Bytes of) { return _mm_sign_epi8(a, of); }
+#        endif
+
+template <ggml_type TYPE, int R, int V>
+void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns &x, int64_t column, int first,
+              int last) {
+    constexpr int FITS = layout<TYPE>().fits;
+    static_assert(V == 1);
+    for (int four = first / 4; four < last / 4; four += FITS) {
+        Bytes pairs[R];
+        for (int i = 0; i < FITS; ++i) {
+            const auto columns = reinterpret_cast<Bytes>(load_int(x.quants[four + i][column]));
+            for (int r = 0; r < R; ++r) {
+                int32_t four_weights;
+                std::memcpy(&four_weights, quants + r * IntRows::ROW + (four + i) * 4, sizeof four_weights);
+                const auto weights = reinterpret_cast<Bytes>(IntLanes{} + four_weights);
+                // The first factor is unsigned: signed quants hand their sign to the other.
+                const Bytes both = TYPE == GGML_TYPE_Q8_0 ? products(magnitude(weights), with_sign(columns, weights))
+                                                          : products(weights, columns);
+                pairs[r] = i == 0 ? both : add_pairs(pairs[r], both);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            dots[r][0] += reinterpret_cast<IntLanes>(sum_pairs(pairs[r]));
+        }
+    }
+}
+
+#    elif defined(DG_INT8_DOTS)
+
+template <ggml_type, int R, int V>
+void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns &x, int64_t column, int first,
+              int last) {
+    for (int four = first / 4; four < last / 4; ++four) {
+        int8x16_t columns[V];
+        for (int v = 0; v < V; ++v) {
+            columns[v] = vld1q_s8(x.quants[four][column + v * LANES]);
+        }
+        for (int r = 0; r < R; ++r) {
+            int32_t weights;
+            std::memcpy(&weights, quants + r * IntRows::ROW + four * 4, sizeof weights);
+            const int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(weights));
+            for (int v = 0; v < V; ++v) {
+                dots[r][v] =
+                    reinterpret_cast<IntLanes>(vdotq_s32(reinterpret_cast<int32x4_t>(dots[r][v]), all, columns[v]));
+            }
+        }
+    }
+}
+
+#    else // matrices: two rows of eight values times two columns of eight values
+
+template <ggml_type, int R, int V>
+void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns &x, int64_t column, int first,
+              int last) {
+    for (int r = 0; r < R; r += 2) {
+        const int second = r + 1 < R ? r + 1 : r;
+        int32x4_t sums[V][2] = {}; // row r with columns 0 and 1, row r + 1 with them; the same of columns 2 and 3
+        for (int eight = first / 8; eight < last / 8; ++eight) {
+            const auto *at = reinterpret_cast<const int8_t *>(quants) + eight * 8;
+            const int8x16_t weights = vcombine_s8(vld1_s8(at + r * IntRows::ROW), vld1_s8(at + second * IntRows::ROW));
+            for (int v = 0; v < V; ++v) {
+                for (int half = 0; half < 2; ++half) {
+                    sums[v][half] =
+                        vmmlaq_s32(sums[v][half], weights, vld1q_s8(x.quants[eight][column + v * LANES + half * 2]));
+                }
+            }
+        }
+        for (int v = 0; v < V; ++v) {
+            const int64x2_t left = vreinterpretq_s64_s32(sums[v][0]);
+            const int64x2_t right = vreinterpretq_s64_s32(sums[v][1]);
+            dots[r][v] += reinterpret_cast<IntLanes>(vzip1q_s64(left, right));
+            if (second > r) {
+                dots[second][v] += reinterpret_cast<IntLanes>(vzip2q_s64(left, right));
+            }
+        }
+    }
+}
+
+#    endif
+
+// R rows and V vectors of columns, the first at `column`.
+template <ggml_type TYPE, int R, int V>
+void multiply_tile_int8(const IntRows &rows, int64_t first, int64_t depth, const GroupColumns *x, int64_t column,
+                        float *out, bool add) {
+    constexpr Layout L = layout<TYPE>();
+    constexpr int SOME = R % TOGETHER == 0 ? TOGETHER : 1;
+    constexpr int PARTS = L.halves ? 2 : 1; // of a group, each with a scale of its own
+    constexpr int PART = static_cast<int>(GROUP) / PARTS;
+    Lanes sums[R][V] = {};
     const uint8_t *quants = rows.quants + first * IntRows::ROW;
     const float *scales = rows.scales + first * IntRows::SCALES;
     const float *minima = rows.minima + first * IntRows::SCALES;
     for (int64_t g = 0; g < depth / GROUP; ++g, ++x) {
-        __m512 scale[V];
-        __m512 low[V];           // what a minimum of 1 takes away
-        __m512i start[PARTS][V]; // what the integers' distance from the quants comes to
+        Lanes scale[V];
+        Lanes low[V];             // what a minimum of 1 takes away
+        IntLanes start[PARTS][V]; // what the integers' distance from the quants comes to
         for (int v = 0; v < V; ++v) {
-            scale[v] = _mm512_loadu_ps(x->scale + v * LANES);
-            const __m512i sum[2] = {load_int(x->sum[0] + v * LANES), load_int(x->sum[1] + v * LANES)};
+            scale[v] = load(x->scale + column + v * LANES);
+            const IntLanes sum[2] = {load_int(x->sum[0] + column + v * LANES),
+                                     load_int(x->sum[1] + column + v * LANES)};
             if (L.minimum) {
-                low[v] = _mm512_mul_ps(scale[v], _mm512_cvtepi32_ps(_mm512_add_epi32(sum[0], sum[1])));
+                low[v] = scale[v] * to_float(sum[0] + sum[1]);
             }
             for (int part = 0; part < PARTS; ++part) {
-                start[part][v] = _mm512_mullo_epi32(PARTS == 2 ? sum[part] : _mm512_add_epi32(sum[0], sum[1]),
-                                                    _mm512_set1_epi32(-L.zero));
+                start[part][v] = L.zero == 0 ? IntLanes{} : (PARTS == 2 ? sum[part] : sum[0] + sum[1]) * -L.zero;
             }
         }
-        for (int r = 0; r < R; r += PAIR) {
+        for (int r = 0; r < R; r += SOME) {
             for (int part = 0; part < PARTS; ++part) {
-                __m512i dots[PAIR][V];
-                for (int i = 0; i < PAIR; ++i) {
+                IntLanes dots[SOME][V];
+                for (int i = 0; i < SOME; ++i) {
                     for (int v = 0; v < V; ++v) {
                         dots[i][v] = start[part][v];
                     }
                 }
-                for (int four = part * FOURS; four < (part + 1) * FOURS; ++four) {
-                    __m512i columns[V];
+                add_dots<TYPE>(dots, quants + r * IntRows::ROW + g * GROUP, *x, column, part * PART, (part + 1) * PART);
+                for (int i = 0; i < SOME; ++i) {
+                    const float factor = scales[(r + i) * IntRows::SCALES + g * PARTS + part];
                     for (int v = 0; v < V; ++v) {
-                        columns[v] = load_int(x->quants[four][v * LANES]);
-                    }
-                    for (int i = 0; i < PAIR; ++i) {
-                        int32_t weights;
-                        std::memcpy(&weights, quants + (r + i) * IntRows::ROW + g * GROUP + four * 4, sizeof weights);
-                        for (int v = 0; v < V; ++v) {
-                            dots[i][v] = _mm512_dpbusd_epi32(dots[i][v], _mm512_set1_epi32(weights), columns[v]);
-                        }
-                    }
-                }
-                for (int i = 0; i < PAIR; ++i) {
-                    const float *row_scales = scales + (r + i) * IntRows::SCALES;
-                    const __m512 factor = _mm512_set1_ps(row_scales[g * PARTS + part]);
-                    for (int v = 0; v < V; ++v) {
-                        const __m512 dot = _mm512_cvtepi32_ps(dots[i][v]);
-                        sums[r + i][v] = _mm512_fmadd_ps(dot, _mm512_mul_ps(factor, scale[v]), sums[r + i][v]);
+                        sums[r + i][v] += to_float(dots[i][v]) * (factor * scale[v]);
                     }
                 }
             }
-            for (int i = 0; L.minimum && i < PAIR; ++i) {
-                const __m512 minimum = _mm512_set1_ps(minima[(r + i) * IntRows::SCALES + g]);
+            for (int i = 0; L.minimum && i < SOME; ++i) {
+                const float minimum = minima[(r + i) * IntRows::SCALES + g];
                 for (int v = 0; v < V; ++v) {
-                    sums[r + i][v] = _mm512_fnmadd_ps(minimum, low[v], sums[r + i][v]);
+                    sums[r + i][v] -= minimum * low[v];
                 }
             }
         }
     }
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < V; ++v) {
-            float *to = out + r * COLUMNS + v * LANES;
-            _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sums[r][v]) : sums[r][v]);
+            float *to = out + r * COLUMNS + column + v * LANES;
+            store(to, add ? load(to) + sums[r][v] : sums[r][v]);
         }
     }
 }
 
 template <ggml_type TYPE, int V>
-void multiply_rows_int8(const IntRows &rows, int64_t n_rows, int64_t depth, const GroupColumns *x, float *out,
-                        bool add) {
+void multiply_rows_int8(const IntRows &rows, int64_t n_rows, int64_t depth, const GroupColumns *x, int64_t column,
+                        float *out, bool add) {
     int64_t r = 0;
-    for (; r + 8 <= n_rows; r += 8) {
-        multiply_tile_int8<TYPE, 8, V>(rows, r, depth, x, out + r * COLUMNS, add);
-    }
-    for (; r + 2 <= n_rows; r += 2) {
-        multiply_tile_int8<TYPE, 2, V>(rows, r, depth, x, out + r * COLUMNS, add);
-    }
-    for (; r < n_rows; ++r) {
-        multiply_tile_int8<TYPE, 1, V>(rows, r, depth, x, out + r * COLUMNS, add);
-    }
+    const auto some = [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        for (; r + R <= n_rows; r += R) {
+            multiply_tile_int8<TYPE, R, V>(rows, r, depth, x, column, out + r * COLUMNS, add);
+        }
+    };
+    some(std::integral_constant<int, MOST_TILE_ROWS>());
+    some(std::integral_constant<int, TOGETHER>());
+    some(std::integral_constant<int, 1>());
+}
+
+// The integer nearest to x, |x| < 2^22: a float of 1.5 * 2^23 has it in its last bits.
+IntLanes nearest(Lanes x) {
+    const Lanes shifted = x + 12582912.0f;
+    IntLanes bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    return bits - 0x4b400000;
 }
 
 } // namespace
@@ -148,33 +290,37 @@ void multiply_rows_int8(const IntRows &rows, int64_t n_rows, int64_t depth, cons
 void quantize_columns(const float *block, int64_t depth, GroupColumns *out) {
     for (int64_t k = 0; k < depth; k += GROUP, block += GROUP * COLUMNS, ++out) {
         for (int half = 0; half < 2; ++half) {
-            const float *at = block + half * LANES;
+            const int64_t lane = half * LANES;
             // As integers, magnitudes of floats have the same order, with NaN above infinity: neither is lost.
-            __m512i magnitude = _mm512_setzero_si512();
+            IntLanes magnitude = {};
             for (int i = 0; i < GROUP; ++i) {
-                const __m512i bits = load_int(at + i * COLUMNS);
-                magnitude = _mm512_max_epi32(magnitude, _mm512_and_si512(bits, _mm512_set1_epi32(INT32_MAX)));
+                const IntLanes bits = load_int(block + i * COLUMNS + lane) & INT32_MAX;
+                magnitude = bits > magnitude ? bits : magnitude;
             }
-            const __m512 most = _mm512_castsi512_ps(magnitude);
-            const __m512 poison = _mm512_sub_ps(most, most); // 0, or NaN
-            const __m512 scale = _mm512_fmadd_ps(most, _mm512_set1_ps(1.0f / 127.0f), poison);
-            const __mmask16 nonzero = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
-            const __m512 inverse = _mm512_maskz_div_ps(nonzero, _mm512_set1_ps(127.0f), most);
-            __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            for (int four = 0; four < GROUP / 4; ++four) {
-                __m512i bytes = _mm512_setzero_si512();
-                for (int i = 0; i < 4; ++i) {
-                    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(at + (four * 4 + i) * COLUMNS), inverse);
-                    const __m512i q = _mm512_cvtps_epi32(x); // to the nearest
-                    sum[four / 4] = _mm512_add_epi32(sum[four / 4], q);
-                    const __m512i byte = _mm512_and_si512(q, _mm512_set1_epi32(255));
-                    bytes = _mm512_or_si512(bytes, _mm512_slli_epi32(byte, static_cast<unsigned>(8 * i)));
+            Lanes most;
+            std::memcpy(&most, &magnitude, sizeof most);
+            const Lanes scale = most * (1.0f / 127.0f) + (most - most); // NaN, not infinity
+            const Lanes inverse = scale > 0.0f ? 127.0f / most : Lanes{};
+            IntLanes sum[2] = {};
+            for (int i = 0; i < GROUP; i += 4) {
+                IntLanes bytes = {};
+                for (int j = 0; j < 4; ++j) {
+                    const IntLanes q = nearest(load(block + (i + j) * COLUMNS + lane) * inverse);
+                    sum[i / (GROUP / 2)] += q;
+                    bytes |= (q & 255) << (8 * j);
                 }
-                _mm512_storeu_si512(out->quants[four][half * LANES], bytes);
+                if (ADJACENT_VALUES == 4) {
+                    std::memcpy(out->quants[i / 4][lane], &bytes, sizeof bytes);
+                } else {
+                    for (int64_t c = 0; c < LANES; ++c) {
+                        const int32_t word = bytes[c];
+                        std::memcpy(out->quants[i / 8][lane + c] + i % 8, &word, sizeof word);
+                    }
+                }
             }
-            _mm512_storeu_ps(out->scale + half * LANES, scale);
+            store(out->scale + lane, scale);
             for (int part = 0; part < 2; ++part) {
-                _mm512_storeu_si512(out->sum[part] + half * LANES, sum[part]);
+                std::memcpy(out->sum[part] + lane, &sum[part], sizeof sum[part]);
             }
         }
     }
@@ -189,18 +335,21 @@ void multiply_int8(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t 
                    float *out, bool narrow, bool add) {
     const auto run = [&](auto tag) {
         constexpr ggml_type TYPE = decltype(tag)::value;
-        if (narrow) {
-            multiply_rows_int8<TYPE, 1>(rows, n_rows, depth, x, out, add);
-        } else {
-            multiply_rows_int8<TYPE, 2>(rows, n_rows, depth, x, out, add);
+        if (TILE_VECTORS == 2 && !narrow) {
+            multiply_rows_int8<TYPE, TILE_VECTORS>(rows, n_rows, depth, x, 0, out, add);
+            return;
+        }
+        for (int64_t column = 0; column < (narrow ? LANES : COLUMNS); column += LANES) {
+            multiply_rows_int8<TYPE, 1>(rows, n_rows, depth, x, column, out, add);
         }
     };
     switch (type) {
         case GGML_TYPE_Q8_0: run(std::integral_constant<ggml_type, GGML_TYPE_Q8_0>()); return;
         case GGML_TYPE_Q4_0: run(std::integral_constant<ggml_type, GGML_TYPE_Q4_0>()); return;
         case GGML_TYPE_Q5_0: run(std::integral_constant<ggml_type, GGML_TYPE_Q5_0>()); return;
+        case GGML_TYPE_Q5_K: run(std::integral_constant<ggml_type, GGML_TYPE_Q5_K>()); return;
         case GGML_TYPE_Q6_K: run(std::integral_constant<ggml_type, GGML_TYPE_Q6_K>()); return;
-        default: run(std::integral_constant<ggml_type, GGML_TYPE_Q4_K>()); return; // and Q5_K
+        default: run(std::integral_constant<ggml_type, GGML_TYPE_Q4_K>()); return;
     }
 }
 

@@ -1,6 +1,10 @@
-// Products of quantized weights in 8-bit integers, where the processor multiplies them faster than floats (AVX-512
-// VNNI: 2.5 times). Weights keep the quants that they have in the file; of activations each 32 values of a column share
-// a scale, as in Q8_0. Everything else is as in tile.h: column blocks, and sums in a fixed order.
+// Products of quantized weights in 8-bit integers, where the processor multiplies them faster than floats. Weights keep
+// the quants that they have in the file; of activations each 32 values of a column share a scale, as in Q8_0.
+// Everything else is as in tile.h: column blocks, and sums in a fixed order.
+//
+// Four products of bytes are one instruction (AVX-512 VNNI, AVX-VNNI, ARM's dot products), or eight (ARM's matrices of
+// bytes), or pairs of them are summed in 16 bits (SSSE3, AVX2), where the quants of 4 to 6 bits leave room for the sums
+// of several.
 #pragma once
 
 #include "cpu/kernels/tile.h"
@@ -10,8 +14,18 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #    define DG_HAS_INT8 1
+#    define DG_INT8_VNNI 1
+#elif defined(__SSSE3__)
+#    define DG_HAS_INT8 1
+#    define DG_INT8_PAIRS 1
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#    define DG_HAS_INT8 1
+#    define DG_INT8_MATRICES 1
+#elif defined(__ARM_FEATURE_DOTPROD)
+#    define DG_HAS_INT8 1
+#    define DG_INT8_DOTS 1
 #else
 #    define DG_HAS_INT8 0
 #endif
@@ -21,19 +35,34 @@ namespace dg::DG_LEVEL {
 // Whether weights of the type are multiplied as integers here.
 bool has_int8_product(ggml_type type);
 
+// What Q8_0's signed quants are lowered by to be unsigned, where instructions want that of weights; elsewhere they stay
+// signed.
+#if defined(DG_INT8_VNNI)
+constexpr uint8_t Q8_ZERO = 128;
+#else
+constexpr uint8_t Q8_ZERO = 0;
+#endif
+
 #if DG_HAS_INT8
+
+// Values of a column that are side by side.
+#    if defined(DG_INT8_MATRICES)
+constexpr int ADJACENT_VALUES = 8;
+#    else
+constexpr int ADJACENT_VALUES = 4;
+#    endif
 
 // GROUP values of each column of a block.
 struct GroupColumns {
-    int8_t quants[GROUP / 4][COLUMNS][4]; // four values of a column side by side
-    float scale[COLUMNS];
+    int8_t quants[GROUP / ADJACENT_VALUES][COLUMNS][ADJACENT_VALUES];
+    float scale[COLUMNS];    // NaN where a value is NaN or infinite
     int32_t sum[2][COLUMNS]; // of the quants of each half
 };
 
 // [depth, COLUMNS] floats, depth a multiple of GROUP -> depth / GROUP groups
 void quantize_columns(const float *block, int64_t depth, GroupColumns *out);
 
-// Weights of a few rows, as integers from 0 on.
+// Weights of a few rows, as integers.
 struct IntRows {
     static constexpr int64_t DEPTH = 1024;             // of a row at a time; a multiple of every block
     static constexpr int64_t ROW = DEPTH + 64;         // bytes between rows
@@ -52,7 +81,8 @@ struct IntRows {
 // n values (at most DEPTH) of a row that begins at `data` -> row `row` of `rows`.
 void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows, int64_t row);
 
-// out [n_rows, COLUMNS] = rows times a block of columns (or is added to), over `depth` values.
+// out [n_rows, COLUMNS] = rows times a block of columns (or is added to), over `depth` values. `narrow`: only the first
+// LANES columns count.
 void multiply_int8(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const GroupColumns *x,
                    float *out, bool narrow, bool add);
 

@@ -1,11 +1,13 @@
 #include "cpu/kernels/quantized_rows.h"
 
-#include "ggml-cpu.h"
+#include "cpu/kernels/int8.h"
 
 #include <cstring>
 
 #if defined(__F16C__)
 #    include <immintrin.h>
+#elif defined(__aarch64__)
+#    include <arm_neon.h>
 #endif
 
 namespace dg::DG_LEVEL {
@@ -16,9 +18,47 @@ float half(const uint8_t *at) {
     std::memcpy(&bits, at, sizeof bits);
 #if defined(__F16C__)
     return _cvtsh_ss(bits);
+#elif defined(__aarch64__)
+    __fp16 value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 #else
-    return ggml_fp16_to_fp32(bits);
+    // A float's exponent is biased by 112 more: moved into its place, a half is 2^112 times too small.
+    uint32_t wide = (bits & 0x7fffu) << 13;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    value *= 0x1p112f;
+    std::memcpy(&wide, &value, sizeof wide);
+    wide |= (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u; // infinity and NaN
+    wide |= (bits & 0x8000u) << 16;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
 #endif
+}
+
+void decode_f16(const uint8_t *__restrict from, int64_t n, float *__restrict out) {
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + 2 * i))));
+    }
+#elif defined(__aarch64__)
+    for (; i + 4 <= n; i += 4) {
+        vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from + 2 * i))));
+    }
+#endif
+    for (; i < n; ++i) {
+        out[i] = half(from + 2 * i);
+    }
+}
+
+void decode_bf16(const uint8_t *__restrict from, int64_t n, float *__restrict out) {
+    for (int64_t i = 0; i < n; ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, from + 2 * i, sizeof bits);
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        std::memcpy(out + i, &wide, sizeof wide);
+    }
 }
 
 // Quants and what they become are told apart for the compiler: bytes may alias everything, and loops over them are then
@@ -153,7 +193,7 @@ void unpack_q8_0(const uint8_t *__restrict block, int64_t n, uint8_t *__restrict
     for (int64_t i = 0; i < n; i += SMALL, block += 2 + SMALL, quants += SMALL) {
         *scales++ = half(block);
         for (int j = 0; j < SMALL; ++j) {
-            quants[j] = block[2 + j] ^ 128;
+            quants[j] = static_cast<uint8_t>(block[2 + j] ^ Q8_ZERO);
         }
     }
 }
@@ -190,8 +230,8 @@ void decode(ggml_type type, const void *data, int64_t n, float *__restrict out) 
     const auto *bytes = static_cast<const uint8_t *>(data);
     switch (type) {
         case GGML_TYPE_F32: std::memcpy(out, data, static_cast<size_t>(n) * sizeof *out); return;
-        case GGML_TYPE_F16: ggml_cpu_fp16_to_fp32(static_cast<const ggml_fp16_t *>(data), out, n); return;
-        case GGML_TYPE_BF16: ggml_cpu_bf16_to_fp32(static_cast<const ggml_bf16_t *>(data), out, n); return;
+        case GGML_TYPE_F16: decode_f16(bytes, n, out); return;
+        case GGML_TYPE_BF16: decode_bf16(bytes, n, out); return;
         case GGML_TYPE_Q8_0: decode_q8_0(bytes, n, out); return;
         case GGML_TYPE_Q4_0: decode_q45_0<false>(bytes, n, out); return;
         case GGML_TYPE_Q5_0: decode_q45_0<true>(bytes, n, out); return;

@@ -11,8 +11,8 @@ namespace dg::DG_LEVEL {
 // decoded here, the others by ggml, whose own code is built for no particular processor.
 void decode(ggml_type type, const void *data, int64_t n, float *out);
 
-// The same values of a Q8_0, Q4_0, Q5_0, Q4_K, Q5_K or Q6_K row as integers from 0 on. A value is scale * (integer -
-// zero) or scale * integer - minimum, with zero 128 (Q8_0), 8, 16 (Q5_0), 32 (Q6_K). scales: one for each 32 values, 16
+// The same values of a Q8_0, Q4_0, Q5_0, Q4_K, Q5_K or Q6_K row as bytes. A value is scale * (byte - zero) or scale *
+// byte - minimum, with zero Q8_ZERO (Q8_0: int8.h), 8, 16 (Q5_0), 32 (Q6_K). scales: one for each 32 values, 16
 // for Q6_K. minima: one for each 32, of Q4_K and Q5_K.
 void unpack_quants(ggml_type type, const void *data, int64_t n, uint8_t *quants, float *scales, float *minima);
 
