@@ -4,8 +4,8 @@
 #include "cpu/product.h"
 
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 #include "ggml-cpp.h"
+#include "ggml-cpu.h"
 
 #include <chrono>
 #include <cstdio>
@@ -105,7 +105,7 @@ int main(int argc, char **argv) {
         {"experts, 32 rows each", 2816, 1408, 8, 2, 128},
         {"experts, 64 rows each", 2816, 1408, 8, 2, 256},
     };
-    const ggml_type types[] = {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K};
+    const ggml_type types[] = {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K};
     for (const Shape &shape : shapes) {
         for (const ggml_type type : types) {
             if (shape.experts && ggml_blck_size(type) == 256) {

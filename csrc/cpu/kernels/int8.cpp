@@ -56,14 +56,14 @@ template <ggml_type TYPE> constexpr Layout layout() {
 #    if defined(__AVX512F__)
 constexpr int MOST_TILE_ROWS = 8;
 constexpr int TILE_VECTORS = 2;
-constexpr int TOGETHER = 2;
+constexpr int TOGETHER = 4;
 #    elif defined(__aarch64__)
 constexpr int MOST_TILE_ROWS = 8;
 constexpr int TILE_VECTORS = 2;
 constexpr int TOGETHER = 2;
 #    else
-constexpr int MOST_TILE_ROWS = 6;
-constexpr int TILE_VECTORS = 1;
+constexpr int MOST_TILE_ROWS = 3;
+constexpr int TILE_VECTORS = 2;
 constexpr int TOGETHER = 3;
 #    endif
 
@@ -125,27 +125,40 @@ Bytes magnitude(Bytes a) { return _mm_abs_epi8(a); }
 Bytes with_sign(Bytes a, Bytes of) { return _mm_sign_epi8(a, of); }
 #        endif
 
+// Keeps the compiler from summing in another order than is written: it would load all of a group's columns first, sum
+// products as a tree, and run out of registers (60 of 130 instructions moved something to or from the stack).
+void settle(Bytes &x) { __asm__("" : "+x"(x)); }
+
 template <ggml_type TYPE, int R, int V>
 void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns &x, int64_t column, int first,
               int last) {
     constexpr int FITS = layout<TYPE>().fits;
-    static_assert(V == 1);
     for (int four = first / 4; four < last / 4; four += FITS) {
-        Bytes pairs[R];
+        Bytes pairs[R][V];
         for (int i = 0; i < FITS; ++i) {
-            const auto columns = reinterpret_cast<Bytes>(load_int(x.quants[four + i][column]));
+            Bytes columns[V];
+            for (int v = 0; v < V; ++v) {
+                columns[v] = reinterpret_cast<Bytes>(load_int(x.quants[four + i][column + v * LANES]));
+                settle(columns[v]);
+            }
             for (int r = 0; r < R; ++r) {
                 int32_t four_weights;
                 std::memcpy(&four_weights, quants + r * IntRows::ROW + (four + i) * 4, sizeof four_weights);
                 const auto weights = reinterpret_cast<Bytes>(IntLanes{} + four_weights);
-                // The first factor is unsigned: signed quants hand their sign to the other.
-                const Bytes both = TYPE == GGML_TYPE_Q8_0 ? products(magnitude(weights), with_sign(columns, weights))
-                                                          : products(weights, columns);
-                pairs[r] = i == 0 ? both : add_pairs(pairs[r], both);
+                for (int v = 0; v < V; ++v) {
+                    // The first factor is unsigned: signed quants hand their sign to the other.
+                    const Bytes both = TYPE == GGML_TYPE_Q8_0
+                                           ? products(magnitude(weights), with_sign(columns[v], weights))
+                                           : products(weights, columns[v]);
+                    pairs[r][v] = i == 0 ? both : add_pairs(pairs[r][v], both);
+                    settle(pairs[r][v]);
+                }
             }
         }
         for (int r = 0; r < R; ++r) {
-            dots[r][0] += reinterpret_cast<IntLanes>(sum_pairs(pairs[r]));
+            for (int v = 0; v < V; ++v) {
+                dots[r][v] += reinterpret_cast<IntLanes>(sum_pairs(pairs[r][v]));
+            }
         }
     }
 }
