@@ -26,7 +26,7 @@ else()
     set(oldest "")
 endif()
 
-set(kernel_sources attention int8 norm product quantized_rows self_conditioning table tile)
+set(kernel_sources attention int8 logits norm product quantized_rows self_conditioning table tile)
 list(TRANSFORM kernel_sources PREPEND csrc/cpu/kernels/)
 list(TRANSFORM kernel_sources APPEND .cpp)
 
@@ -57,6 +57,10 @@ foreach(level IN LISTS levels)
         $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)
     target_sources(diffgguf PRIVATE $<TARGET_OBJECTS:kernels-${level}>)
 endforeach()
+
+# The loops over logits need no vectors: compiled for the floor as well, they serve where there is no level.
+target_sources(diffgguf PRIVATE csrc/cpu/kernels/logits.cpp)
+target_compile_definitions(diffgguf PRIVATE DG_LEVEL=plain)
 
 # What asks the processor must run on the oldest.
 if(oldest AND NOT MSVC)

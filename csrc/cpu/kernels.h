@@ -12,6 +12,13 @@
 
 namespace dg {
 
+// Over x = logit - greatest.
+struct LogitSums {
+    double weight = 0.0; // sum of exp(x)
+    double moment = 0.0; // sum of x exp(x)
+    bool has_nan = false;
+};
+
 // Activations stand in column blocks: `columns` columns side by side, a row of a block after the other (tile.h).
 struct Kernels {
     const char *level;
@@ -43,6 +50,10 @@ struct Kernels {
     ggml_custom_op_t weigh;
     ggml_custom_op_t add;
     ggml_custom_op_t finish;
+
+    // Sums over logits whose greatest is known. Divides logits by t and returns the greatest, NaN left out.
+    LogitSums (*sum_logits)(const float *z, int32_t n, float greatest);
+    float (*scale_logits)(float *z, int32_t n, float t);
 
     int64_t column_blocks(int64_t n) const { return (n + columns - 1) / columns; }
 };

@@ -31,6 +31,11 @@ DG_DECLARE(i8mm)
 DG_DECLARE(generic)
 #endif
 
+namespace plain { // kernels/logits.cpp alone
+LogitSums sum_logits(const float *z, int32_t n, float greatest);
+float scale_logits(float *z, int32_t n, float t);
+} // namespace plain
+
 namespace {
 
 constexpr uint32_t V3 = FEATURE_SSE42 | FEATURE_AVX | FEATURE_AVX2 | FEATURE_FMA | FEATURE_F16C;
@@ -105,6 +110,17 @@ const Kernels *choose_kernels(const char *name) {
                     format("cpu is \"%s\": no such level; there are: %s", name, usable_names().c_str()));
     }
     return best ? best->kernels() : nullptr;
+}
+
+const Kernels &logit_kernels(const Kernels *chosen) {
+    static const Kernels floor = [] {
+        Kernels kernels = {};
+        kernels.sum_logits = plain::sum_logits;
+        kernels.scale_logits = plain::scale_logits;
+        return kernels;
+    }();
+    static const Kernels *const best = choose_kernels(nullptr);
+    return chosen ? *chosen : best ? *best : floor;
 }
 
 } // namespace dg

@@ -25,6 +25,10 @@ bool is_offered(const Level &level);
 // check_processor does.
 const Kernels *choose_kernels(const char *name);
 
+// `chosen`, or where that is nullptr the best level there is, for the loops over logits: never without, since those are
+// compiled for the floor as well.
+const Kernels &logit_kernels(const Kernels *chosen);
+
 // Throws DG_ERROR_UNSUPPORTED where the library was compiled for more than this processor has.
 void check_processor();
 

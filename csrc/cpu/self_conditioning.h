@@ -2,7 +2,8 @@
 // sqrt(n_embd).
 //
 // A row whose probability lies on few tokens gathers those tokens' embeddings: as many as keep the relative error of
-// the signal below SIGNAL_ERROR, by a bound and not by a count, since a fixed top-k makes this model loop. A row too
+// the signal below a bound (1e-6, or 1e-4 for a quantized embedding), and not a count, since a fixed top-k makes this
+// model loop. A row too
 // flat for that goes, with all others of its kind, through a product with the whole embedding, a chunk of the
 // vocabulary at a time. Neither needs a transposed embedding.
 #pragma once

@@ -1,11 +1,12 @@
 #include "sample/sampler.h"
 
 #include "base/error.h"
+#include "base/exponential.h"
 #include "base/parallel.h"
+#include "cpu/levels.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 namespace dg {
@@ -13,113 +14,25 @@ namespace {
 
 // Sums are kept per block of so many logits: the draw then walks block sums and recomputes one block.
 constexpr int32_t BLOCK = 1024;
-constexpr int32_t LANES = 8;
-// Below this a term is 0 in float32; a softcap of 30 at t = 0.4 spans 150.
-constexpr float EXP_FLOOR = -87.0f;
-
-// exp(x) for EXP_FLOOR <= x <= 0, within 2 ulp, in a form that compilers vectorize: a whole row takes 4.8 ns a logit
-// here (AVX2), and took 12 to 14 while its rounding was a call to libm. x = k ln 2 + r, |r| <= ln 2 / 2, and a
-// polynomial of degree 6 in r.
-inline float exp_negative(float x) {
-    constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, without a call to libm
-    const float k = (x * 1.44269504088896341f + ROUND) - ROUND;
-    const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-    float p = 1.3888889e-3f;
-    p = p * r + 8.3333338e-3f;
-    p = p * r + 4.1666668e-2f;
-    p = p * r + 1.6666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
-
-struct BlockSums {
-    double weight = 0.0; // sum of exp(x)
-    double moment = 0.0; // sum of x exp(x)
-};
-
-// Sums over one block of x = max(z - greatest, EXP_FLOOR), in LANES float accumulators. Terms with x = 0 are counted
-// apart: in a lane that holds a 1, what is below 6e-8 would vanish, which biased the entropy of a confident row by
-// -3e-7 and that of a budget of 36 rows by -1.2e-5, enough to accept another row than the reference does.
-BlockSums sum_block(const float *z, int32_t n, float greatest) {
-    float weight[LANES] = {};
-    float moment[LANES] = {};
-    float n_greatest[LANES] = {};
-    int32_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int32_t lane = 0; lane < LANES; ++lane) {
-            const float x = std::max(z[i + lane] - greatest, EXP_FLOOR);
-            const float one = x == 0.0f ? 1.0f : 0.0f;
-            // exp_negative(0) is 1 exactly, and what lies at the floor counts for nothing.
-            const float e = x > EXP_FLOOR ? exp_negative(x) - one : 0.0f;
-            n_greatest[lane] += one;
-            weight[lane] += e;
-            moment[lane] += x * e;
-        }
-    }
-    for (; i < n; ++i) {
-        const float x = std::max(z[i] - greatest, EXP_FLOOR);
-        const float one = x == 0.0f ? 1.0f : 0.0f;
-        const float e = x > EXP_FLOOR ? exp_negative(x) - one : 0.0f;
-        n_greatest[i % LANES] += one;
-        weight[i % LANES] += e;
-        moment[i % LANES] += x * e;
-    }
-    BlockSums sums;
-    for (int32_t lane = 0; lane < LANES; ++lane) {
-        sums.weight += static_cast<double>(weight[lane]) + static_cast<double>(n_greatest[lane]);
-        sums.moment += static_cast<double>(moment[lane]);
-    }
-    return sums;
-}
-
-// Divides by t and returns the greatest; a NaN anywhere makes the sum NaN, which draw_row finds.
-float scale_and_max(float *z, int32_t n, float t) {
-    float greatest[LANES];
-    std::fill(greatest, greatest + LANES, -std::numeric_limits<float>::infinity());
-    int32_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int32_t lane = 0; lane < LANES; ++lane) {
-            const float value = z[i + lane] / t;
-            z[i + lane] = value;
-            greatest[lane] = value > greatest[lane] ? value : greatest[lane];
-        }
-    }
-    for (; i < n; ++i) {
-        z[i] /= t;
-        greatest[0] = z[i] > greatest[0] ? z[i] : greatest[0];
-    }
-    return *std::max_element(greatest, greatest + LANES);
-}
 
 // Sums over a row whose greatest logit is known, and, where asked for, the weight of each block. Throws
 // DG_ERROR_INTERNAL when a logit is NaN or the greatest one is not finite.
-BlockSums sum_row(const float *z, int32_t n_vocab, float greatest, std::vector<double> *weights) {
-    BlockSums row;
-    bool has_nan = false;
+LogitSums sum_row(const Kernels &kernels, const float *z, int32_t n_vocab, float greatest,
+                  std::vector<double> *weights) {
+    LogitSums row;
     if (weights) {
         weights->clear();
     }
     for (int32_t first = 0; first < n_vocab; first += BLOCK) {
-        const float *block = z + first;
-        const int32_t n = std::min(BLOCK, n_vocab - first);
-        const BlockSums sums = sum_block(block, n, greatest);
-        int32_t nans = 0;
-        for (int32_t i = 0; i < n; ++i) {
-            nans += block[i] != block[i];
-        }
-        has_nan = has_nan || nans > 0;
+        const LogitSums sums = kernels.sum_logits(z + first, std::min(BLOCK, n_vocab - first), greatest);
+        row.has_nan = row.has_nan || sums.has_nan;
         if (weights) {
             weights->push_back(sums.weight);
         }
         row.weight += sums.weight;
         row.moment += sums.moment;
     }
-    if (has_nan || !std::isfinite(greatest) || !std::isfinite(row.weight)) {
+    if (row.has_nan || !std::isfinite(greatest) || !std::isfinite(row.weight)) {
         throw_unsound_row();
     }
     return row;
@@ -138,21 +51,22 @@ void check_logits(const char *name, const float *z, int32_t n_rows, int32_t n_vo
     }
 }
 
-double log_probability(const float *z, int32_t n_vocab, int32_t id) {
+double log_probability(const Kernels &kernels, const float *z, int32_t n_vocab, int32_t id) {
     const float greatest = *std::max_element(z, z + n_vocab);
-    return static_cast<double>(z[id] - greatest) - std::log(sum_row(z, n_vocab, greatest, nullptr).weight);
+    return static_cast<double>(z[id] - greatest) - std::log(sum_row(kernels, z, n_vocab, greatest, nullptr).weight);
 }
 
-RowDraw draw_row(float *z, int32_t n_vocab, float t, double u) {
-    const float greatest = scale_and_max(z, n_vocab, t);
+RowDraw draw_row(const Kernels &kernels, float *z, int32_t n_vocab, float t, double u) {
+    const float greatest = kernels.scale_logits(z, n_vocab, t);
     const int32_t n_blocks = (n_vocab + BLOCK - 1) / BLOCK;
     thread_local std::vector<double> weights;
-    const auto [weight, moment] = sum_row(z, n_vocab, greatest, &weights);
+    const LogitSums sums = sum_row(kernels, z, n_vocab, greatest, &weights);
+    const double weight = sums.weight;
 
     RowDraw row = {};
     row.argmax = static_cast<int32_t>(std::find(z, z + n_vocab, greatest) - z);
     // H = log S - (sum x e^x) / S; rounding can leave it a hair below zero on a one-hot row.
-    row.entropy = std::max(0.0, std::log(weight) - moment / weight);
+    row.entropy = std::max(0.0, std::log(weight) - sums.moment / weight);
 
     const double target = u * weight;
     double before = 0.0;
@@ -272,6 +186,7 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
                  const StepOutput &out) {
     constexpr float NEVER = -std::numeric_limits<float>::infinity();
     const auto t = static_cast<float>(temperature(sampling, step));
+    const Kernels &kernels = *scratch.kernels;
     std::vector<int32_t> &draws = scratch.draws;
     draws.resize(static_cast<size_t>(n_rows));
     parallel_rows(n_rows, n_vocab, n_threads, [&](int32_t row) {
@@ -290,7 +205,7 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
             const int32_t watched = rules.watched[row];
             const auto id =
                 watched >= 0 ? watched : static_cast<int32_t>(std::max_element(logits, logits + n_vocab) - logits);
-            out.logprob[row] = log_probability(logits, n_vocab, id);
+            out.logprob[row] = log_probability(kernels, logits, n_vocab, id);
         }
         if (const int32_t n = rules.n_allowed(row); n > 0) {
             thread_local std::vector<float> kept;
@@ -303,7 +218,7 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
                 logits[rules.allowed(row)[k]] = kept[static_cast<size_t>(k)];
             }
         }
-        const RowDraw drawn = draw_row(logits, n_vocab, t, noise.uniform[row]);
+        const RowDraw drawn = draw_row(kernels, logits, n_vocab, t, noise.uniform[row]);
         out.argmax[row] = drawn.argmax;
         out.entropy[row] = drawn.entropy;
         draws[static_cast<size_t>(row)] = drawn.draw;

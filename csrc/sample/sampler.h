@@ -4,6 +4,8 @@
 
 #include "sample/sampling.h"
 
+#include "cpu/levels.h"
+
 #include <cstdint>
 #include <vector>
 
@@ -17,11 +19,11 @@ struct RowDraw {
 
 // Divides the row by `t` in place (what remains are the processed logits that self-conditioning wants), and draws from
 // its softmax. Throws DG_ERROR_INTERNAL when a logit is NaN or the greatest one is not finite.
-RowDraw draw_row(float *z, int32_t n_vocab, float t, double u);
+RowDraw draw_row(const Kernels &kernels, float *z, int32_t n_vocab, float t, double u);
 
 // The natural log of the probability of `id` in the softmax of the row as it is, in double precision from float32
 // terms; -inf for what lies 87 nats or more below the greatest. Throws as draw_row does.
-double log_probability(const float *z, int32_t n_vocab, int32_t id);
+double log_probability(const Kernels &kernels, const float *z, int32_t n_vocab, int32_t id);
 
 // Rows are accepted in order of entropy while the entropies before them sum to at most `bound`; so at least one free
 // row always is. Pinned rows take no part and get 0. accepted: [C].
@@ -37,6 +39,7 @@ void check_noise(const dg_noise &noise, int32_t n_rows, int32_t n_vocab);
 
 // What sample_step needs besides its arguments; kept from step to step, so that a step allocates nothing.
 struct SamplerScratch {
+    const Kernels *kernels = &logit_kernels(nullptr);
     std::vector<int32_t> draws;
     std::vector<int32_t> order;
 };

@@ -11,7 +11,9 @@ namespace dg {
 
 class CanvasLoop {
   public:
-    explicit CanvasLoop(Session &session) : session_(session) {}
+    explicit CanvasLoop(Session &session) : session_(session) {
+        scratch_.kernels = &logit_kernels(session.model().kernels());
+    }
 
     void begin(const dg_canvas_options *options, int32_t n_canvases);
     // One step of every canvas that goes on; a cancelled one may be repeated. `handed_in` (or null) and `out` have an

@@ -1,5 +1,6 @@
 #include "session/session.h"
 
+#include "base/cores.h"
 #include "base/error.h"
 #include "base/parallel.h"
 #include "base/process.h"
@@ -14,7 +15,6 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
-#include <thread>
 
 namespace dg {
 namespace {
@@ -28,14 +28,13 @@ void upload(ggml_tensor *tensor, const std::vector<int32_t> &values) {
     upload(tensor, values.data(), values.size() * sizeof values[0]);
 }
 
-// As many as this process may use, but no more than the work of a step is worth: barriers cost a small model more than
-// a second thread brings it, and everything when another process wants the core (vendor/patches).
+// As many as this process can keep busy, but no more than the work of a step is worth: barriers cost a small model more
+// than a second thread brings it, and everything when another process wants the core (vendor/patches).
 int32_t default_threads(const Model &model) {
     const dg_config &c = model.config();
     const double flop_per_step = 2.0 * static_cast<double>(model.active_parameters()) * c.canvas_length;
     const double worth = flop_per_step / 1e9;
-    const double available = std::max(1u, std::thread::hardware_concurrency());
-    return static_cast<int32_t>(std::clamp(worth, 1.0, available));
+    return static_cast<int32_t>(std::clamp(worth, 1.0, static_cast<double>(usable_cores())));
 }
 
 } // namespace
@@ -406,7 +405,8 @@ void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_
     }
     const int32_t n_vocab = model_->config().n_vocab;
     parallel_rows(pass.rows(), n_vocab, n_threads_, [&](int32_t row) {
-        logprob[row] = log_probability(logits() + int64_t{row} * n_vocab, n_vocab, ids[row]);
+        logprob[row] =
+            log_probability(logit_kernels(model_->kernels()), logits() + int64_t{row} * n_vocab, n_vocab, ids[row]);
     });
 }
 

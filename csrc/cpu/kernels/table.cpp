@@ -32,6 +32,8 @@ const Kernels *kernels() {
         run_weigh,
         run_add,
         run_finish,
+        sum_logits,
+        scale_logits,
     };
     return &table;
 }

@@ -37,4 +37,7 @@ void run_weigh(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 void run_add(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 void run_finish(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 
+LogitSums sum_logits(const float *z, int32_t n, float greatest);
+float scale_logits(float *z, int32_t n, float t);
+
 } // namespace dg::DG_LEVEL

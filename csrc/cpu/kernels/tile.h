@@ -6,6 +6,7 @@
 // the same bits alone and among others.
 #pragma once
 
+#include "base/exponential.h"
 #include "cpu/kernels.h"
 
 #include <cstdint>
@@ -105,9 +106,6 @@ void multiply_block(Rows w, int64_t rows, int64_t depth, const float *x, float *
 void pack_columns(const float *const *columns, int64_t n, int64_t depth, float *block);
 // The way back: columns[j][k] = block[k * COLUMNS + j].
 void unpack_columns(const float *block, int64_t depth, int64_t n, float *const *columns);
-
-// Below this a term is 0 in float32; a softcap of 30 at t = 0.4 spans 150.
-constexpr float EXP_FLOOR = -87.0f;
 
 // What exp_lanes may be asked for; NaN stays NaN, which a maximum would lose.
 inline Lanes not_below_floor(Lanes x) { return x < EXP_FLOOR ? Lanes{} + EXP_FLOOR : x; }
