@@ -5,7 +5,7 @@
     python benchmarks/speed.py turns q8_0.gguf
     python benchmarks/speed.py curves q8_0.gguf --svg docs/img
 
-`compare` rebuilds the first file's net in transformers (float32, as many threads) and takes everything in turns in one
+`compare --cpu avx2` holds both sides to that level. `compare` rebuilds the first file's net in transformers (float32, as many threads) and takes everything in turns in one
 run: a denoise step with self-conditioning behind 256 tokens, and a prefill of 2,048. What is printed are medians, and
 ratios of medians to transformers'. Its step is the model's forward pass alone; ours is a whole step, sampler included.
 `turns` says when the first step of a second turn begins, behind 2,000 tokens that the first turn left in the cache.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -37,6 +38,14 @@ FIRST_TURN, SECOND_TURN = 2000, 64
 PREFIXES = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 ROWS = (32, 64, 96, 128, 160, 192, 224, 256)
 
+
+#: What torch, oneDNN and MKL call the levels that a model can be held to.
+TORCH_LEVELS = {
+    "sse4": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx_vnni": ("avx2", "AVX2_VNNI", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+}
 
 #: What times are taken by; `--processor-time` makes it the time of this process on the processor.
 clock: Callable[[], float] = time.perf_counter
@@ -63,9 +72,9 @@ def endless() -> Sampling:
 class Ours:
     """One file, with a canvas under way behind a prefix."""
 
-    def __init__(self, path: Path, n_ctx: int, threads: int) -> None:
+    def __init__(self, path: Path, n_ctx: int, threads: int, cpu: str | None = None) -> None:
         self.name = path.stem
-        self.model = DiffusionModel(path, n_ctx=n_ctx, n_threads=threads)
+        self.model = DiffusionModel(path, n_ctx=n_ctx, n_threads=threads, cpu=cpu)
         self.session: Session = self.model.session()
 
     def begin(self, prefix: int, rows: int | None = None) -> None:
@@ -138,10 +147,18 @@ def in_turns(engines: Sequence[Any], what: Callable[[Any], float], repeat: int) 
     return times
 
 
-def compare(paths: Sequence[Path], threads: int, repeat: int, prefills: int) -> dict[str, Any]:
-    """Times in seconds by name, of steps and of prefills."""
+def hold_torch_to(level: str) -> None:
+    """Keeps torch's own kernels, oneDNN and MKL, which read these when they are loaded, from what the level lacks."""
+    aten, onednn, mkl = TORCH_LEVELS[level]
+    os.environ.update(ATEN_CPU_CAPABILITY=aten, ONEDNN_MAX_CPU_ISA=onednn, MKL_ENABLE_INSTRUCTIONS=mkl)
+
+
+def compare(paths: Sequence[Path], threads: int, repeat: int, prefills: int, cpu: str | None) -> dict[str, Any]:
+    """Times in seconds by name, of steps and of prefills. `cpu`: a level that both sides are held to."""
+    if cpu is not None:
+        hold_torch_to(cpu)
     reference = Transformers(paths[0], threads)
-    engines: list[Any] = [reference, *(Ours(p, PREFILL + 512, threads) for p in paths)]
+    engines: list[Any] = [reference, *(Ours(p, PREFILL + 512, threads, cpu) for p in paths)]
     for engine in engines:
         engine.begin(PREFIX)
     steps = in_turns(engines, lambda e: e.step(), repeat)
@@ -253,6 +270,7 @@ def main() -> None:
         )
         if name == "compare":
             sub.add_argument("--prefills", type=int, default=5, help="0: none")
+            sub.add_argument("--cpu", choices=TORCH_LEVELS, help="hold both sides to this level of instructions")
         if name == "curves":
             sub.add_argument("--svg", type=Path, help="a folder")
             sub.add_argument("--longest", type=int, default=max(PREFIXES))
@@ -262,7 +280,7 @@ def main() -> None:
         clock = time.process_time
     result: dict[str, Any]
     if args.command == "compare":
-        result = compare(args.files, args.threads, args.repeat, args.prefills)
+        result = compare(args.files, args.threads, args.repeat, args.prefills, args.cpu)
         print_compare(result)
     elif args.command == "turns":
         result = turns(args.files[0], args.threads, args.repeat)

@@ -45,7 +45,7 @@ struct GraphIo {
     // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
     // without it, the graph is made of ggml's, which every device has.
     ggml_tensor *scratch = nullptr; // F32 [floats of a thread, threads]
-    float longest_embedding = 0.0f; // longest_row() of the embedding, once a signal was asked for (soft.h)
+    float longest_embedding = 0.0f; // longest_row() of the embedding, once a signal was asked for (self_conditioning.h)
 };
 
 // What a graph is built for; the shapes of all its tensors follow from it.
