@@ -5,9 +5,10 @@
     python benchmarks/speed.py turns q8_0.gguf
     python benchmarks/speed.py curves q8_0.gguf --svg docs/img
 
-`compare --cpu avx2` holds both sides to that level. `compare` rebuilds the first file's net in transformers (float32, as many threads) and takes everything in turns in one
+`compare` rebuilds the first file's net in transformers (float32, as many threads) and takes everything in turns in one
 run: a denoise step with self-conditioning behind 256 tokens, and a prefill of 2,048. What is printed are medians, and
 ratios of medians to transformers'. Its step is the model's forward pass alone; ours is a whole step, sampler included.
+`compare --cpu avx2` holds both sides to that level of instructions.
 `turns` says when the first step of a second turn begins, behind 2,000 tokens that the first turn left in the cache.
 `curves` times a step behind prefixes of 256 to 16,384 tokens and for canvases of 32 to 256 rows, as tables and SVG.
 """
