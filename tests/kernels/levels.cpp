@@ -132,8 +132,9 @@ void check_product(const dg::Kernels &k, ggml_type type, int64_t depth, int64_t 
         }
     }
     const double error = error_of(dst, expected);
-    // The greatest of 32 uniform numbers is 0.97: a step of 1/131, an error of 1/131 / sqrt(12) against 1 / sqrt(3).
-    check(error < (int8 ? 5e-3 : 1e-6), "a product is off", ggml_type_name(type), error);
+    // The greatest of 32 uniform numbers is 0.97: a step of 1/131, an error of 1/131 / sqrt(12) against 1 / sqrt(3),
+    // which is 3.8e-3; of 61 outputs at a time up to 5.1e-3 was seen. A misread bit costs ten times that.
+    check(error < (int8 ? 7e-3 : 1e-6), "a product is off", ggml_type_name(type), error);
     check(!int8 || error > 1e-4, "a product of integers is too good to be one", ggml_type_name(type), error);
 }
 

@@ -35,14 +35,6 @@ namespace dg::DG_LEVEL {
 // Whether weights of the type are multiplied as integers here.
 bool has_int8_product(ggml_type type);
 
-// What Q8_0's signed quants are lowered by to be unsigned, where instructions want that of weights; elsewhere they stay
-// signed.
-#if defined(DG_INT8_VNNI)
-constexpr uint8_t Q8_ZERO = 128;
-#else
-constexpr uint8_t Q8_ZERO = 0;
-#endif
-
 #if DG_HAS_INT8
 
 // Values of a column that are side by side.

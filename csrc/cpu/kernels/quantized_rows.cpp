@@ -1,7 +1,5 @@
 #include "cpu/kernels/quantized_rows.h"
 
-#include "cpu/kernels/int8.h"
-
 #include <cstring>
 
 #if defined(__F16C__)
