@@ -186,7 +186,7 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
                  const StepOutput &out) {
     constexpr float NEVER = -std::numeric_limits<float>::infinity();
     const auto t = static_cast<float>(temperature(sampling, step));
-    const Kernels &kernels = *scratch.kernels;
+    const Kernels &kernels = logit_kernels(scratch.kernels);
     std::vector<int32_t> &draws = scratch.draws;
     draws.resize(static_cast<size_t>(n_rows));
     parallel_rows(n_rows, n_vocab, n_threads, [&](int32_t row) {

@@ -4,12 +4,12 @@
 
 #include "sample/sampling.h"
 
-#include "cpu/levels.h"
-
 #include <cstdint>
 #include <vector>
 
 namespace dg {
+
+struct Kernels; // cpu/kernels.h
 
 struct RowDraw {
     int32_t argmax; // the lowest id among equals
@@ -39,7 +39,7 @@ void check_noise(const dg_noise &noise, int32_t n_rows, int32_t n_vocab);
 
 // What sample_step needs besides its arguments; kept from step to step, so that a step allocates nothing.
 struct SamplerScratch {
-    const Kernels *kernels = &logit_kernels(nullptr);
+    const Kernels *kernels = nullptr; // the level of the loops over logits; nullptr: the best
     std::vector<int32_t> draws;
     std::vector<int32_t> order;
 };
