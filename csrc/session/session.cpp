@@ -4,6 +4,7 @@
 #include "base/error.h"
 #include "base/parallel.h"
 #include "base/process.h"
+#include "cpu/levels.h"
 #include "cpu/self_conditioning.h"
 #include "sample/sampler.h"
 #include "session/kernel_device.h"
