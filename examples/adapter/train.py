@@ -27,16 +27,16 @@ from rebuild import model_from_gguf  # isort: skip
 
 PROMPTS = 32  # of a step
 FILL_WEIGHT = 0.1  # of rows behind the answer's end
-OTHER_SHARE = 0.2  # of prompts: other questions, with their old answers, so that they are not forgotten
+OTHER_SHARE = 0.3  # of batches: other questions, with their old answers, so that they are not forgotten
 
 
 def batch(rng: Random, model: DiffusionModel, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts of one length in tokens, [n, length], and their answers on canvases, [n, rows]."""
     prompts: list[list[int]] = []
     answers: list[list[int]] = []
+    draw = other if rng.random() < OTHER_SHARE else descending
     while len(prompts) < PROMPTS:
-        # The first decides the length: it is one of the task's.
-        q = (other if prompts and rng.random() < OTHER_SHARE else descending)(rng, "train")
+        q = draw(rng, "train")
         ids = model.tokenize(prompt_of(q.prompt))
         if prompts and len(ids) != len(prompts[0]):
             continue
