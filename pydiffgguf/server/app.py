@@ -11,14 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pydiffgguf.server.endpoints.looking import Looking
+from pydiffgguf.server.endpoints.native import Native
+from pydiffgguf.server.endpoints.openai import OpenAI
+from pydiffgguf.server.endpoints.systemone import SystemOne
 from pydiffgguf.server.errors import ApiError, worded
 from pydiffgguf.server.guard import Disconnected, Guard, note_of
-from pydiffgguf.server.looking import Looking
-from pydiffgguf.server.native import Native
-from pydiffgguf.server.openai import OpenAI
 from pydiffgguf.server.page import page_routes
 from pydiffgguf.server.service import Service, Superseded, reply
-from pydiffgguf.server.systemone import SystemOne
 
 __all__ = ["make_app"]
 

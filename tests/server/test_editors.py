@@ -10,7 +10,7 @@ import pytest
 from serving import QUESTION, Running, parse_events
 
 from pydiffgguf import DiffusionModel, demo_model_path
-from pydiffgguf.server.gaps import Trimmed, trim
+from pydiffgguf.server.endpoints.gaps import Trimmed, trim
 
 PREFIX = "def add_scores(scores):\n    total = 0\n    for score in scores:\n        total"
 SUFFIX = "\n    return total\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pydiffgguf.server.fim import Gap, is_marker, split
+from pydiffgguf.server.endpoints.fim import Gap, is_marker, split
 
 P, S = "def f(a):\n    return a", "\n\nprint(f(1))\n"
 

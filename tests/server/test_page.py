@@ -72,6 +72,7 @@ class TestInABrowser:
         body = {"messages": [{"role": "user", "content": "Which number comes after 3?"}], "seed": 1, "max_tokens": 256}
         assert answer == server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
         assert page.run("document.getElementById('spoken').textContent") == answer
+        page.until("document.querySelector('#ask [name=stop]').disabled")  # the focus goes back to the text then
         last = page.run("document.querySelector('.canvas').textContent")
         page.run("document.querySelector('.film input').focus()")
         label = page.run("document.querySelector('.film .quiet').textContent")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffgguf import Generation, Infill
 from pydiffgguf.completions import as_generation
-from pydiffgguf.server import fim
-from pydiffgguf.server.generations import Diffusion, How
+from pydiffgguf.server.endpoints import fim
+from pydiffgguf.server.endpoints.generations import Diffusion, How
 from pydiffgguf.server.settings import Settings
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from starlette.responses import Response
 
 from pydiffgguf import Block, DenoiseStep, Generation, Infill, Stats
 from pydiffgguf.completions import timings, total
-from pydiffgguf.server import fim
+from pydiffgguf.server.endpoints import fim
+from pydiffgguf.server.endpoints.frames import Frames, wanted
+from pydiffgguf.server.endpoints.gaps import CUT_SUFFIX, DEFAULT_GAP, Asked
+from pydiffgguf.server.endpoints.generations import MAX_STOP, MAX_STOPS, Diffusion, How, Series, seed_of
+from pydiffgguf.server.endpoints.looking import lora_options
+from pydiffgguf.server.endpoints.openai import plain_series, prompts_of, refuse_completion
 from pydiffgguf.server.engine import Job, Kind, Mailbox
 from pydiffgguf.server.fields import Fields
-from pydiffgguf.server.frames import Frames, wanted
-from pydiffgguf.server.gaps import CUT_SUFFIX, DEFAULT_GAP, Asked
-from pydiffgguf.server.generations import MAX_STOP, MAX_STOPS, Diffusion, How, Series, seed_of
-from pydiffgguf.server.looking import lora_options
-from pydiffgguf.server.openai import plain_series, prompts_of, refuse_completion
 from pydiffgguf.server.service import EventStream, Service, client_of, count, reply
 
 __all__ = ["Native"]

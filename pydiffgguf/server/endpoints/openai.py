@@ -12,14 +12,14 @@ from starlette.responses import Response
 
 from pydiffgguf import DenoiseStep, Generation
 from pydiffgguf.completions import ChatReply, Reply, Shared, TextReply, total
-from pydiffgguf.server import fim
+from pydiffgguf.server.endpoints import fim
+from pydiffgguf.server.endpoints.frames import Frames, wanted
+from pydiffgguf.server.endpoints.gaps import DEFAULT_GAP, Asked
+from pydiffgguf.server.endpoints.generations import How, Series
+from pydiffgguf.server.endpoints.looking import MAX_IDS, chat_options, check_ids, messages_of
 from pydiffgguf.server.engine import Job, Kind, Mailbox
 from pydiffgguf.server.errors import overflow
 from pydiffgguf.server.fields import Fields
-from pydiffgguf.server.frames import Frames, wanted
-from pydiffgguf.server.gaps import DEFAULT_GAP, Asked
-from pydiffgguf.server.generations import How, Series
-from pydiffgguf.server.looking import MAX_IDS, chat_options, check_ids, messages_of
 from pydiffgguf.server.service import EventStream, Service, client_of, count, reply
 
 if TYPE_CHECKING:

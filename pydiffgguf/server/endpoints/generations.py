@@ -8,9 +8,9 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydiffgguf.server.endpoints.looking import lora_options
 from pydiffgguf.server.errors import ApiError
 from pydiffgguf.server.fields import Fields
-from pydiffgguf.server.looking import lora_options
 from pydiffgguf.server.settings import Settings
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What each path does: a request becomes a job, its result a reply."""
