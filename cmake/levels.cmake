@@ -30,6 +30,7 @@ set(kernel_sources attention int8 logits norm product quantized_rows self_condit
 list(TRANSFORM kernel_sources PREPEND csrc/cpu/kernels/)
 list(TRANSFORM kernel_sources APPEND .cpp)
 
+set(kernel_targets "") # whose objects are diffgguf's, too
 foreach(level IN LISTS levels)
     set(CMAKE_REQUIRED_FLAGS "-Werror")
     string(REPLACE ";" " " flags "${flags_${level}}")
@@ -56,6 +57,7 @@ foreach(level IN LISTS levels)
         -fno-math-errno -fno-trapping-math ${warnings}
         $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)
     target_sources(diffgguf PRIVATE $<TARGET_OBJECTS:kernels-${level}>)
+    list(APPEND kernel_targets kernels-${level})
 endforeach()
 
 # The loops over logits need no vectors: compiled for the floor as well, they serve where there is no level.
