@@ -16,8 +16,6 @@ from levels import LEVELS
 
 from pydiffgguf import DiffGGUFError, DiffusionModel, UnsupportedError, cli, demo_model_path
 from pydiffgguf._binding.functions import build_info
-from pydiffgguf._binding.native import NativeModel
-from pydiffgguf.session import Session
 
 PROMPT = "Put in order: 9 7 1."
 C = 64
@@ -79,7 +77,7 @@ def test_a_number_that_is_none_ends_in_an_error(tmp_path: Path, level: str, valu
     silent = []
     for name in TENSORS:
         poison(tmp_path / "poisoned.gguf", name, value)
-        session = Session(NativeModel(tmp_path / "poisoned.gguf", cpu=level), n_threads=1)
+        session = DiffusionModel(tmp_path / "poisoned.gguf", cpu=level, n_threads=1).session()
         try:
             session.encode(np.arange(20, 50))
             session.run_canvas(seed=3, steps=4, confidence_threshold=0.0)
