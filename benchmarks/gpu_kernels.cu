@@ -93,14 +93,14 @@ extern "C" int gpu_step(const float *logits, int32_t n_rows, int32_t n_vocab, do
         step.embedding_type = row_type;
         step.n_embd = n_embd;
         step.embedding_scale = 1.0f;
-        step.soft = room<float>(*device, rows * static_cast<size_t>(n_embd));
+        step.signal = room<float>(*device, rows * static_cast<size_t>(n_embd));
 
         device->launch(step);
         device->download(argmax, c.argmax, rows * sizeof *argmax);
         device->download(ids, c.ids, rows * sizeof *ids);
         device->download(entropy, c.entropy, rows * sizeof *entropy);
         device->download(counts, step.counts, rows * sizeof *counts);
-        device->download(soft, step.soft, rows * static_cast<size_t>(n_embd) * sizeof *soft);
+        device->download(soft, step.signal, rows * static_cast<size_t>(n_embd) * sizeof *soft);
 
         Step keeps = step; // last, for it divides the logits again and again: slower rows would be no surprise
         keeps.keeps_logits = true;

@@ -618,16 +618,12 @@ dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t
                                                           n_rows, s.model().config().canvas_length));
         }
         s.check_ids("canvas", canvas, n_rows);
-        session->loop.drop();
         if (self_conditioning) {
-            dg::check_logits("self_conditioning", self_conditioning, n_rows, s.model().config().n_vocab);
-            s.set_logits(self_conditioning, n_rows);
-            s.condition_on_logits(n_rows);
-        } else {
-            s.condition_on_nothing();
+            dg::check_logits("self_conditioning", self_conditioning, n_rows, s.model().config().n_vocab,
+                             dg::RowRules());
         }
-        s.denoise(canvas, {n_rows});
-        std::memcpy(logits, s.logits(), s.logits_size(n_rows));
+        session->loop.drop();
+        s.stepper().denoise(canvas, n_rows, self_conditioning, logits);
     });
 }
 
@@ -696,11 +692,16 @@ dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sa
         dg::RowRules rules;
         rules.pinned = pinned;
         dg::check_rules(rules, n_rows, n_vocab);
-        dg::check_logits("z", z, n_rows, n_vocab);
+        dg::check_logits("z", z, n_rows, n_vocab, rules);
         const auto t = static_cast<float>(dg::temperature(*sampling, step));
         std::vector<float> processed(z, z + static_cast<int64_t>(n_rows) * n_vocab);
-        if (!std::isfinite(*std::max_element(processed.begin(), processed.end()) / t)) {
-            throw dg::Error(DG_ERROR_ARGUMENT, dg::format("z: divided by the temperature %g it is not finite", t));
+        for (int32_t row = 0; row < n_rows; ++row) {
+            const float *first = z + int64_t{row} * n_vocab;
+            if (!rules.is_pinned(row) && !std::isfinite(*std::max_element(first, first + n_vocab) / t)) {
+                throw dg::Error(
+                    DG_ERROR_ARGUMENT,
+                    dg::format("z: row %d is not finite when it is divided by the temperature, %g", row, t));
+            }
         }
         dg::SamplerScratch scratch;
         const dg::StepOutput out = {argmax, canvas, accepted, entropy, nullptr};

@@ -87,8 +87,8 @@ typedef enum dg_sampler {
     DG_SAMPLER_HOST = 1,      /* C++ on the CPU, wherever the logits are made */
     DG_SAMPLER_OPERATORS = 2, /* rows by operators of the graph, in float32; nine numbers of each come to the CPU, which
                                  accepts, renoises and stops */
-    DG_SAMPLER_KERNELS = 3 /* all of it by own kernels; 40 bytes a canvas come back. On the CPU they run serially, far
-                              slower than HOST: for tests. DG_ERROR_UNSUPPORTED elsewhere but on CUDA */
+    DG_SAMPLER_KERNELS = 3    /* all of it by own kernels; 40 bytes a canvas come back. DG_ERROR_UNSUPPORTED unless the
+                                 main device is one of CUDA's */
 } dg_sampler;
 
 typedef struct dg_file dg_file;

@@ -82,8 +82,7 @@ class DiffusionModel:
         offload_kv: True puts a layer's cache where the layer is, False on the CPU.
         rpc: "host:port" of servers that `pydiffgguf rpc-server` runs; docs/DEVICES.md.
         sampler: what makes the work on a step's logits. "host": C++ on the CPU; "operators": ggml's, where the logits
-            are; "kernels": own ones, on CUDA (and, far slower than "host", on the CPU: for tests); "auto": the last
-            of these that the main device has.
+            are; "kernels": own ones, on CUDA; "auto": the last of these that the main device has.
         type_kv: "f16", "f32", "bf16" or "q8_0".
         cpu: the level of instructions that the CPU's own operators use, by the name that `pydiffgguf doctor` lists
             ("avx2", say); None: the best that this processor has. Answers differ between levels by rounding.

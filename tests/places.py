@@ -67,16 +67,15 @@ def on_servers(*endpoints: str) -> dict[str, Any]:
 #: Nets have five to seven layers: with four of them on devices, some are left to the CPU.
 PLACES: dict[str, Callable[[Servers], dict[str, Any]]] = {
     "cpu": lambda servers: {"n_gpu_layers": 0},
-    # the sampler of ggml's operators, and the bodies of the CUDA kernels, one thread after the other
+    # the sampler of ggml's operators; the CUDA kernels' loop is tested by tests/test_kernels.py
     "operators": lambda servers: {"n_gpu_layers": 0, "sampler": "operators"},
-    "kernels": lambda servers: {"n_gpu_layers": 0, "sampler": "kernels"},
     "rpc": lambda servers: on_servers(servers()[0]),
     "two servers and the CPU": lambda servers: {**on_servers(*servers()), "n_gpu_layers": 4},
     **{name: lambda servers: {"n_gpu_layers": "auto"} for name in LOCAL},
 }
 
 #: Those that differ in what samples; those that differ in where a model lies, for tests in which nothing is sampled.
-ON_THE_CPU = ("cpu", "operators", "kernels")
+ON_THE_CPU = ("cpu", "operators")
 DEVICES = [name for name in PLACES if name == "cpu" or name not in ON_THE_CPU]
 
 

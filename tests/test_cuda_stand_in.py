@@ -45,10 +45,10 @@ Run = Callable[..., dict[str, Any]]
 def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process that has the stand-in device."""
     library = tmp_path_factory.mktemp("stand_in") / "runtime.so"
-    sources = [ROOT / "tests/cuda_stand_in/runtime.cpp", ROOT / "csrc/cuda/host_device.cpp"]
+    sources = [ROOT / "tests/cuda_stand_in/runtime.cpp", ROOT / "tests/kernels/host_device.cpp"]
     assert COMPILER is not None
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(HEADERS[0])]
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}", "-isystem", str(HEADERS[0])]
     subprocess.run([COMPILER, *flags, *includes, *map(str, sources), "-o", str(library)], check=True)
     return os.environ | {"LD_PRELOAD": str(library)}
 

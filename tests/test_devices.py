@@ -80,7 +80,7 @@ def test_a_place_is_what_its_name_says(there: DiffusionModel, device: Place) -> 
         elif device.name == "two servers and the CPU":
             assert len(n_layers) >= 2 and sum(n_layers) == 4 < there.config.n_layer
             assert session.sampler == "operators"
-        elif device.name in ("cpu", "operators", "kernels"):
+        elif device.name in ("cpu", "operators"):
             assert not n_layers and session.sampler == {"cpu": "host"}.get(device.name, device.name)
         else:
             assert sum(n_layers) == there.config.n_layer and session.sampler == "operators"

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffgguf import DiffGGUFError, DiffusionModel
+from pydiffgguf import DiffusionModel
 from pydiffgguf._binding.functions import sample
 from pydiffgguf._binding.records import RawSample, Sampling
 from pydiffgguf.session import Canvas, Session
@@ -237,12 +237,12 @@ def test_broken_logits_are_an_error(value: float, place: int) -> None:
     z = np.zeros((2, 2000), np.float32)
     z[1, 500] = 50
     z[1, place] = value
-    with pytest.raises(DiffGGUFError, match="logits"):
+    with pytest.raises(ValueError, match="NaN or has no finite maximum"):
         run(z, RELEASED)
 
 
 def test_a_row_of_nothing_but_minus_infinity_is_an_error() -> None:
-    with pytest.raises(DiffGGUFError, match="logits"):
+    with pytest.raises(ValueError, match="NaN or has no finite maximum"):
         run(np.full((1, 10), -np.inf, np.float32), RELEASED)
 
 

@@ -99,7 +99,7 @@ def test_logits_that_the_temperature_makes_infinite_are_an_error_of_the_caller()
     """3e38 is finite, and divided by 0.4 it is not."""
     z = np.zeros((3, 600), dtype=np.float32)
     z[1, 550] = 3e38
-    with pytest.raises(ValueError, match="divided by the temperature"):
+    with pytest.raises(ValueError, match="z: row 1 is not finite when it is divided by the temperature"):
         both(z, np.full(3, 0.5))
 
 
@@ -117,7 +117,7 @@ def test_graphs_of_the_released_shape_have_room(tmp_path: Path) -> None:
     """Predicting a session's memory builds its largest graphs: 262,144 tokens are 176 slices of the dense signal and
     eight of the sampler."""
     write_head(tmp_path / "head.gguf", "26b-a4b", type="q4_k_m")
-    kinds: list[dict[str, Any]] = [{}, {"ggml_operators": True}, {"sampler": "operators"}, {"sampler": "kernels"}]
+    kinds: list[dict[str, Any]] = [{}, {"ggml_operators": True}, {"sampler": "operators"}]
     model = NativeModel(tmp_path / "head.gguf")
     for options in kinds:
         memory = model.memory(n_ctx=8192, n_rows=512, **options)

@@ -64,12 +64,12 @@ DeviceLoop::DeviceLoop(Device &device, const Target &target) : device_(device), 
     step_.n_vocab = target.n_vocab;
     step_.softcap = target.softcap;
     step_.logits = target.logits;
-    if (!target.soft) {
+    if (!target.signal) {
         return;
     }
     step_.keeps_logits = true; // for the steps whose signal is dense
     step_.n_embd = target.n_embd;
-    step_.soft = target.soft;
+    step_.signal = target.signal;
     if (!target.embedding) {
         return;
     }
@@ -86,7 +86,7 @@ DeviceLoop::DeviceLoop(Device &device, const Target &target) : device_(device), 
 
 DeviceLoop::~DeviceLoop() = default;
 
-Canvas DeviceLoop::make_canvas(const Start &start, int32_t first_row) {
+Canvas DeviceLoop::make_canvas(const CanvasStart &start, int32_t first_row) {
     if (start.n_rows > MAX_ROWS) {
         throw Error(DG_ERROR_UNSUPPORTED,
                     format("a canvas of %d rows: the device's sampler takes %d at most", start.n_rows, MAX_ROWS));
@@ -157,7 +157,7 @@ Canvas DeviceLoop::make_canvas(const Start &start, int32_t first_row) {
     return c;
 }
 
-void DeviceLoop::begin(const std::vector<Start> &starts) {
+void DeviceLoop::begin(const std::vector<CanvasStart> &starts) {
     canvases_.clear();
     placed_.clear();
     memories_.clear();
@@ -168,7 +168,7 @@ void DeviceLoop::begin(const std::vector<Start> &starts) {
     step_.n_rows = 0;
     std::vector<Canvas> canvases;
     int32_t n_rows = 0;
-    for (const Start &start : starts) {
+    for (const CanvasStart &start : starts) {
         if (start.n_rows > target_.n_rows - n_rows) {
             throw Error(DG_ERROR_ARGUMENT, format("the canvases have more rows than the session's %d", target_.n_rows));
         }
@@ -211,10 +211,10 @@ void DeviceLoop::place(const std::vector<int32_t> &which) {
         if (c.first_row != to) {
             int32_t *ids = target_.ids + to;
             device_.move(ids, c.ids, static_cast<size_t>(c.n_rows) * sizeof(int32_t));
-            if (step_.soft) {
+            if (step_.signal) {
                 const auto width = static_cast<size_t>(target_.n_embd);
-                device_.move(step_.soft + static_cast<size_t>(to) * width,
-                             step_.soft + static_cast<size_t>(c.first_row) * width,
+                device_.move(step_.signal + static_cast<size_t>(to) * width,
+                             step_.signal + static_cast<size_t>(c.first_row) * width,
                              static_cast<size_t>(c.n_rows) * width * sizeof(float));
             }
             c.ids = ids;
@@ -285,7 +285,7 @@ void DeviceLoop::step(const dg_noise *noise) {
     device_.download(canvases_.data(), step_.canvases, canvases_.size() * sizeof(Canvas));
     for (const Canvas &c : canvases_) {
         if (c.decision.broken) {
-            throw Error(DG_ERROR_INTERNAL, "a row of logits holds NaN or has no finite maximum");
+            throw_unsound_row();
         }
     }
 }
@@ -293,11 +293,11 @@ void DeviceLoop::step(const dg_noise *noise) {
 const Canvas::Decision &DeviceLoop::decision(int32_t index) const { return canvases_[place_of(index)].decision; }
 
 bool DeviceLoop::wants_dense_signal() const {
-    return (step_.soft && !step_.embedding) ||
+    return (step_.signal && !step_.embedding) ||
            std::any_of(canvases_.begin(), canvases_.end(), [](const Canvas &c) { return c.decision.dense != 0; });
 }
 
-void DeviceLoop::read(int32_t index, const Rows &out) {
+void DeviceLoop::read(int32_t index, const CanvasRows &out) {
     const Canvas &c = canvases_[place_of(index)];
     const auto n = static_cast<size_t>(c.n_rows);
     // What a step leaves stands in one piece, the ids apart.

@@ -2,10 +2,10 @@
 // Between the forward passes nothing crosses to the host but each canvas's struct, 208 bytes with its Decision, and
 // what somebody watches.
 //
-// CanvasLoop stays the one that checks options and knows which canvases go on; in a session that samples with kernels
-// it has a DeviceLoop begin, place and step them. The pass reads Target::ids and Target::soft where a step leaves them,
-// or, with layers on several devices, what the session has brought to the first one. Whoever computes the pass has
-// waited for its end before step(); step() returns when its own launches are through.
+// CanvasLoop stays the one that checks options and knows which canvases go on; KernelStepper has a DeviceLoop begin,
+// place and step them. The pass reads Target::ids and Target::signal where a step leaves them, or, with layers on
+// several devices, what the stepper has brought to the first one. Whoever computes the pass has waited for its end
+// before step(); step() returns when its own launches are through.
 #pragma once
 
 #include "cuda/device.h"
@@ -25,38 +25,18 @@ class DeviceLoop {
   public:
     // Where the session's tensors lie, and their shapes.
     struct Target {
-        int32_t n_rows;        // R: what logits, ids and soft have room for
+        int32_t n_rows;        // R: what logits, ids and signal have room for
         int32_t n_vocab;       // at most MAX_VOCAB
         float softcap;         // 0: the graph softcaps
         float *logits;         // [R, n_vocab]
         int32_t *ids;          // [R]
-        float *soft;           // [R, n_embd]; null: the file has no self-conditioning
+        float *signal;         // [R, n_embd]; null: the file has no self-conditioning
         const void *embedding; // null: of a type that is not gathered here, so that the signal is always dense
         RowType embedding_type;
         int32_t n_embd;
-        void *candidates; // [candidate_bytes(R, capacity)], where soft and embedding are given
+        void *candidates; // [candidate_bytes(R, capacity)], where signal and embedding are given
         int32_t capacity; // candidates that a row has room for: beyond, the signal is dense
     };
-    // A canvas as CanvasLoop has checked it; `canvas`: [n_rows], the ids that it starts from.
-    struct Start {
-        dg_sampling sampling;
-        int32_t n_steps; // that are made at most: step_count(sampling)
-        uint64_t seed;
-        uint32_t canvas_index;
-        int32_t n_rows;
-        RowRules rules;
-        const int32_t *canvas;
-    };
-
-    // Host arrays of n_rows for one canvas; null for what is not wanted.
-    struct Rows {
-        int32_t *argmax;
-        int32_t *canvas;
-        uint8_t *accepted;
-        double *entropy;
-        double *logprob; // as long as the canvas is watched
-    };
-
     // Throws Error: UNSUPPORTED for a vocabulary beyond MAX_VOCAB, else what Device throws.
     DeviceLoop(Device &device, const Target &target);
     ~DeviceLoop();
@@ -65,7 +45,7 @@ class DeviceLoop {
 
     // The canvases' rows stand one after the other, in this order. UNSUPPORTED: a canvas of more than MAX_ROWS rows.
     // After an error no canvas is under way. The signal of the first pass, zero, is the session's to write.
-    void begin(const std::vector<Start> &starts);
+    void begin(const std::vector<CanvasStart> &starts);
     // Closes up the rows of those that go on: `which`, a subset of the placed ones in their order.
     void place(const std::vector<int32_t> &which);
     // Other pins and allowed ids for a placed canvas; newly pinned rows hold their ids at once, and stability begins
@@ -76,9 +56,9 @@ class DeviceLoop {
     void step(const dg_noise *noise);
     // Of the last step, by the canvas's number in begin(). Throws ARGUMENT for one that is not placed, as read() does.
     const Canvas::Decision &decision(int32_t index) const;
-    // Whether the last step left Target::soft incomplete: the processed logits then make it, as they do on the host.
+    // Whether the last step left Target::signal incomplete: the processed logits then make it, as they do on the host.
     bool wants_dense_signal() const;
-    void read(int32_t index, const Rows &out);
+    void read(int32_t index, const CanvasRows &out);
 
   private:
     // One allocation on the device.
@@ -106,7 +86,7 @@ class DeviceLoop {
     std::vector<int32_t *> renoise_;
     Step step_ = {};
 
-    Canvas make_canvas(const Start &start, int32_t first_row);
+    Canvas make_canvas(const CanvasStart &start, int32_t first_row);
     void upload_canvases();
     size_t place_of(int32_t index) const;
 };

@@ -12,7 +12,7 @@
 namespace dg::cuda {
 
 // Room for candidates that serves: 17 MB for a canvas of 256 rows. Were every row full, the gather would read 4.8 GB at
-// the released shape, where the generic soft embedding moves 13.2 GB whatever the rows look like.
+// the released shape, where the generic signal moves 13.2 GB whatever the rows look like.
 constexpr int32_t CAPACITY = 8192;
 
 // Device pointers, and sizes. The same from step to step, until a canvas leaves.
@@ -22,7 +22,7 @@ struct Step {
     int32_t n_rows; // of all of them
     int32_t n_vocab;
     float softcap;        // 0: the logits are softcapped already
-    bool keeps_logits;    // they become the processed ones, for the generic soft embedding
+    bool keeps_logits;    // they become the processed ones, for the generic signal
     float *logits;        // [n_rows, n_vocab]
     int32_t *tokens;      // [n_rows, capacity]: candidates (row.h)
     float *probabilities; // [n_rows, capacity]
@@ -32,7 +32,7 @@ struct Step {
     RowType embedding_type;
     int32_t n_embd;
     float embedding_scale; // sqrt(n_embd)
-    float *soft;           // [n_rows, n_embd]
+    float *signal;         // [n_rows, n_embd]
 };
 
 // The blocks of each launch.
@@ -89,7 +89,7 @@ template <RowType TYPE> DG_HD void step_gather(GatherBlock &block, const Step &s
     const int64_t place = int64_t{row} * step.capacity;
     const GatherInput in = {step.embedding,      row_bytes(TYPE, step.n_embd), step.n_embd,     step.embedding_scale,
                             step.tokens + place, step.probabilities + place,   step.counts[row]};
-    gather<TYPE>(block, in, first, step.soft + int64_t{row} * step.n_embd);
+    gather<TYPE>(block, in, first, step.signal + int64_t{row} * step.n_embd);
 }
 
 // Calls f with the type as a constant: f(std::integral_constant-like) for templates over RowType.

@@ -243,9 +243,9 @@ class PassBuilder {
             return x;
         }
         if (c_.has_self_conditioning) {
-            ggml_tensor *soft = rows_of_io(ctx_, io_.soft, pass_.first_row, n_);
+            ggml_tensor *from = rows_of_io(ctx_, io_.signal, pass_.first_row, n_);
             ggml_tensor *signal =
-                gated_mlp(norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
+                gated_mlp(norm(from, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
             x = ggml_add(ctx_, x, signal);
         }
         return norm(x); // also on the first step, whose signal is zero
@@ -470,7 +470,7 @@ class PassBuilder {
         }
         if (pass_.sampled && c_.has_self_conditioning) {
             add_signal(ctx_, graph_.nodes, model_.weights().token_embd, ggml_soft_max_inplace(ctx_, logits),
-                       rows_of_io(ctx_, io_.coming, pass_.first_row, n_), &io_.sample);
+                       rows_of_io(ctx_, io_.next_signal, pass_.first_row, n_), &io_.sample);
         }
     }
 };
@@ -501,19 +501,18 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
     return PassBuilder(model, cache, io, pass, importance, adapters).build();
 }
 
-Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,
-                           int32_t n_rows) {
-    if (io.scratch && !io.coming && model.placement().head == model.devices().cpu()) {
+Graph build_signal(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit, int32_t n_rows) {
+    if (io.scratch && !io.next_signal && model.placement().head == model.devices().cpu()) {
         Graph own = make_graph(static_cast<size_t>(soft_nodes(model.config().n_vocab)));
         soft_embedding_ops(own.context.get(), *model.kernels(), own.nodes, own.work, io.scratch,
                            model.weights().token_embd, rows_of_io(own.context.get(), io.logits, first_logit, n_rows),
-                           rows_of_io(own.context.get(), io.soft, first_row, n_rows), &io.longest_embedding);
+                           rows_of_io(own.context.get(), io.signal, first_row, n_rows), &io.longest_embedding);
         return own;
     }
     Graph graph = make_graph(signal_nodes(model.config().n_vocab, model.config().n_embd));
     ggml_context *ctx = graph.context.get();
     ggml_tensor *logits = rows_of_io(ctx, io.logits, first_logit, n_rows);
-    ggml_tensor *out = rows_of_io(ctx, io.coming ? io.coming : io.soft, first_row, n_rows);
+    ggml_tensor *out = rows_of_io(ctx, io.next_signal ? io.next_signal : io.signal, first_row, n_rows);
     Settler settler(graph, model.devices());
     add_signal(ctx, graph.nodes, model.weights().token_embd, ggml_soft_max(ctx, logits), out, nullptr);
     settler.settle(model.placement().head);

@@ -33,15 +33,12 @@ struct DeviceIo {
 
 // Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
 struct GraphIo {
-    std::vector<DeviceIo> devices; // empty ones where no layer is; the CPU's is last
-    ggml_tensor *ids = nullptr;    // I32 [pass], or R where that is more
-    ggml_tensor *soft = nullptr;   // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
-    ggml_tensor *logits = nullptr; // F32 [n_vocab, rows of logits]: R, the session's n_rows, or those of a pass
-    // Where a step leaves the next one's signal and ids, if not in soft and ids themselves: null then.
-    ggml_tensor *coming = nullptr;     // F32 [n_embd, R]
-    ggml_tensor *coming_ids = nullptr; // I32 [R]
-    ggml_tensor *candidates = nullptr; // I8: memory of the kernels (cuda/device_loop.h)
-    SampleIo sample;                   // of a pass that is sampled or watched
+    std::vector<DeviceIo> devices;      // empty ones where no layer is; the CPU's is last
+    ggml_tensor *ids = nullptr;         // I32 [pass], or R where that is more
+    ggml_tensor *signal = nullptr;      // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+    ggml_tensor *logits = nullptr;      // F32 [n_vocab, rows of logits]: R, the session's n_rows, or those of a pass
+    ggml_tensor *next_signal = nullptr; // F32 [n_embd, R]: where a step leaves the next one's; null: in signal itself
+    SampleIo sample;                    // of a pass that is sampled or watched
     // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
     // without it, the graph is made of ggml's, which every device has.
     ggml_tensor *scratch = nullptr; // F32 [floats of a thread, threads]
@@ -58,7 +55,7 @@ struct Pass {
     Mode mode = Mode::ENCODE;
     int32_t n_past = 0;            // positions in the cache before it
     std::vector<int32_t> segments; // rows of each
-    int32_t first_row = 0;         // its rows stand from here on in io.ids and io.soft
+    int32_t first_row = 0;         // its rows stand from here on in io.ids and io.signal
     int32_t first_logit = 0;       // and from here on in io.logits
     bool sampled = false;          // ids are drawn, and the next step's signal is made, where the logits are
     bool watched = false;          // probabilities of the ids in io.sample.watched are reported
@@ -105,9 +102,8 @@ int64_t scratch_floats(const Model &model);
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
                  Importance *importance = nullptr, const ActiveAdapters *adapters = nullptr);
 
-// n_rows of io.logits (processed), from first_logit on -> those of io.soft from first_row on: the softmax of each row
+// n_rows of io.logits (processed), from first_logit on -> those of io.signal from first_row on: the softmax of each row
 // times the embedding, over the whole vocabulary, in slices that bound the memory for the transposed embedding.
-Graph build_soft_embedding(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit,
-                           int32_t n_rows);
+Graph build_signal(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit, int32_t n_rows);
 
 } // namespace dg

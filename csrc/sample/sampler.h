@@ -63,6 +63,33 @@ struct RowRules {
     int32_t noise(int32_t row, int32_t id) const;
 };
 
+// A canvas as it begins, its options checked.
+struct CanvasStart {
+    dg_sampling sampling = {};
+    int32_t n_steps = 0; // that are made at most: step_count(sampling)
+    uint64_t seed = 0;
+    uint32_t canvas_index = 0;
+    int32_t n_rows = 0;
+    RowRules rules;
+    const int32_t *canvas = nullptr; // [n_rows]: the ids that it starts from
+};
+
+// Host arrays of n_rows for one canvas.
+struct CanvasRows {
+    int32_t *argmax;
+    int32_t *canvas;
+    uint8_t *accepted;
+    double *entropy;
+    double *logprob; // as long as the canvas is watched
+};
+
+// What a step came to.
+struct CanvasDecision {
+    double mean_entropy = 0.0; // of the free rows
+    bool converged = false;
+    bool finished = false;
+};
+
 // Throws DG_ERROR_ARGUMENT for ids outside [0, n_vocab) and ranges that go backwards.
 void check_rules(const RowRules &rules, int32_t n_rows, int32_t n_vocab);
 
@@ -85,11 +112,9 @@ void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &s
 void finish_step(int32_t n_rows, const dg_sampling &sampling, const dg_noise &noise, const RowRules &rules,
                  SamplerScratch &scratch, const StepOutput &out);
 
-// DG_ERROR_INTERNAL, for a row that holds NaN or has no finite maximum.
-[[noreturn]] void throw_unsound_row();
-
-// Throws DG_ERROR_ARGUMENT for such rows among those that a caller hands in, `name` of [n_rows, n_vocab].
-void check_logits(const char *name, const float *z, int32_t n_rows, int32_t n_vocab);
+// Throws DG_ERROR_ARGUMENT for rows as throw_unsound_row is for, among those that a caller hands in, `name` of [n_rows,
+// n_vocab]; pinned rows may hold anything.
+void check_logits(const char *name, const float *z, int32_t n_rows, int32_t n_vocab, const RowRules &rules);
 
 // Stable when the argmax canvas equals each of the last `threshold` ones.
 class StabilityHistory {

@@ -52,4 +52,6 @@ double temperature(const dg_sampling &s, int32_t step) {
 
 int32_t step_count(const dg_sampling &s) { return s.max_steps > 0 ? std::min(s.steps, s.max_steps) : s.steps; }
 
+void throw_unsound_row() { throw Error(DG_ERROR_INTERNAL, "a row of logits holds NaN or has no finite maximum"); }
+
 } // namespace dg

@@ -20,4 +20,7 @@ double temperature(const dg_sampling &sampling, int32_t step);
 // The number of steps there can be: N, or the cap when it is lower.
 int32_t step_count(const dg_sampling &sampling);
 
+// DG_ERROR_INTERNAL, for a row that holds NaN or has no finite maximum.
+[[noreturn]] void throw_unsound_row();
+
 } // namespace dg

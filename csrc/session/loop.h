@@ -32,63 +32,37 @@ class CanvasLoop {
 
   private:
     struct Live {
-        dg_sampling sampling = {};
-        uint64_t seed = 0;
-        uint32_t canvas_index = 0;
         int32_t n_rows = 0;
         bool goes_on = true;
         bool quiet = false;
-        StabilityHistory history;
-        // [n_rows] each; the first four may be empty
+        // [n_rows] each: what was asked for, where it was
         std::vector<int32_t> pinned;
         std::vector<int32_t> watched;
         std::vector<int32_t> allowed_ends;
         std::vector<int32_t> allowed_ids; // as many as the last end
+        // and what was read last
         std::vector<int32_t> canvas;
         std::vector<int32_t> argmax;
         std::vector<uint8_t> accepted;
         std::vector<double> entropy;
         std::vector<double> logprob; // empty unless watched
-        std::vector<double> uniform;
-        std::vector<int32_t> renoise;
         dg_step last = {};
 
         // `last`, without its arrays where nobody looks.
         dg_step shown() const;
         RowRules rules() const;
-        dg_noise philox_noise(int32_t n_vocab);
-        StepOutput output();
     };
 
     Session &session_;
     bool active_ = false;
-    bool conditioned_ = false; // the self-conditioning signal of the next step stands ready
     int32_t step_ = 0;
     std::vector<Live> canvases_;
-    std::vector<int32_t> placed_; // canvases whose rows stand in the session's logits and signal, in this order
-    std::vector<int32_t> ids_;
-    SamplerScratch scratch_;
 
-    void start(Live &live, const dg_canvas_options &options) const;
-    int32_t rows(const std::vector<int32_t> &which) const;
-    void place(const std::vector<int32_t> &which);
-    bool stays_on_device(const std::vector<int32_t> &going) const;
-    dg_noise noise_of(Live &live, const dg_noise *handed_in) const;
-    // Each makes the step of the canvases that go on, with one of the samplers (dg_sampler).
-    void sample_here(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
-                     const dg_noise *handed_in);
-    void sample_there(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
-                      const dg_noise *handed_in);
-    void sample_by_kernels(const std::vector<int32_t> &going, const std::vector<int32_t> &segments,
-                           const dg_noise *handed_in);
-    bool has_kernels() const { return session_.sampler() == DG_SAMPLER_KERNELS; }
-    void begin_kernels();
-    void read_kernels(int32_t index);
+    CanvasStart start(Live &live, const dg_canvas_options &options) const;
+    // Brings what a canvas's last step left to `live`; its pins must have stayed.
+    void read(size_t index);
     // The argument, as an index; throws ARGUMENT unless there is such a canvas.
     size_t checked(int32_t index) const;
-    void check_pins(const Live &live) const;
-    // Whether the canvas is finished with this step.
-    void judge(Live &live) const;
 };
 
 } // namespace dg

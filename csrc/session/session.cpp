@@ -7,7 +7,7 @@
 #include "cpu/levels.h"
 #include "cpu/self_conditioning.h"
 #include "sample/sampler.h"
-#include "session/kernel_device.h"
+#include "session/steppers.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -42,8 +42,8 @@ int32_t default_threads(const Model &model) {
 
 Session::Session(std::shared_ptr<const Model> model, const dg_session_options &options, DryRun)
     : model_(std::move(model)), figures_(model_->config(), options), n_threads_(options.n_threads),
-      own_operators_(model_->kernels() && !options.ggml_operators),
-      sampler_(resolve_sampler(*model_, options.sampler)) {
+      own_operators_(model_->kernels() && !options.ggml_operators), sampler_(resolve_sampler(*model_, options.sampler)),
+      stepper_(make_stepper(*this, *model_, sampler_)) {
     check_range("n_threads", n_threads_, {0, GGML_MAX_N_THREADS});
     if (n_threads_ == 0) {
         n_threads_ = default_threads(*model_);
@@ -382,7 +382,7 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
 
 void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
     Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}};
-    pass.watched = scores_by_graph();
+    pass.watched = io_.sample.watched != nullptr;
     prepare(pass);
     // Row i predicts id i: it reads the one before.
     std::vector<int32_t> inputs(static_cast<size_t>(pass.rows()));
@@ -405,9 +405,10 @@ void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_
         return;
     }
     const int32_t n_vocab = model_->config().n_vocab;
+    const auto *logits = static_cast<const float *>(io_.logits->data);
     parallel_rows(pass.rows(), n_vocab, n_threads_, [&](int32_t row) {
         logprob[row] =
-            log_probability(logit_kernels(model_->kernels()), logits() + int64_t{row} * n_vocab, n_vocab, ids[row]);
+            log_probability(logit_kernels(model_->kernels()), logits + int64_t{row} * n_vocab, n_vocab, ids[row]);
     });
 }
 
@@ -428,8 +429,8 @@ void Session::check_canvases(const std::vector<int32_t> &segments) const {
 
 // Calls `run` for one pass after the other, each with its graph ready and its ids in place, where they are not already:
 // `ids` is null then.
-template <typename Run>
-void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run) {
+void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass,
+                        const std::function<void(const Pass &)> &run) {
     check_canvases(segments);
     renew_in_fork();
     pass.mode = Mode::DENOISE;
@@ -441,7 +442,7 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
         if (more && rows + segments[i + 1] <= figures_.pass_rows) {
             continue;
         }
-        pass.first_logit = logits_are_whole() ? pass.first_row : 0;
+        pass.first_logit = io_.logits->ne[1] == figures_.n_rows ? pass.first_row : 0;
         if (!(ready_ == pass)) {
             prepare(pass);
             ready_ = pass;
@@ -456,122 +457,20 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
     }
 }
 
-void Session::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
-    if (!logits_lie_here()) {
-        host_logits_.resize(static_cast<size_t>(figures_.n_rows) * static_cast<size_t>(model_->config().n_vocab));
-    }
-    each_pass(ids, segments, Pass(), [&](const Pass &pass) {
-        compute(*passes_, pass_graph_);
-        if (!logits_lie_here()) {
-            float *out = host_logits_.data() + int64_t{pass.first_row} * model_->config().n_vocab;
-            ggml_backend_tensor_get(io_.logits, out, logits_size(pass.first_logit), logits_size(pass.rows()));
-        }
-    });
-}
-
-void Session::denoise_placed(const std::vector<int32_t> &segments) {
-    const int32_t n_rows = std::accumulate(segments.begin(), segments.end(), 0);
-    std::vector<int32_t> ids;
-    if (io_.coming_ids) {
-        ids.resize(static_cast<size_t>(n_rows));
-        ggml_backend_tensor_get(io_.coming_ids, ids.data(), 0, ids.size() * sizeof ids[0]);
-        if (model_->config().has_self_conditioning) {
-            take_coming(n_rows);
-        }
-    }
-    Pass kind;
-    kind.uncapped = true;
-    each_pass(io_.coming_ids ? ids.data() : nullptr, segments, kind,
-              [&](const Pass &) { compute(*passes_, pass_graph_); });
-}
-
-std::vector<RowResult> Session::denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
-                                                   const RowInputs &inputs) {
-    std::vector<RowResult> results;
-    Pass kind;
-    kind.sampled = true;
-    kind.watched = !inputs.watched.empty();
-    const auto set = [](ggml_tensor *tensor, const auto &values, const Pass &pass) {
-        upload(tensor, values.data() + pass.first_row, static_cast<size_t>(pass.rows()) * sizeof values[0]);
-    };
-    each_pass(ids, segments, kind, [&](const Pass &pass) {
-        set(io_.sample.temperature, inputs.temperature, pass);
-        set(io_.sample.uniform, inputs.uniform, pass);
-        set(io_.sample.pinned, inputs.pinned, pass);
-        set(io_.sample.is_pinned, inputs.is_pinned, pass);
-        if (pass.watched) {
-            set(io_.sample.watched, inputs.watched, pass);
-        }
-        compute(*passes_, pass_graph_);
-        const std::vector<RowResult> rows = read_results(io_.sample, pass.rows());
-        results.insert(results.end(), rows.begin(), rows.end());
-    });
-    // Only now, so that a step that was cancelled between two passes may be repeated.
-    if (model_->config().has_self_conditioning) {
-        take_coming(static_cast<int32_t>(results.size()));
-    }
-    return results;
-}
-
-// The signal that was made where the logits are becomes the next pass's.
-void Session::take_coming(int32_t n_rows) {
-    if (model_->placement().layers.front() == model_->placement().head) {
-        ggml_backend_tensor_copy(io_.coming, io_.soft);
-        return;
-    }
-    std::vector<char> rows(static_cast<size_t>(n_rows) * io_.soft->nb[1]);
-    ggml_backend_tensor_get(io_.coming, rows.data(), 0, rows.size());
-    upload(io_.soft, rows.data(), rows.size());
-}
-
-void Session::set_logits(const float *logits, int32_t n_rows) {
-    if (logits_are_whole()) {
-        upload(io_.logits, logits, logits_size(n_rows));
-    } else {
-        host_logits_.assign(logits, logits + int64_t{n_rows} * model_->config().n_vocab);
-    }
-}
-
-void Session::condition_on_logits(int32_t n_rows) {
-    if (!model_->config().has_self_conditioning) {
-        return;
-    }
+void Session::compute_signal(int32_t first_row, int32_t first_logit, int32_t n_rows) {
     renew_in_fork();
-    if (io_.scratch && io_.longest_embedding == 0.0f && is_head_here()) {
+    const bool on_cpu = model_->placement().head == model_->devices().cpu();
+    if (io_.scratch && io_.longest_embedding == 0.0f && on_cpu) {
         io_.longest_embedding = longest_row(*model_->kernels(), model_->weights().token_embd, n_threads_);
     }
-    for (int32_t first = 0; first < n_rows; first += figures_.pass_rows) {
-        const int32_t n = std::min(figures_.pass_rows, n_rows - first);
-        if (soft_graph_rows_ != n || soft_graph_first_ != first) {
-            soft_graph_rows_ = 0;
-            soft_graph_ = build_soft_embedding(*model_, io_, first, logits_are_whole() ? first : 0, n);
-            soft_->place(soft_graph_);
-            soft_graph_first_ = first;
-            soft_graph_rows_ = n;
-        }
-        if (!logits_are_whole()) {
-            upload(io_.logits, host_logits_.data() + int64_t{first} * model_->config().n_vocab, logits_size(n));
-        }
-        compute(*soft_, soft_graph_);
+    if (signal_graph_rows_ != n_rows || signal_graph_first_ != first_row) {
+        signal_graph_rows_ = 0;
+        signal_graph_ = build_signal(*model_, io_, first_row, first_logit, n_rows);
+        signals_->place(signal_graph_);
+        signal_graph_first_ = first_row;
+        signal_graph_rows_ = n_rows;
     }
-    if (io_.coming) {
-        take_coming(n_rows);
-    }
-}
-
-void Session::condition_on_nothing() {
-    for (ggml_tensor *signal : {io_.soft, io_.coming}) {
-        if (signal) {
-            ggml_backend_tensor_memset(signal, 0, 0, ggml_nbytes(signal));
-        }
-    }
-}
-
-void Session::move_condition(int32_t from, int32_t to, int32_t n) {
-    const size_t row = io_.soft->nb[1];
-    std::vector<char> rows(static_cast<size_t>(n) * row);
-    ggml_backend_tensor_get(io_.soft, rows.data(), static_cast<size_t>(from) * row, rows.size());
-    ggml_backend_tensor_set(io_.soft, rows.data(), static_cast<size_t>(to) * row, rows.size());
+    compute(*signals_, signal_graph_);
 }
 
 void Session::truncate(int32_t n) {

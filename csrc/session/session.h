@@ -3,12 +3,13 @@
 #pragma once
 
 #include "adapter/adapter.h"
-#include "cuda/device_loop.h"
 #include "model/figures.h"
 #include "model/model.h"
 #include "pass/cache.h"
 #include "pass/executor.h"
 #include "pass/graph.h"
+#include "session/passes.h"
+#include "session/stepper.h"
 
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
@@ -22,16 +23,7 @@
 
 namespace dg {
 
-// Of each row of the canvases, for the sampler on a device.
-struct RowInputs {
-    std::vector<float> temperature;
-    std::vector<float> uniform;
-    std::vector<int32_t> pinned; // 0 where a row is free
-    std::vector<float> is_pinned;
-    std::vector<int32_t> watched; // empty unless wanted
-};
-
-class Session {
+class Session final : private Passes {
   public:
     Session(std::shared_ptr<const Model> model, const dg_session_options &options);
     ~Session();
@@ -41,10 +33,10 @@ class Session {
     // What a session would take, by the arithmetic that makes one.
     static dg_memory predict(const std::shared_ptr<const Model> &model, const dg_session_options &options);
 
-    const Model &model() const { return *model_; }
+    const Model &model() const override { return *model_; }
     std::shared_ptr<const Model> shared_model() const { return model_; }
     int32_t n_ctx() const { return figures_.n_ctx; }
-    int32_t n_threads() const { return n_threads_; }
+    int32_t n_threads() const override { return n_threads_; }
     int32_t n_rows() const { return figures_.n_rows; }
     int32_t n_past() const { return n_past_.load(std::memory_order_relaxed); }
     const std::vector<int32_t> &tokens() const { return tokens_; }
@@ -65,28 +57,9 @@ class Session {
     // probability of ids[i] after the prefix and the ids before it in its text.
     void score(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
 
-    // Canvases side by side: `segments` holds the rows of each, ids and logits the rows of all, one after the other.
-    // One decoder pass; the result stands in logits().
-    void denoise(const int32_t *ids, const std::vector<int32_t> &segments);
-    // The processed logits of the first n_rows in logits() -> the self-conditioning signal of the next pass.
-    void condition_on_logits(int32_t n_rows);
-    void condition_on_nothing();
-    // Moves the signal of `n` rows to rows `to` and after.
-    void move_condition(int32_t from, int32_t to, int32_t n);
-    // [R, V] float32, in place: raw after denoise; the sampler turns them into the processed ones.
-    float *logits() { return logits_lie_here() ? static_cast<float *>(io_.logits->data) : host_logits_.data(); }
-    void set_logits(const float *logits, int32_t n_rows);
-    size_t logits_size(int32_t n_rows) const { return static_cast<size_t>(n_rows) * io_.logits->nb[1]; }
-
-    // Logits need not come here. With OPERATORS, denoise_and_sample is denoise, the sampler and condition_on_logits in
-    // one, with nothing but a few numbers for each row to come back.
+    // What happens between two passes here: for CanvasLoop, and for single passes.
+    Stepper &stepper() { return *stepper_; }
     dg_sampler sampler() const { return sampler_; }
-    std::vector<RowResult> denoise_and_sample(const int32_t *ids, const std::vector<int32_t> &segments,
-                                              const RowInputs &inputs);
-    // With KERNELS, the loop on the device has ids and signal, and denoise_placed is a pass of the canvases that it
-    // placed last.
-    cuda::DeviceLoop &kernels() { return *kernels_; }
-    void denoise_placed(const std::vector<int32_t> &segments);
     void check_ids(const char *what, const int32_t *ids, int32_t n) const;
 
     // From here on passes add up what they multiply weights by, from zero; or do so no longer.
@@ -120,22 +93,20 @@ class Session {
     std::vector<ggml_context_ptr> io_contexts_; // of each of them
     std::vector<BufferPtr> io_buffers_;
     GraphIo io_;
-    std::vector<float> host_logits_; // [R, V], where io_ has not all of them, or not here, and they are wanted here
-    std::unique_ptr<cuda::Device> kernel_device_;
-    std::unique_ptr<cuda::DeviceLoop> kernels_;
+    std::unique_ptr<Stepper> stepper_;
     ggml_threadpool *threadpool_ = nullptr;
     int64_t process_ = 0; // whose threads they are: a fork has none of them
     std::unique_ptr<Executor> passes_;
-    std::unique_ptr<Executor> soft_;
+    std::unique_ptr<Executor> signals_;
     Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
     Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
-    Graph soft_graph_;
+    Graph signal_graph_;
     std::unique_ptr<Importance> importance_;
     std::unique_ptr<ActiveAdapters> adapters_; // null: none
     uint64_t encoder_key_ = 0;                 // of the prefix in the cache, too
     std::vector<uint64_t> reserved_; // ids of the adapters whose graphs passes_ has room for, as for the bare model's
-    int32_t soft_graph_first_ = 0;   // the rows that soft_graph_ is for
-    int32_t soft_graph_rows_ = 0;
+    int32_t signal_graph_first_ = 0; // the rows that signal_graph_ is for
+    int32_t signal_graph_rows_ = 0;
     std::vector<int32_t> tokens_;
     std::atomic<int32_t> n_past_{0};
     dg_memory memory_ = {};
@@ -147,22 +118,12 @@ class Session {
     void *poll_user_ = nullptr;
     std::chrono::steady_clock::time_point last_poll_{};
 
-    // The head is on the CPU.
-    bool is_head_here() const { return model_->placement().head == model_->devices().cpu(); }
-    // io_.logits has room for all rows, not only for those of a pass.
-    bool logits_are_whole() const {
-        return sampler_ == DG_SAMPLER_KERNELS || (sampler_ == DG_SAMPLER_HOST && is_head_here());
-    }
-    bool logits_lie_here() const { return logits_are_whole() && is_head_here(); }
-    bool scores_by_graph() const { return io_.sample.watched != nullptr; }
-
     // Segments of a pass, at most: each takes nodes of its own in every layer, for which the scheduler's table has
     // room.
     static constexpr int32_t MOST_SEGMENTS = 16;
 
     void plan(bool allocate);
     void make_io(bool allocate);
-    void make_kernels();
     void allocate_io(int32_t device);
     size_t io_bytes() const;
     size_t io_bytes_on(size_t device) const;
@@ -181,9 +142,12 @@ class Session {
     void score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
     void encode_chunk(const int32_t *ids, int32_t n);
     void check_canvases(const std::vector<int32_t> &segments) const;
-    template <typename Run>
-    void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass, const Run &run);
-    void take_coming(int32_t n_rows);
+    const SessionFigures &figures() const override { return figures_; }
+    GraphIo &io() override { return io_; }
+    void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass kind,
+                   const std::function<void(const Pass &)> &run) override;
+    void compute_pass() override { compute(*passes_, pass_graph_); }
+    void compute_signal(int32_t first_row, int32_t first_logit, int32_t n_rows) override;
     void compute(Executor &executor, const Graph &graph);
     template <typename Compute> void run(const Compute &compute);
     void run_timed(const Graph &graph);

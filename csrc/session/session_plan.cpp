@@ -3,7 +3,6 @@
 
 #include "base/error.h"
 #include "base/process.h"
-#include "session/kernel_device.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -28,8 +27,8 @@ void Session::plan(bool allocate) {
     cache_ = std::make_unique<KvCache>(*model_, figures_, allocate);
     make_io(allocate);
     make_executors(allocate);
-    if (allocate && sampler_ == DG_SAMPLER_KERNELS) {
-        make_kernels();
+    if (allocate) {
+        stepper_->allocated();
     }
     memory_.compute += io_bytes() - ggml_nbytes(io_.logits);
     memory_.weights = model_->files().n_bytes();
@@ -44,9 +43,9 @@ void Session::plan(bool allocate) {
 void Session::make_executors(bool allocate) {
     make_pass_executor(allocate);
     if (model_->config().has_self_conditioning) {
-        std::vector<Graph> soft;
-        soft.push_back(build_soft_embedding(*model_, io_, 0, 0, figures_.pass_rows));
-        soft_ = make_executor(soft, allocate);
+        std::vector<Graph> signal;
+        signal.push_back(build_signal(*model_, io_, 0, 0, figures_.pass_rows));
+        signals_ = make_executor(signal, allocate);
     }
     memory_.weights = model_->files().n_bytes();
 }
@@ -61,8 +60,9 @@ void Session::make_pass_executor(bool allocate) {
     Pass chunk = {Mode::ENCODE, figures_.n_ctx - canvas - longest_chunk, {longest_chunk}};
     Pass texts = {Mode::SCORE, figures_.n_ctx - canvas, canvases};
     Pass steps = {Mode::DENOISE, figures_.n_ctx - canvas, canvases};
-    texts.watched = scores_by_graph();
-    steps.sampled = steps.watched = sampler_ == DG_SAMPLER_OPERATORS;
+    texts.watched = io_.sample.watched != nullptr;
+    steps.sampled = stepper_->kind().sampled;
+    steps.watched = stepper_->kind().watched;
     std::vector<Graph> largest;
     for (const Pass &pass : {chunk, texts, steps}) {
         largest.push_back(build_pass(*model_, *cache_, io_, pass, nullptr, adapters_.get()));
@@ -139,33 +139,16 @@ void Session::make_io(bool allocate) {
         }
     }
     io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, std::max<int64_t>(pass, figures_.n_rows));
-    io_.soft = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, figures_.n_rows);
+    io_.signal = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, figures_.n_rows);
     if (own_operators_) {
         io_.scratch =
             ggml_new_tensor_2d(on(model_->devices().cpu()), GGML_TYPE_F32, scratch_floats(*model_), n_threads_);
     }
-    ggml_context *head = on(placement.head);
-    io_.logits =
-        ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, logits_are_whole() ? figures_.n_rows : figures_.pass_rows);
-    if (sampler_ == DG_SAMPLER_OPERATORS || !is_head_here()) {
-        io_.sample.make(head, figures_.pass_rows);
-    }
-    const bool is_signal_at_head = placement.layers.front() == placement.head;
-    if (!logits_are_whole() || !is_signal_at_head) {
-        io_.coming = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, figures_.n_rows);
-    }
-    if (sampler_ == DG_SAMPLER_KERNELS) {
-        if (!is_signal_at_head) {
-            io_.coming_ids = ggml_new_tensor_1d(head, GGML_TYPE_I32, figures_.n_rows);
-        }
-        const size_t bytes = cuda::candidate_bytes(figures_.n_rows, cuda::candidate_capacity(c.n_vocab));
-        io_.candidates = ggml_new_tensor_1d(head, GGML_TYPE_I8, static_cast<int64_t>(bytes));
-    }
+    stepper_->declare(on(placement.head));
     if (allocate) {
         for (size_t i = 0; i < io_contexts_.size(); ++i) {
             allocate_io(static_cast<int32_t>(i));
         }
-        condition_on_nothing();
         return;
     }
     // Planning asks on which device a tensor has memory, never where.
@@ -187,25 +170,6 @@ void Session::make_io(bool allocate) {
         pretend(cache_->layers()[i].k, placement.cache[i]);
         pretend(cache_->layers()[i].v, placement.cache[i]);
     }
-}
-
-void Session::make_kernels() {
-    const dg_config &c = model_->config();
-    cuda::DeviceLoop::Target target = {};
-    target.n_rows = figures_.n_rows;
-    target.n_vocab = c.n_vocab;
-    target.softcap = c.logit_softcap;
-    target.logits = static_cast<float *>(io_.logits->data);
-    target.ids = static_cast<int32_t *>((io_.coming_ids ? io_.coming_ids : io_.ids)->data);
-    if (c.has_self_conditioning) {
-        target.soft = static_cast<float *>((io_.coming ? io_.coming : io_.soft)->data);
-        target.embedding = gathered_embedding(*model_, target.embedding_type);
-    }
-    target.n_embd = c.n_embd;
-    target.candidates = io_.candidates->data;
-    target.capacity = cuda::candidate_capacity(c.n_vocab);
-    kernel_device_ = make_kernel_device(*model_);
-    kernels_ = std::make_unique<cuda::DeviceLoop>(*kernel_device_, target);
 }
 
 void Session::allocate_io(int32_t device) {
@@ -277,7 +241,7 @@ void Session::renew_in_fork() {
     stop_threads();
     backends_ = model_->devices().start();
     ready_ = {};
-    soft_graph_rows_ = 0;
+    signal_graph_rows_ = 0;
     make_executors(true);
     start_threads();
 }

@@ -10,7 +10,7 @@
 //
 // Before the rows of a step are sampled, the pass's logits are written as a function of row, token and step that the
 // test knows, so that what comes out can be computed elsewhere.
-#include "cuda/host_device.h"
+#include "host_device.h"
 
 #include <cuda_runtime_api.h>
 

@@ -1,7 +1,7 @@
 // The CUDA kernels' bodies on the host, for tests/test_kernels.py: C functions that ctypes can call. Compiled by the
-// test itself, with csrc/cuda/device_loop.cpp and host_device.cpp.
+// test itself, with csrc/cuda/device_loop.cpp, host_device.cpp and what these need.
 #include "cuda/device_loop.h"
-#include "cuda/host_device.h"
+#include "host_device.h"
 
 #include <cmath>
 #include <cstdlib>
@@ -114,7 +114,7 @@ const char *dgk_loop_error(const Loop *l) { return l->error.c_str(); }
 
 int dgk_loop_begin(Loop *l, const dg_canvas_options *options, int32_t n) {
     return guarded(l, [&] {
-        std::vector<DeviceLoop::Start> starts;
+        std::vector<dg::CanvasStart> starts;
         for (int32_t i = 0; i < n; ++i) {
             const dg_canvas_options &o = options[i];
             const int32_t cap = o.sampling.max_steps;

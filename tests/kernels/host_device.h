@@ -1,5 +1,5 @@
-// The kernels' bodies on the CPU: a Device whose threads are loops. A session made with DG_SAMPLER_KERNELS on the CPU
-// runs on it, so that all of the loop but the launches themselves is tested without a GPU.
+// The kernels' bodies on the CPU: a Device whose threads are loops, so that all of the loop on a device, except the
+// launches themselves, is tested without a GPU.
 #pragma once
 
 #include "cuda/device.h"

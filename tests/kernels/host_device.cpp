@@ -1,4 +1,4 @@
-#include "cuda/host_device.h"
+#include "host_device.h"
 
 #include "base/error.h"
 

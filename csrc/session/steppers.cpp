@@ -1,7 +1,9 @@
-#include "session/kernel_device.h"
+#include "session/steppers.h"
 
 #include "base/error.h"
-#include "cuda/host_device.h"
+#include "session/host_stepper.h"
+#include "session/kernel_stepper.h"
+#include "session/operator_stepper.h"
 
 #include <cstring>
 
@@ -15,6 +17,9 @@ bool is_on_cpu(const Model &model) { return model.placement().head == model.devi
 // CUDA's number of the main device.
 int cuda_index(const Model &model) {
 #ifdef DG_CUDA_KERNELS
+    if (is_on_cpu(model)) {
+        return NO_CUDA;
+    }
     const ggml_backend_dev_t device = model.devices()[static_cast<size_t>(model.placement().head)].handle;
     const ggml_backend_reg_t backend = ggml_backend_dev_backend_reg(device);
     if (std::strcmp(ggml_backend_reg_name(backend), "CUDA") == 0) {
@@ -28,6 +33,15 @@ int cuda_index(const Model &model) {
     (void)model;
 #endif
     return NO_CUDA;
+}
+
+// The main device, which has kernels.
+std::unique_ptr<cuda::Device> main_device(const Model &model) {
+#ifdef DG_CUDA_KERNELS
+    return cuda::make_cuda_device(cuda_index(model));
+#else
+    throw Error(DG_ERROR_INTERNAL, "kernels without CUDA: " + std::to_string(cuda_index(model)));
+#endif
 }
 
 bool fits_kernels(const dg_config &c) { return c.n_vocab <= cuda::MAX_VOCAB && c.canvas_length <= cuda::MAX_ROWS; }
@@ -54,38 +68,22 @@ dg_sampler resolve_sampler(const Model &model, int32_t asked) {
                            "model has %d and %d",
                            cuda::MAX_VOCAB, cuda::MAX_ROWS, model.config().n_vocab, model.config().canvas_length));
     }
-    if (!cpu && cuda_index(model) == NO_CUDA) {
-        const std::string &name = model.devices()[static_cast<size_t>(model.placement().head)].name;
-        throw Error(DG_ERROR_UNSUPPORTED, "sampler: there are kernels for CUDA, and their bodies on the CPU; device " +
-                                              name + " samples with ggml's operators");
+    if (cuda_index(model) == NO_CUDA) {
+        const std::string where = cpu ? "the CPU samples on the host"
+                                      : "device " + model.devices()[static_cast<size_t>(model.placement().head)].name +
+                                            " samples with ggml's operators";
+        throw Error(DG_ERROR_UNSUPPORTED, "sampler: there are kernels for CUDA; " + where);
     }
     return DG_SAMPLER_KERNELS;
 }
 
-std::unique_ptr<cuda::Device> make_kernel_device(const Model &model) {
-#ifdef DG_CUDA_KERNELS
-    if (!is_on_cpu(model)) {
-        return cuda::make_cuda_device(cuda_index(model));
+std::unique_ptr<Stepper> make_stepper(Passes &passes, const Model &model, dg_sampler sampler) {
+    switch (sampler) {
+        case DG_SAMPLER_OPERATORS: return std::make_unique<OperatorStepper>(passes);
+        case DG_SAMPLER_KERNELS:
+            return std::make_unique<KernelStepper>(passes, [&model] { return main_device(model); });
+        default: return std::make_unique<HostStepper>(passes);
     }
-#else
-    (void)model;
-#endif
-    return std::make_unique<cuda::HostDevice>();
-}
-
-const void *gathered_embedding(const Model &model, cuda::RowType &type) {
-    const ggml_tensor *embedding = model.weights().token_embd;
-    switch (embedding->type) {
-        case GGML_TYPE_F32: type = cuda::RowType::F32; break;
-        case GGML_TYPE_F16: type = cuda::RowType::F16; break;
-        case GGML_TYPE_BF16: type = cuda::RowType::BF16; break;
-        case GGML_TYPE_Q8_0: type = cuda::RowType::Q8_0; break;
-        case GGML_TYPE_Q4_K: type = cuda::RowType::Q4_K; break;
-        case GGML_TYPE_Q5_K: type = cuda::RowType::Q5_K; break;
-        case GGML_TYPE_Q6_K: type = cuda::RowType::Q6_K; break;
-        default: return nullptr;
-    }
-    return embedding->data;
 }
 
 } // namespace dg

@@ -1,0 +1,128 @@
+#include "session/host_stepper.h"
+
+#include "base/random.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace dg {
+
+HostStepper::Live::Live(const CanvasStart &from)
+    : start(from), canvas(from.canvas, from.canvas + from.n_rows), argmax(canvas), accepted(canvas.size()),
+      entropy(canvas.size()), logprob(from.rules.watched ? canvas.size() : 0), uniform(canvas.size()),
+      renoise(canvas.size()) {
+    history.start(start.sampling.stability_threshold);
+}
+
+StepOutput HostStepper::Live::output() {
+    return {argmax.data(), canvas.data(), accepted.data(), entropy.data(), logprob.empty() ? nullptr : logprob.data()};
+}
+
+dg_noise HostStepper::Live::noise(const dg_noise *handed_in, int32_t n_vocab) {
+    if (handed_in) {
+        return *handed_in;
+    }
+    for (int32_t i = 0; i < start.n_rows; ++i) {
+        const auto row = static_cast<uint32_t>(i);
+        const auto at = static_cast<uint32_t>(step);
+        uniform[row] = draw_uniform(start.seed, start.canvas_index, at, row);
+        renoise[row] = draw_id(start.seed, start.canvas_index, at, row, Stream::RENOISE, n_vocab);
+    }
+    return {uniform.data(), renoise.data()};
+}
+
+void HostStepper::Live::judge() {
+    decision.mean_entropy = mean_entropy(entropy.data(), start.rules.pinned, start.n_rows);
+    const bool stable = history.observe(argmax.data(), start.n_rows);
+    decision.converged = stable && decision.mean_entropy < start.sampling.confidence_threshold;
+    ++step;
+    decision.finished = decision.converged || step == start.n_steps;
+}
+
+void HostStepper::declare(ggml_context *head) {
+    const bool here = passes_.model().placement().head == passes_.model().devices().cpu();
+    logits_.declare(head, here);
+    if (!here) {
+        passes_.io().sample.make(head, passes_.figures().pass_rows); // texts are scored where the logits are
+    }
+}
+
+void HostStepper::begin(const std::vector<CanvasStart> &canvases) {
+    canvases_.clear();
+    scratch_.kernels = passes_.model().kernels();
+    for (const CanvasStart &start : canvases) {
+        canvases_.emplace_back(start);
+    }
+    placed_.resize(canvases.size());
+    std::iota(placed_.begin(), placed_.end(), 0);
+    logits_.clear_signal();
+    signal_stands_ = true;
+}
+
+std::vector<int32_t> HostStepper::segments() const {
+    std::vector<int32_t> rows;
+    for (const int32_t i : placed_) {
+        rows.push_back(canvases_[static_cast<size_t>(i)].start.n_rows);
+    }
+    return rows;
+}
+
+std::vector<int32_t> HostStepper::ids() const {
+    std::vector<int32_t> all;
+    for (const int32_t i : placed_) {
+        const std::vector<int32_t> &canvas = canvases_[static_cast<size_t>(i)].canvas;
+        all.insert(all.end(), canvas.begin(), canvas.end());
+    }
+    return all;
+}
+
+void HostStepper::place(const std::vector<int32_t> &which) {
+    if (!signal_stands_) {
+        const std::vector<int32_t> rows = segments();
+        logits_.make_signal(std::accumulate(rows.begin(), rows.end(), 0));
+        signal_stands_ = true;
+    }
+    int32_t from = 0;
+    int32_t to = 0;
+    auto next = which.begin();
+    for (const int32_t i : placed_) {
+        const int32_t n = canvases_[static_cast<size_t>(i)].start.n_rows;
+        if (next != which.end() && *next == i) {
+            if (from != to) {
+                logits_.move_signal(from, to, n);
+            }
+            to += n;
+            ++next;
+        }
+        from += n;
+    }
+    placed_ = which;
+}
+
+void HostStepper::pass(const dg_noise *) { logits_.denoise(ids().data(), segments()); }
+
+void HostStepper::decide(const dg_noise *noise) {
+    signal_stands_ = false;
+    float *logits = logits_.rows();
+    for (const int32_t i : placed_) {
+        Live &live = canvases_[static_cast<size_t>(i)];
+        sample_step(logits, live.start.n_rows, n_vocab(), live.start.sampling, live.step,
+                    live.noise(noise ? noise + i : nullptr, n_vocab()), live.start.rules, passes_.n_threads(), scratch_,
+                    live.output());
+        logits += int64_t{live.start.n_rows} * n_vocab();
+        live.judge();
+    }
+}
+
+CanvasDecision HostStepper::decision(int32_t index) const { return canvases_[static_cast<size_t>(index)].decision; }
+
+void HostStepper::read(int32_t index, const CanvasRows &out) {
+    const Live &live = canvases_[static_cast<size_t>(index)];
+    std::copy(live.argmax.begin(), live.argmax.end(), out.argmax);
+    std::copy(live.canvas.begin(), live.canvas.end(), out.canvas);
+    std::copy(live.accepted.begin(), live.accepted.end(), out.accepted);
+    std::copy(live.entropy.begin(), live.entropy.end(), out.entropy);
+    std::copy(live.logprob.begin(), live.logprob.end(), out.logprob);
+}
+
+} // namespace dg

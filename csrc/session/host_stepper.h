@@ -1,0 +1,58 @@
+// Between two passes on the host: sampler.h over rows of logits in this process's memory, wherever they were made. The
+// sampler divides a row by the temperature in place, and what that leaves is what the next signal is made of.
+#pragma once
+
+#include "session/stepper.h"
+
+#include <vector>
+
+namespace dg {
+
+class HostStepper : public Stepper {
+  public:
+    using Stepper::Stepper;
+
+    void declare(ggml_context *head) override;
+    void begin(const std::vector<CanvasStart> &canvases) override;
+    void place(const std::vector<int32_t> &which) override;
+    void pass(const dg_noise *noise) override;
+    void decide(const dg_noise *noise) override;
+    CanvasDecision decision(int32_t index) const override;
+    void read(int32_t index, const CanvasRows &out) override;
+
+  protected:
+    // A canvas between its steps; arrays [n_rows].
+    struct Live {
+        CanvasStart start;
+        std::vector<int32_t> canvas;
+        std::vector<int32_t> argmax;
+        std::vector<uint8_t> accepted;
+        std::vector<double> entropy;
+        std::vector<double> logprob; // empty unless watched
+        std::vector<double> uniform;
+        std::vector<int32_t> renoise;
+        StabilityHistory history;
+        int32_t step = 0; // that is being made
+        CanvasDecision decision;
+
+        explicit Live(const CanvasStart &start);
+        StepOutput output();
+        // Those of the generator, unless they are handed in.
+        dg_noise noise(const dg_noise *handed_in, int32_t n_vocab);
+        // The end of a step whose rows are sampled.
+        void judge();
+    };
+    std::vector<Live> canvases_;
+    std::vector<int32_t> placed_; // numbers of the canvases whose rows stand in logits and signal, in this order
+    bool signal_stands_ = true;   // of the placed rows; else it is to be made of the processed logits
+    SamplerScratch scratch_;
+
+    // Of the placed canvases, one after the other.
+    std::vector<int32_t> segments() const;
+    std::vector<int32_t> ids() const;
+
+  private:
+    int32_t placed_rows() const;
+};
+
+} // namespace dg

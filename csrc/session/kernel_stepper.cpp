@@ -1,0 +1,119 @@
+#include "session/kernel_stepper.h"
+
+#include "ggml-backend.h"
+
+#include <numeric>
+
+namespace dg {
+namespace {
+
+// What a row of the signal is gathered from; null where the embedding's type has no kernel.
+const void *gathered_embedding(const Model &model, cuda::RowType &type) {
+    const ggml_tensor *embedding = model.weights().token_embd;
+    switch (embedding->type) {
+        case GGML_TYPE_F32: type = cuda::RowType::F32; break;
+        case GGML_TYPE_F16: type = cuda::RowType::F16; break;
+        case GGML_TYPE_BF16: type = cuda::RowType::BF16; break;
+        case GGML_TYPE_Q8_0: type = cuda::RowType::Q8_0; break;
+        case GGML_TYPE_Q4_K: type = cuda::RowType::Q4_K; break;
+        case GGML_TYPE_Q5_K: type = cuda::RowType::Q5_K; break;
+        case GGML_TYPE_Q6_K: type = cuda::RowType::Q6_K; break;
+        default: return nullptr;
+    }
+    return embedding->data;
+}
+
+} // namespace
+
+void KernelStepper::declare(ggml_context *head) {
+    const Placement &placement = passes_.model().placement();
+    const int32_t n_rows = passes_.figures().n_rows;
+    loop_.reset();
+    next_ids_ = nullptr;
+    logits_.declare(head, true);
+    passes_.io().sample.make(head, passes_.figures().pass_rows); // texts are scored where the logits are
+    if (placement.layers.front() != placement.head) {
+        next_ids_ = ggml_new_tensor_1d(head, GGML_TYPE_I32, n_rows);
+    }
+    const size_t bytes = cuda::candidate_bytes(n_rows, cuda::candidate_capacity(n_vocab()));
+    candidates_ = ggml_new_tensor_1d(head, GGML_TYPE_I8, static_cast<int64_t>(bytes));
+}
+
+void KernelStepper::allocated() {
+    const dg_config &c = passes_.model().config();
+    const GraphIo &io = passes_.io();
+    cuda::DeviceLoop::Target target = {};
+    target.n_rows = passes_.figures().n_rows;
+    target.n_vocab = c.n_vocab;
+    target.softcap = c.logit_softcap;
+    target.logits = static_cast<float *>(io.logits->data);
+    target.ids = static_cast<int32_t *>((next_ids_ ? next_ids_ : io.ids)->data);
+    if (c.has_self_conditioning) {
+        target.signal = static_cast<float *>((io.next_signal ? io.next_signal : io.signal)->data);
+        target.embedding = gathered_embedding(passes_.model(), target.embedding_type);
+    }
+    target.n_embd = c.n_embd;
+    target.candidates = candidates_->data;
+    target.capacity = cuda::candidate_capacity(c.n_vocab);
+    device_ = make_device_();
+    loop_ = std::make_unique<cuda::DeviceLoop>(*device_, target);
+}
+
+void KernelStepper::begin(const std::vector<CanvasStart> &canvases) {
+    rows_.clear();
+    for (const CanvasStart &canvas : canvases) {
+        rows_.push_back(canvas.n_rows);
+    }
+    placed_.resize(canvases.size());
+    std::iota(placed_.begin(), placed_.end(), 0);
+    logits_.clear_signal();
+    signal_stands_ = true;
+    loop_->begin(canvases);
+}
+
+std::vector<int32_t> KernelStepper::segments() const {
+    std::vector<int32_t> rows;
+    for (const int32_t i : placed_) {
+        rows.push_back(rows_[static_cast<size_t>(i)]);
+    }
+    return rows;
+}
+
+void KernelStepper::place(const std::vector<int32_t> &which) {
+    if (!signal_stands_) {
+        const std::vector<int32_t> rows = segments();
+        logits_.make_signal(std::accumulate(rows.begin(), rows.end(), 0));
+        signal_stands_ = true;
+    }
+    loop_->place(which);
+    placed_ = which;
+}
+
+void KernelStepper::pass(const dg_noise *) {
+    const std::vector<int32_t> rows = segments();
+    std::vector<int32_t> ids;
+    if (next_ids_) {
+        ids.resize(static_cast<size_t>(std::accumulate(rows.begin(), rows.end(), 0)));
+        ggml_backend_tensor_get(next_ids_, ids.data(), 0, ids.size() * sizeof ids[0]);
+        if (passes_.model().config().has_self_conditioning) {
+            logits_.take_next_signal(static_cast<int32_t>(ids.size()));
+        }
+    }
+    Pass kind;
+    kind.uncapped = true;
+    passes_.each_pass(next_ids_ ? ids.data() : nullptr, rows, kind, [&](const Pass &) { passes_.compute_pass(); });
+}
+
+void KernelStepper::decide(const dg_noise *noise) {
+    loop_->step(noise);
+    signal_stands_ = !loop_->wants_dense_signal();
+}
+
+CanvasDecision KernelStepper::decision(int32_t index) const {
+    const cuda::Canvas::Decision &decision = loop_->decision(index);
+    return {decision.mean_entropy, decision.converged != 0, decision.finished != 0};
+}
+
+void KernelStepper::read(int32_t index, const CanvasRows &out) { loop_->read(index, out); }
+
+} // namespace dg

@@ -1,0 +1,44 @@
+// Between two passes by kernels of the device that the head is on (cuda/device_loop.h): ids, signal and rules stay
+// there, and only decisions come here, and the rows that somebody reads.
+#pragma once
+
+#include "cuda/device_loop.h"
+#include "session/stepper.h"
+
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace dg {
+
+class KernelStepper final : public Stepper {
+  public:
+    using MakeDevice = std::function<std::unique_ptr<cuda::Device>()>;
+
+    // `make_device`: that which the head is on; called when memory is allocated.
+    KernelStepper(Passes &passes, MakeDevice make_device) : Stepper(passes), make_device_(std::move(make_device)) {}
+
+    void declare(ggml_context *head) override;
+    void allocated() override;
+    void begin(const std::vector<CanvasStart> &canvases) override;
+    void place(const std::vector<int32_t> &which) override;
+    void pass(const dg_noise *noise) override;
+    void decide(const dg_noise *noise) override;
+    CanvasDecision decision(int32_t index) const override;
+    void read(int32_t index, const CanvasRows &out) override;
+
+  private:
+    MakeDevice make_device_;
+    std::unique_ptr<cuda::Device> device_;
+    std::unique_ptr<cuda::DeviceLoop> loop_;
+    ggml_tensor *next_ids_ = nullptr;   // I32 [R]: where a step leaves the ids, with the first layer elsewhere
+    ggml_tensor *candidates_ = nullptr; // I8: the loop's own memory
+    std::vector<int32_t> rows_;         // of each canvas, by its number
+    std::vector<int32_t> placed_;
+    bool signal_stands_ = true; // else some row was too flat to gather: it is made of the processed logits
+
+    std::vector<int32_t> segments() const;
+};
+
+} // namespace dg

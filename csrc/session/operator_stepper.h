@@ -1,0 +1,36 @@
+// Between two passes by operators of the graph (sampler_graph.h): a pass ends in a few numbers of each row, which come
+// here, and in the next one's signal, which does not; what is accepted, renoised and stopped is decided here.
+#pragma once
+
+#include "session/host_stepper.h"
+
+#include <vector>
+
+namespace dg {
+
+class OperatorStepper final : public HostStepper {
+  public:
+    using HostStepper::HostStepper;
+
+    void declare(ggml_context *head) override;
+    Pass kind() const override;
+    void pass(const dg_noise *noise) override;
+    void decide(const dg_noise *noise) override;
+
+  private:
+    // Of each placed row, for the graph.
+    struct RowInputs {
+        std::vector<float> temperature;
+        std::vector<float> uniform;
+        std::vector<int32_t> pinned; // 0 where a row is free
+        std::vector<float> is_pinned;
+        std::vector<int32_t> watched; // empty unless wanted
+    };
+    std::vector<RowResult> results_; // of the placed rows
+
+    // Sets of allowed ids are the one rule that operators do not know: logits come here for them.
+    bool is_for_the_host() const;
+    RowInputs inputs(const dg_noise *noise);
+};
+
+} // namespace dg

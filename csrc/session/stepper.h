@@ -1,0 +1,57 @@
+// What happens between two passes, for canvases side by side: softmax, draws, what is accepted, renoised and stopped,
+// and the next pass's self-conditioning signal. Each way to do it is a class of its own (dg_sampler): on the host, by
+// operators of the graph, by kernels of the device. CanvasLoop, which drives them, knows none of them.
+#pragma once
+
+#include "sample/sampler.h"
+#include "session/step_logits.h"
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace dg {
+
+class Stepper {
+  public:
+    explicit Stepper(Passes &passes) : passes_(passes), logits_(passes) {}
+    virtual ~Stepper() = default;
+    Stepper(const Stepper &) = delete;
+    Stepper &operator=(const Stepper &) = delete;
+
+    // Adds the tensors that it needs, without memory, to the context of the head's device; what graphs read and write
+    // of them is in Passes::io() then.
+    virtual void declare(ggml_context *head) = 0;
+    // The tensors have memory.
+    virtual void allocated() {}
+    // What happens to the logits in the graphs that it asks for.
+    virtual Pass kind() const { return {}; }
+
+    // Canvases by their number here, whose rows stand one after the other. What their rules point to stays where it is
+    // until the next begin(). After an error none is under way.
+    virtual void begin(const std::vector<CanvasStart> &canvases) = 0;
+    // The canvases that make the next step, a subset of those that made the last one, in their order: closes up their
+    // rows. With pass(), the part of a step that can be cancelled, and made again.
+    virtual void place(const std::vector<int32_t> &which) = 0;
+    // `noise`: null, or the draws of each canvas that was begun.
+    virtual void pass(const dg_noise *noise) = 0;
+    // The rest of the step. Throws INTERNAL when a row of logits holds NaN or has no finite maximum, and what a device
+    // throws: nothing goes on then.
+    virtual void decide(const dg_noise *noise) = 0;
+    // Of the last step of a canvas.
+    virtual CanvasDecision decision(int32_t index) const = 0;
+    virtual void read(int32_t index, const CanvasRows &out) = 0;
+
+    // One pass over one canvas, alone: raw logits [n_rows, V]. `processed` [n_rows, V]: the logits that its signal is
+    // made of; null: it has none.
+    void denoise(const int32_t *canvas, int32_t n_rows, const float *processed, float *logits);
+
+  protected:
+    Passes &passes_;
+    StepLogits logits_;
+
+    int32_t n_vocab() const { return passes_.model().config().n_vocab; }
+};
+
+} // namespace dg
