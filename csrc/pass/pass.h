@@ -1,0 +1,88 @@
+// What a pass is, and what its graph reads and writes.
+#pragma once
+
+#include "cpu/work.h"
+#include "model/model.h"
+#include "sample/sampler_graph.h"
+
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace dg {
+
+enum class Mode { ENCODE, SCORE, DENOISE };
+
+// What the attention of the layers on one device reads besides its weights, written anew for each pass. Masks are for
+// ggml's operators; the CPU's own need none.
+struct DeviceIo {
+    ggml_tensor *positions = nullptr;     // I32 [pass]
+    ggml_tensor *slots_full = nullptr;    // I32 [pass]: the cache row of each position
+    ggml_tensor *slots_sliding = nullptr; // I32 [pass]
+    ggml_tensor *mask_full = nullptr;     // F16, rows of visible_rows values; 0 where visible, -inf elsewhere
+    ggml_tensor *mask_sliding = nullptr;  // F16
+    ggml_tensor *attended = nullptr; // F32 [head_dim * n_head of the widest layer, pass]: several segments' outputs
+};
+
+// Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
+struct GraphIo {
+    std::vector<DeviceIo> devices;      // empty ones where no layer is; the CPU's is last
+    ggml_tensor *ids = nullptr;         // I32 [pass], or R where that is more
+    ggml_tensor *signal = nullptr;      // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+    ggml_tensor *logits = nullptr;      // F32 [n_vocab, rows of logits]: R, the session's n_rows, or those of a pass
+    ggml_tensor *next_signal = nullptr; // F32 [n_embd, R]: where a step leaves the next one's; null: in signal itself
+    SampleIo sample;                    // of a pass that is sampled or watched
+    // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
+    // without it, the graph is made of ggml's, which every device has.
+    ggml_tensor *scratch = nullptr; // F32 [floats of a thread, threads]
+    float longest_embedding = 0.0f; // longest_row() of the embedding, once a signal was asked for (self_conditioning.h)
+};
+
+// What a graph is built for; the shapes of all its tensors follow from it.
+//
+// A pass is one or more segments: canvases that are denoised, or texts that are scored, side by side. All of them start
+// at the same position behind the same prefix and do not see each other. Matrices and experts meet all rows at once.
+// Attention goes through the segments one after the other: each writes its K and V into the same cache rows, behind the
+// prefix, and reads them before the next one overwrites them, so a segment's numbers are those it has alone.
+struct Pass {
+    Mode mode = Mode::ENCODE;
+    int32_t n_past = 0;            // positions in the cache before it
+    std::vector<int32_t> segments; // rows of each
+    int32_t first_row = 0;         // its rows stand from here on in io.ids and io.signal
+    int32_t first_logit = 0;       // and from here on in io.logits
+    bool sampled = false;          // ids are drawn, and the next step's signal is made, where the logits are
+    bool watched = false;          // probabilities of the ids in io.sample.watched are reported
+    bool uncapped = false;         // logits are left as the product makes them: the kernels softcap
+
+    bool causal() const { return mode != Mode::DENOISE; }
+    bool has_logits() const { return mode != Mode::ENCODE; }
+    // A text is scored from the prefix's last token on, whose prediction is its first token: that row is computed
+    // again, and what it would write goes where nothing looks.
+    int32_t first_position() const { return mode == Mode::SCORE ? n_past - 1 : n_past; }
+    int32_t rows() const;                                               // of all segments
+    int32_t end(int32_t rows) const { return first_position() + rows; } // of a segment
+    int32_t end() const;                                                // of the longest segment
+    bool operator==(const Pass &other) const {
+        return mode == other.mode && n_past == other.n_past && segments == other.segments &&
+               first_row == other.first_row && first_logit == other.first_logit && sampled == other.sampled &&
+               watched == other.watched && uncapped == other.uncapped;
+    }
+};
+
+// On full layers the canvas sees everything there is, so only causal passes need a mask; on sliding layers the canvas
+// needs one only when the cache holds more than the window.
+inline bool needs_mask(const Model &model, const Pass &pass, bool sliding) {
+    return pass.causal() || (sliding && pass.n_past > model.config().sliding_window - 1);
+}
+
+struct Graph {
+    ggml_context_ptr context;
+    ggml_cgraph *nodes = nullptr; // in context's memory
+    // Where nodes are to be computed. Empty when all are on the CPU.
+    std::vector<std::pair<ggml_tensor *, int32_t>> devices;
+    WorkList work; // of its custom operators
+};
+
+} // namespace dg
