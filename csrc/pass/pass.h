@@ -64,10 +64,13 @@ struct Pass {
     int32_t rows() const;                                               // of all segments
     int32_t end(int32_t rows) const { return first_position() + rows; } // of a segment
     int32_t end() const;                                                // of the longest segment
+    // Positions, slots and masks are the same.
+    bool has_inputs_of(const Pass &other) const {
+        return mode == other.mode && n_past == other.n_past && segments == other.segments;
+    }
     bool operator==(const Pass &other) const {
-        return mode == other.mode && n_past == other.n_past && segments == other.segments &&
-               first_row == other.first_row && first_logit == other.first_logit && sampled == other.sampled &&
-               watched == other.watched && uncapped == other.uncapped;
+        return has_inputs_of(other) && first_row == other.first_row && first_logit == other.first_logit &&
+               sampled == other.sampled && watched == other.watched && uncapped == other.uncapped;
     }
 };
 

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace dg {
@@ -98,15 +99,14 @@ class Session final : private Passes {
     int64_t process_ = 0; // whose threads they are: a fork has none of them
     std::unique_ptr<Executor> passes_;
     std::unique_ptr<Executor> signals_;
-    Graph pass_graph_; // of ready_, while that has segments; else the last pass's, or none
-    Pass ready_;       // the denoise pass whose graph and inputs stand ready for the next step
-    Graph signal_graph_;
+    // The graphs of a step's passes and signals, placed; the one that was asked for last is the last.
+    template <typename Key> using KeptGraphs = std::vector<std::pair<Key, Graph>>;
+    KeptGraphs<Pass> pass_graphs_;
+    KeptGraphs<std::pair<int32_t, int32_t>> signal_graphs_; // first row, rows
     std::unique_ptr<Importance> importance_;
     std::unique_ptr<ActiveAdapters> adapters_; // null: none
     uint64_t encoder_key_ = 0;                 // of the prefix in the cache, too
     std::vector<uint64_t> reserved_; // ids of the adapters whose graphs passes_ has room for, as for the bare model's
-    int32_t signal_graph_first_ = 0; // the rows that signal_graph_ is for
-    int32_t signal_graph_rows_ = 0;
     std::vector<int32_t> tokens_;
     std::atomic<int32_t> n_past_{0};
     dg_memory memory_ = {};
@@ -138,6 +138,8 @@ class Session final : private Passes {
     void set_past(int32_t n);
     void set_pass_inputs(const Pass &pass);
     void set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding);
+    template <typename Key, typename Build>
+    bool make_last(KeptGraphs<Key> &graphs, const Key &key, Executor &executor, const Build &build);
     void prepare(const Pass &pass);
     void score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
     void encode_chunk(const int32_t *ids, int32_t n);
@@ -146,7 +148,7 @@ class Session final : private Passes {
     GraphIo &io() override { return io_; }
     void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass kind,
                    const std::function<void(const Pass &)> &run) override;
-    void compute_pass() override { compute(*passes_, pass_graph_); }
+    void compute_pass() override { compute(*passes_, pass_graphs_.back().second); }
     void compute_signal(int32_t first_row, int32_t first_logit, int32_t n_rows) override;
     void compute(Executor &executor, const Graph &graph);
     template <typename Compute> void run(const Compute &compute);

@@ -240,8 +240,8 @@ void Session::renew_in_fork() {
     }
     stop_threads();
     backends_ = model_->devices().start();
-    ready_ = {};
-    signal_graph_rows_ = 0;
+    pass_graphs_.clear();
+    signal_graphs_.clear();
     make_executors(true);
     start_threads();
 }
