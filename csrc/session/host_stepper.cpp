@@ -114,6 +114,18 @@ void HostStepper::decide(const dg_noise *noise) {
     }
 }
 
+void HostStepper::set_rules(int32_t index, const RowRules &rules) {
+    Live &live = canvases_[static_cast<size_t>(index)];
+    live.start.rules = rules;
+    for (int32_t row = 0; row < live.start.n_rows; ++row) {
+        if (rules.is_pinned(row)) {
+            live.canvas[static_cast<size_t>(row)] = live.argmax[static_cast<size_t>(row)] = rules.pinned[row];
+        }
+    }
+    live.history.start(live.start.sampling.stability_threshold);
+    live.decision.converged = live.decision.finished = false;
+}
+
 CanvasDecision HostStepper::decision(int32_t index) const { return canvases_[static_cast<size_t>(index)].decision; }
 
 void HostStepper::read(int32_t index, const CanvasRows &out) {

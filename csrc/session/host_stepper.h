@@ -17,6 +17,7 @@ class HostStepper : public Stepper {
     void place(const std::vector<int32_t> &which) override;
     void pass(const dg_noise *noise) override;
     void decide(const dg_noise *noise) override;
+    void set_rules(int32_t index, const RowRules &rules) override;
     CanvasDecision decision(int32_t index) const override;
     void read(int32_t index, const CanvasRows &out) override;
 
@@ -43,8 +44,7 @@ class HostStepper : public Stepper {
         void judge();
     };
     std::vector<Live> canvases_;
-    std::vector<int32_t> placed_; // numbers of the canvases whose rows stand in logits and signal, in this order
-    bool signal_stands_ = true;   // of the placed rows; else it is to be made of the processed logits
+    bool signal_stands_ = true; // of the placed rows; else it is to be made of the processed logits
     SamplerScratch scratch_;
 
     // Of the placed canvases, one after the other.

@@ -109,6 +109,8 @@ void KernelStepper::decide(const dg_noise *noise) {
     signal_stands_ = !loop_->wants_dense_signal();
 }
 
+void KernelStepper::set_rules(int32_t index, const RowRules &rules) { loop_->set_rules(index, rules); }
+
 CanvasDecision KernelStepper::decision(int32_t index) const {
     const cuda::Canvas::Decision &decision = loop_->decision(index);
     return {decision.mean_entropy, decision.converged != 0, decision.finished != 0};

@@ -25,6 +25,7 @@ class KernelStepper final : public Stepper {
     void place(const std::vector<int32_t> &which) override;
     void pass(const dg_noise *noise) override;
     void decide(const dg_noise *noise) override;
+    void set_rules(int32_t index, const RowRules &rules) override;
     CanvasDecision decision(int32_t index) const override;
     void read(int32_t index, const CanvasRows &out) override;
 
@@ -35,8 +36,7 @@ class KernelStepper final : public Stepper {
     ggml_tensor *next_ids_ = nullptr;   // I32 [R]: where a step leaves the ids, with the first layer elsewhere
     ggml_tensor *candidates_ = nullptr; // I8: the loop's own memory
     std::vector<int32_t> rows_;         // of each canvas, by its number
-    std::vector<int32_t> placed_;
-    bool signal_stands_ = true; // else some row was too flat to gather: it is made of the processed logits
+    bool signal_stands_ = true;         // else some row was too flat to gather: it is made of the processed logits
 
     std::vector<int32_t> segments() const;
 };

@@ -144,8 +144,7 @@ void CanvasLoop::leave(int32_t index) {
 
 void CanvasLoop::set_rules(int32_t index, const dg_canvas_rules &rules) {
     Live &live = canvases_[checked(index)];
-    const bool placed = std::find(placed_.begin(), placed_.end(), index) != placed_.end();
-    if (!placed || (live.goes_on && !active_)) {
+    if (!session_.stepper().is_placed(index) || (live.goes_on && !active_)) {
         throw Error(DG_ERROR_ARGUMENT, format("canvas %d is not under way", index));
     }
     if (!live.goes_on && !(live.last.converged && step_ < live.last.steps)) {
@@ -165,13 +164,10 @@ void CanvasLoop::set_rules(int32_t index, const dg_canvas_rules &rules) {
             live.canvas[static_cast<size_t>(row)] = live.argmax[static_cast<size_t>(row)] = rules.pinned[row];
         }
     }
-    live.history.start(live.sampling.stability_threshold);
     live.last.finished = live.last.converged = false;
     live.goes_on = true;
     active_ = true;
-    if (has_kernels()) {
-        session_.kernels().set_rules(index, live.rules());
-    }
+    session_.stepper().set_rules(index, live.rules());
 }
 
 void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {

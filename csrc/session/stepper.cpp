@@ -4,6 +4,10 @@
 
 namespace dg {
 
+bool Stepper::is_placed(int32_t index) const {
+    return std::find(placed_.begin(), placed_.end(), index) != placed_.end();
+}
+
 void Stepper::denoise(const int32_t *canvas, int32_t n_rows, const float *processed, float *logits) {
     if (processed) {
         logits_.set(processed, n_rows);

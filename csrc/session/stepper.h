@@ -39,6 +39,10 @@ class Stepper {
     // The rest of the step. Throws INTERNAL when a row of logits holds NaN or has no finite maximum, and what a device
     // throws: nothing goes on then.
     virtual void decide(const dg_noise *noise) = 0;
+    // Whether the canvas made the last step, or none was made yet.
+    bool is_placed(int32_t index) const;
+    // New rules for such a canvas: pins are on it at once, and its stability begins anew.
+    virtual void set_rules(int32_t index, const RowRules &rules) = 0;
     // Of the last step of a canvas.
     virtual CanvasDecision decision(int32_t index) const = 0;
     virtual void read(int32_t index, const CanvasRows &out) = 0;
@@ -50,6 +54,7 @@ class Stepper {
   protected:
     Passes &passes_;
     StepLogits logits_;
+    std::vector<int32_t> placed_; // numbers of the canvases whose rows stand in logits and signal, in this order
 
     int32_t n_vocab() const { return passes_.model().config().n_vocab; }
 };
