@@ -19,7 +19,7 @@ def model() -> Iterator[DiffusionModel]:
         yield model
 
 
-@pytest.fixture(scope="module", params=["host", "operators", "kernels"])
+@pytest.fixture(scope="module", params=["host", "operators"])
 def session(request: pytest.FixtureRequest, model: DiffusionModel) -> Iterator[Session]:
     with model.session(sampler=request.param, n_rows=2 * model.config.canvas_length) as session:
         session.encode(model.chat_tokens([{"role": "user", "content": "Compare 3 and 5."}]))

@@ -192,15 +192,16 @@ def test_passes_in_turns_build_no_graph_anew(tiny_gguf: Path) -> None:
         session.encode(PROMPT)
 
         def time_of(*lengths: int) -> float:
-            times = []
-            for _ in range(60):
-                began = time.thread_time()
-                for n in lengths:
-                    session.denoise(np.arange(20, 20 + n, dtype=np.int32), n_rows=n)
-                times.append(time.thread_time() - began)
-            return min(times)
+            for n in lengths:
+                session.denoise(np.arange(20, 20 + n, dtype=np.int32), n_rows=n)
+            began = time.thread_time()
+            for n in lengths:
+                session.denoise(np.arange(20, 20 + n, dtype=np.int32), n_rows=n)
+            return time.thread_time() - began
 
-        assert time_of(1, 2) < 1.1 * (time_of(1) + time_of(2))
+        # the three in turns, so that a slow moment of the machine meets each of them
+        both, one, two = np.min([[time_of(1, 2), time_of(1), time_of(2)] for _ in range(300)], axis=0)
+        assert both < 1.1 * (one + two)
 
 
 def test_truncating_back_gives_the_same_logits(model: DiffusionModel, session: Session) -> None:
