@@ -38,8 +38,8 @@ Floats = npt.NDArray[np.float32]
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The bodies as a library."""
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    names = ("cuda/device_loop", "sample/sampler", "sample/sampling")
-    sources = [*(ROOT / "tests/kernels").glob("*.cpp"), *(ROOT / f"csrc/{name}.cpp" for name in names)]
+    names = ("tests/kernels/host", "tests/kernels/host_device", "csrc/cuda/device_loop", "csrc/sample/sampling")
+    sources = [ROOT / f"{name}.cpp" for name in names]
     warnings = [f"-W{name}" for name in ("all", "extra", "shadow", "conversion", "no-sign-conversion", "error")]
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", *warnings]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]

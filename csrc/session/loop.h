@@ -11,7 +11,7 @@ namespace dg {
 
 class CanvasLoop {
   public:
-    explicit CanvasLoop(Session &session) : session_(session) { scratch_.kernels = session.model().kernels(); }
+    explicit CanvasLoop(Session &session) : session_(session) {}
 
     void begin(const dg_canvas_options *options, int32_t n_canvases);
     // One step of every canvas that goes on; a cancelled one may be repeated. `handed_in` (or null) and `out` have an
