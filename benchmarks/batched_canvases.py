@@ -30,7 +30,7 @@ import shapes
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf._binding.records import RawStep, Sampling
-from pydiffgguf.search import FREE_ROWS, PROBE_STEPS, SUFFIX_ROWS
+from pydiffgguf.gap.search import FREE_ROWS, PROBE_STEPS, SUFFIX_ROWS
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
 SHAPE = "724m"
@@ -145,7 +145,7 @@ def time_pair(
 
 
 def time_probe(session: Session, lengths: Sequence[int], repeat: int) -> dict[str, Any]:
-    """Trying gaps of those lengths as `pydiffgguf.search` does: PROBE_STEPS steps together, each gap followed by
+    """Trying gaps of those lengths as `pydiffgguf.gap.search` does: PROBE_STEPS steps together, each gap followed by
     SUFFIX_ROWS rows of suffix of which the first FREE_ROWS are free; then the causal pass, which there only judges the
     few that were finished, over all of them. Seconds of each repetition."""
     rng = np.random.default_rng(0)

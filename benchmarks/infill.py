@@ -44,7 +44,7 @@ from pydiffgguf import DiffGGUFError, DiffusionModel
 from pydiffgguf.cli.arguments import MODEL_HELP, add_model_options
 from pydiffgguf.cli.commands import SAMPLING, open_model
 from pydiffgguf.cli.parser import flag
-from pydiffgguf.search import Gap
+from pydiffgguf.gap.search import Gap
 
 __all__ = ["BUCKETS", "Answer", "Result", "judge", "parses", "run", "summarise"]
 

@@ -1,4 +1,4 @@
-"""How well each score tells the true length of a gap: what pydiffgguf/search.py chooses by was chosen here.
+"""How well each score tells the true length of a gap: what pydiffgguf/gap/search.py chooses by was chosen here.
 
     python benchmarks/length_scores.py [MODEL] [--tasks FILE.jsonl] [--limit N] [--json OUT]
 

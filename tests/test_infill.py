@@ -26,8 +26,8 @@ from pydiffgguf import (
     demo_model_path,
 )
 from pydiffgguf.convert import convert
-from pydiffgguf.layout import CHAT_TAIL, MOST_HEAD, chat_message, lay_out, resolve_mode, split_head
-from pydiffgguf.search import FREE_ROWS, SUFFIX_ROWS, trial_lengths
+from pydiffgguf.gap.layout import CHAT_TAIL, MOST_HEAD, chat_message, lay_out, resolve_mode, split_head
+from pydiffgguf.gap.search import FREE_ROWS, SUFFIX_ROWS, trial_lengths
 from pydiffgguf.text.document import plain
 
 # What a str may hold but UTF-8 cannot write is refused by the tokenizer's own test.

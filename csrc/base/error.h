@@ -1,4 +1,5 @@
-// The one exception type of the engine. It never crosses the C boundary: api.cpp turns it into a status and a message.
+// The one exception type of the engine. It never crosses the C boundary: api/boundary.h turns it into a status and a
+// message.
 #pragma once
 
 #include "diffgguf.h"

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydiffgguf.engine.options import Gap
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
-from pydiffgguf.search import Hole, suffix_rows
+from pydiffgguf.gap.search import Hole, suffix_rows
 from pydiffgguf.text.tokenizer import Tokenizer
 
 __all__ = ["Layout", "chat_message", "check_extra", "fence_around", "lay_out", "resolve_mode"]
