@@ -17,9 +17,9 @@ from pydiffgguf.engine.call import Call, OutOfTime, Stream
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.options import Gap, Until
 from pydiffgguf.errors import CancelledError
-from pydiffgguf.generate import DenoiseStep, FinishReason, Prefill, Stats, encode_prompt
 from pydiffgguf.gap.layout import Layout, check_extra, fence_around, lay_out, resolve_mode
 from pydiffgguf.gap.search import Draft, Filled, SearchStats, fill_hole, write_on
+from pydiffgguf.generate import DenoiseStep, FinishReason, Prefill, Stats, encode_prompt
 from pydiffgguf.session import Session, resolve_sampling
 from pydiffgguf.structured.constraint import Grammar, read_constraint
 from pydiffgguf.text.document import newline_of, plain

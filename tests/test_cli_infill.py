@@ -172,6 +172,10 @@ def test_options_reach_the_library(
         ("FILE --at 1 --template a<gap/>b", "there are too many places for a gap: give FILE --at"),
         ("--prefix-file FILE --template a<gap/>b", "there are too many places for a gap: give FILE --at"),
         ("FILE", "FILE does not say where its gap is: give --at LINE[:COL] too"),
+        ("FILE --at 1 --at-offset 1", "--at and --at-offset name one place"),
+        ("FILE --at 1 --unit utf-8", "--unit says what --at-offset counts"),
+        ("FILE --at-offset 100000", "--at-offset: "),
+        ("--at-offset 1", "--at needs the FILE"),
         ("--at 1", "--at needs the FILE that it counts in: pydiffgguf infill MODEL FILE --at LINE[:COL]"),
         ("--prefix-file FILE", "--prefix-file and --suffix-file go together; either file may be empty"),
         ("--suffix-file FILE", "--prefix-file and --suffix-file go together; either file may be empty"),
@@ -256,6 +260,18 @@ def test_in_place_with_json_prints_the_object(file: Path, expected: str, capsys:
     assert run(str(file), *at(), *QUICK, "--in-place", "--json") == 0
     assert json.loads(capsys.readouterr().out)["text"] == expected
     assert file.read_text() == BEFORE + expected + BEHIND
+
+
+@pytest.mark.parametrize("unit", ["characters", "utf-8", "utf-16"])
+def test_a_place_can_be_an_offset(tmp_path: Path, capsys: pytest.CaptureFixture[str], unit: str) -> None:
+    """Counted as the editor counts: a character beyond the basic plane is 4 bytes, and 2 units of UTF-16."""
+    path = tmp_path / "text.txt"
+    path.write_text("\U0001f600\n" + BEFORE + BEHIND, encoding="utf-8")
+    n = {"characters": 2, "utf-8": 5, "utf-16": 3}[unit] + len(BEFORE)
+    assert run(str(path), "--at-offset", str(n), "--unit", unit, *QUICK) == 0
+    by_offset = capsys.readouterr().out
+    assert run(str(path), "--at", f"2:{len(BEFORE) + 1}", *QUICK) == 0
+    assert capsys.readouterr().out == by_offset
 
 
 def test_in_place_follows_a_link(file: Path, tmp_path: Path, expected: str) -> None:

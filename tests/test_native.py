@@ -340,7 +340,7 @@ def test_close_is_idempotent_and_ends_all_use(tiny_gguf: Path) -> None:
     model.close()
     assert model.closed
     for use in (model.tensors, model.memory, lambda: model.metadata, lambda: NativeSession(model)):
-        with pytest.raises(errors.ModelClosedError, match="is closed"):
+        with pytest.raises(errors.ModelClosedError, match=r"tiny\.gguf is closed"):
             use()
 
 

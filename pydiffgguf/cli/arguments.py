@@ -193,6 +193,13 @@ def _add_infill(subparsers: Any) -> None:
     group.add_argument(
         "--at", type=position, metavar="LINE[:COL]", help="counted from 1, in characters; no COL: the line's end"
     )
+    group.add_argument(
+        "--at-offset",
+        type=at_least(0),
+        metavar="N",
+        help="in the place of --at: what is before the gap, counted from 0",
+    )
+    group.add_argument("--unit", choices=("characters", "utf-8", "utf-16"), help="what --at-offset counts (characters)")
     group.add_argument("--prefix-file", metavar="F", help="the text before the gap, all of it")
     group.add_argument("--suffix-file", metavar="F", help="the text behind the gap")
     group.add_argument(

@@ -141,9 +141,12 @@ def infill(args: argparse.Namespace) -> int:
         if args.file is not None:
             document = Document(args.file)
             try:
-                offset = document.offset(args.at)
+                if args.at is not None:
+                    offset = document.offset(args.at)
+                else:
+                    offset = document.offset_at(args.at_offset, args.unit or "characters")
             except ValueError as error:
-                args.command.error(f"--at: {error}")
+                args.command.error(f"{'--at' if args.at is not None else '--at-offset'}: {error}")
             if args.in_place:
                 document.check_writable()
             parts = (document.text[:offset], document.text[offset:])
@@ -176,21 +179,26 @@ def _check_infill(args: argparse.Namespace) -> None:
     error = args.command.error
     if args.json_lines and (args.in_place or args.json):
         error("--json-lines goes with neither --json nor --in-place")
+    if args.at is not None and args.at_offset is not None:
+        error("--at and --at-offset name one place: give one of them")
+    if args.unit is not None and args.at_offset is None:
+        error("--unit says what --at-offset counts: give --at-offset N too")
+    placed = args.at is not None or args.at_offset is not None
     if args.stdio:
-        if any((args.file, args.at, args.prefix_file, args.suffix_file, args.template, args.in_place, args.extra)):
+        if any((args.file, placed, args.prefix_file, args.suffix_file, args.template, args.in_place, args.extra)):
             error("--stdio reads its texts from standard input: leave out FILE and what names a gap")
         if args.json or args.json_lines:
             error("--stdio always answers in JSON lines: leave out --json and --json-lines")
         return
     forms = [
-        args.file is not None or args.at is not None,
+        args.file is not None or placed,
         args.prefix_file is not None or args.suffix_file is not None,
         args.template is not None,
     ]
     ways = "FILE --at LINE[:COL], --prefix-file F --suffix-file F, or --template TEXT"
     if sum(forms) != 1:
         error(f"{'there are too many places' if any(forms) else 'no place'} for a gap: give {ways}")
-    if forms[0] and args.at is None:
+    if forms[0] and not placed:
         error("FILE does not say where its gap is: give --at LINE[:COL] too")
     if forms[0] and args.file is None:
         error("--at needs the FILE that it counts in: pydiffgguf infill MODEL FILE --at LINE[:COL]")
