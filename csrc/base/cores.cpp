@@ -1,5 +1,7 @@
 #include "base/cores.h"
 
+#include "base/control_groups.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
@@ -61,19 +63,9 @@ std::vector<int32_t> allowed_processors() {
 
 int32_t granted_to_this_process() {
     int32_t granted = 0;
-    std::ifstream groups("/proc/self/cgroup"); // lines of ID:CONTROLLERS:PATH; version 2 has the one line 0::PATH
-    for (std::string line; std::getline(groups, line);) {
-        const size_t first = line.find(':');
-        const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
-        if (second == std::string::npos) {
-            continue;
-        }
-        const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
-        const bool unified = controllers == ",,";
-        if (unified || controllers.find(",cpu,") != std::string::npos) {
-            const int32_t n = granted_cores(unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu", line.substr(second + 1));
-            granted = granted == 0 || (n > 0 && n < granted) ? n : granted;
-        }
+    for (const ControlGroup &group : control_groups("cpu")) {
+        const int32_t n = granted_cores(group.root, group.path);
+        granted = granted == 0 || (n > 0 && n < granted) ? n : granted;
     }
     return granted;
 }

@@ -1,5 +1,6 @@
 #include "base/process.h"
 
+#include "base/control_groups.h"
 #include "base/error.h"
 
 #include <algorithm>
@@ -67,27 +68,14 @@ void lower_by_group(MemoryLeft &left, const std::string &folder, const char *lim
 }
 
 void lower_by_groups(MemoryLeft &left) {
-    std::ifstream groups("/proc/self/cgroup"); // lines of ID:CONTROLLERS:PATH; version 2 has the one line 0::PATH
-    for (std::string line; std::getline(groups, line);) {
-        const size_t first = line.find(':');
-        const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
-        if (second == std::string::npos) {
-            continue;
-        }
-        const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
-        const bool unified = controllers == ",,";
-        if (!unified && controllers.find(",memory,") == std::string::npos) {
-            continue;
-        }
-        const std::string root = unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
-        // Every group above sets a limit of its own. Inside a container the path may not exist: the root is the
-        // container's group then.
-        std::string path = line.substr(second + 1);
+    for (const ControlGroup &group : control_groups("memory")) {
+        // Inside a container the path may not exist: the root is the container's group then.
+        std::string path = group.path;
         for (;; path.erase(path.rfind('/'))) {
-            if (unified) {
-                lower_by_group(left, root + path, "/memory.max", "/memory.current");
+            if (group.unified) {
+                lower_by_group(left, group.root + path, "/memory.max", "/memory.current");
             } else {
-                lower_by_group(left, root + path, "/memory.limit_in_bytes", "/memory.usage_in_bytes");
+                lower_by_group(left, group.root + path, "/memory.limit_in_bytes", "/memory.usage_in_bytes");
             }
             if (path.empty() || path.rfind('/') == std::string::npos) {
                 break;
