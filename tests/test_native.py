@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pydiffgguf import errors
+from pydiffgguf import DiffusionModel, errors
 from pydiffgguf._binding import functions, library
 from pydiffgguf._binding.native import NativeModel, NativeSession
 from pydiffgguf._binding.records import CanvasSpec, Sampling
@@ -311,6 +313,25 @@ def test_config_comes_from_the_file(model: NativeModel) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- lifetimes and close
+
+
+def test_close_frees_the_model_though_it_is_still_named(tiny_gguf: Path) -> None:
+    """Whoever keeps the closed object or its metadata keeps none of the weights, and no server's connection. Without
+    the garbage collector: a name that lives on in a loop is no reason to wait for it."""
+    gc.disable()
+    try:
+        model = DiffusionModel(tiny_gguf)
+        metadata = model.metadata
+        name = metadata["general.architecture"]
+        model.generate([5, 6], steps=1, max_tokens=1)
+        pointer = weakref.ref(model._engine.native._pointer)
+        model.close()
+        assert pointer() is None
+    finally:
+        gc.enable()
+    assert metadata["general.architecture"] == name
+    with pytest.raises(errors.ModelClosedError):
+        metadata["diffusion-gemma.block_count"]
 
 
 def test_close_is_idempotent_and_ends_all_use(tiny_gguf: Path) -> None:

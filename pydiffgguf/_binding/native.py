@@ -124,6 +124,9 @@ class NativeModel:
 
     def close(self) -> None:
         """Lets go of the file, which is freed as soon as no session uses it. Idempotent."""
+        metadata = self._metadata
+        if metadata is not None:
+            metadata.close()
         self._pointer = self._metadata = None
 
     @property
