@@ -144,7 +144,7 @@ def test_every_result_has_stats(model: DiffusionModel) -> None:
         assert stats.prompt_tokens > 0, name
         assert stats.denoise_s > 0, name
     chosen = results["choose"]
-    assert isinstance(chosen, Stats) and chosen.steps == [1] * 6
+    assert isinstance(chosen, Stats) and chosen.steps == [1] * 3  # one for each draw
 
 
 def test_the_stats_of_a_template_are_those_of_its_gaps(model: DiffusionModel) -> None:
