@@ -1,6 +1,6 @@
 """Reads a PEFT folder: adapter_config.json and adapter_model.safetensors. What is adapted is decided by the tensors.
 
-Formulas, keys and variants were read in PEFT 0.21.2 and tried against it (tests/parity/test_adapters.py).
+Formulas, keys and variants were read in PEFT 0.21.2 and tried against it (tests/parity/test_adapted_passes.py).
 """
 
 from __future__ import annotations

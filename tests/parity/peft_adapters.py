@@ -1,4 +1,4 @@
-"""Adapters made by PEFT itself on the random nets: the reference's side of tests/parity/test_adapters.py.
+"""Adapters made by PEFT itself on the random nets: the reference's side of tests/parity/test_adapted_passes.py.
 
 PEFT starts B at zero, which would prove nothing: every factor is drawn anew. Weights are never tied or resized after
 loading: the encoder's and the decoder's factors would become one.
