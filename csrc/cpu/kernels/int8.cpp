@@ -314,11 +314,13 @@ void quantize_columns(const float *block, int64_t depth, GroupColumns *out) {
             std::memcpy(&most, &magnitude, sizeof most);
             const Lanes scale = most * (1.0f / 127.0f) + (most - most); // NaN, not infinity
             const Lanes inverse = scale > 0.0f ? 127.0f / most : Lanes{};
+            // Else zeros: what NaN, or a magnitude too small for its inverse, becomes as an integer overflows the sums.
+            const IntLanes usable = (scale > 0.0f) & (inverse < 3e38f);
             IntLanes sum[2] = {};
             for (int i = 0; i < GROUP; i += 4) {
                 IntLanes bytes = {};
                 for (int j = 0; j < 4; ++j) {
-                    const IntLanes q = nearest(load(block + (i + j) * COLUMNS + lane) * inverse);
+                    const IntLanes q = nearest(load(block + (i + j) * COLUMNS + lane) * inverse) & usable;
                     sum[i / (GROUP / 2)] += q;
                     bytes |= (q & 255) << (8 * j);
                 }
