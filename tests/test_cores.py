@@ -35,7 +35,7 @@ int main(int argc, char **argv) {
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cores")
     (folder / "main.cpp").write_text(MAIN)
-    sources = [folder / "main.cpp", ROOT / "csrc/base/cores.cpp"]
+    sources = [folder / "main.cpp", ROOT / "csrc/base/cores.cpp", ROOT / "csrc/base/control_groups.cpp"]
     assert COMPILER is not None
     subprocess.run([COMPILER, "-std=c++17", f"-I{ROOT / 'csrc'}", *sources, "-o", folder / "cores"], check=True)
     return folder / "cores"
