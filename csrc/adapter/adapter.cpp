@@ -30,6 +30,29 @@ std::vector<float> values_of(const ggml_tensor *tensor) {
 
 } // namespace
 
+StackedFactors::StackedFactors(ggml_tensor *a, ggml_tensor *b)
+    : a_(a), b_(b), a_values_(static_cast<size_t>(ggml_nelements(a))),
+      b_values_(static_cast<size_t>(ggml_nelements(b))) {}
+
+void StackedFactors::add(const std::vector<float> &a, const std::vector<float> &b, int64_t rank, int64_t n_out,
+                         int64_t first_out) {
+    const int64_t n_in = a_->ne[0];
+    const int64_t whole = a_->ne[1];
+    for (int64_t e = 0; e < a_->ne[2]; ++e) {
+        std::copy_n(a.begin() + e * rank * n_in, rank * n_in, a_values_.begin() + (e * whole + done_) * n_in);
+        for (int64_t row = 0; row < n_out; ++row) {
+            std::copy_n(b.begin() + (e * n_out + row) * rank, rank,
+                        b_values_.begin() + (e * b_->ne[1] + first_out + row) * whole + done_);
+        }
+    }
+    done_ += rank;
+}
+
+void StackedFactors::store() const {
+    ggml_backend_tensor_set(a_, a_values_.data(), 0, ggml_nbytes(a_));
+    ggml_backend_tensor_set(b_, b_values_.data(), 0, ggml_nbytes(b_));
+}
+
 std::shared_ptr<const AdapterSet> AdapterSet::of(const Adapters &adapters) {
     Sets &all = sets();
     const std::lock_guard<std::mutex> lock(all.mutex);
@@ -100,37 +123,15 @@ AdapterSet::AdapterSet(const Adapters &adapters) : adapters_(adapters) {
         }
     }
     tensors_->load("adapters");
-    for (size_t i = 0; i < stacks_.size(); ++i) {
-        if (stacks_[i].parts.size() > 1) {
-            stack(i);
-        }
-    }
-}
-
-// Of A whole rows lie one behind the other, of B each row is put together.
-void AdapterSet::stack(size_t index) {
-    const Stack &to = stacks_[index];
-    const int64_t n_in = to.a->ne[0];
-    const int64_t rank = to.a->ne[1];
-    const int64_t n_out = to.b->ne[1];
-    const int64_t n_expert = to.a->ne[2];
-    std::vector<float> a(static_cast<size_t>(ggml_nelements(to.a)));
-    std::vector<float> b(static_cast<size_t>(ggml_nelements(to.b)));
-    int64_t done = 0;
-    for (const Part &part : to.parts) {
-        const std::vector<float> from_a = values_of(part.pair->a);
-        const std::vector<float> from_b = values_of(part.pair->b);
-        const int64_t r = part.pair->a->ne[1];
-        for (int64_t e = 0; e < n_expert; ++e) {
-            std::copy_n(from_a.begin() + e * r * n_in, r * n_in, a.begin() + (e * rank + done) * n_in);
-            for (int64_t row = 0; row < n_out; ++row) {
-                std::copy_n(from_b.begin() + (e * n_out + row) * r, r, b.begin() + (e * n_out + row) * rank + done);
+    for (const Stack &stack : stacks_) {
+        if (stack.parts.size() > 1) {
+            StackedFactors factors(stack.a, stack.b);
+            for (const Part &part : stack.parts) {
+                factors.add(values_of(part.pair->a), values_of(part.pair->b), part.pair->a->ne[1], stack.b->ne[1]);
             }
+            factors.store();
         }
-        done += r;
     }
-    ggml_backend_tensor_set(to.a, a.data(), 0, ggml_nbytes(to.a));
-    ggml_backend_tensor_set(to.b, b.data(), 0, ggml_nbytes(to.b));
 }
 
 int32_t AdapterSet::find(const ggml_tensor *base, bool encoder) const {

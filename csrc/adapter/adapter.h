@@ -29,6 +29,25 @@ struct AdapterPair {
     std::vector<float> scales; // [R]: alpha / rank
 };
 
+// Pairs put together along the rank, for the tensors a [in, R, E] and b [R, out, E]: A's rows one behind the other, B's
+// columns side by side.
+class StackedFactors {
+  public:
+    StackedFactors(ggml_tensor *a, ggml_tensor *b);
+    // The next pair: a [in, rank, E], and b [rank, n_out, E], which makes rows first_out and after.
+    void add(const std::vector<float> &a, const std::vector<float> &b, int64_t rank, int64_t n_out,
+             int64_t first_out = 0);
+    // Into the tensors.
+    void store() const;
+
+  private:
+    ggml_tensor *a_;
+    ggml_tensor *b_;
+    std::vector<float> a_values_;
+    std::vector<float> b_values_;
+    int64_t done_ = 0; // of the rank
+};
+
 // An opened adapter. Immutable; keeps its model alive.
 class Adapter {
   public:
@@ -92,8 +111,6 @@ class AdapterSet {
     std::unique_ptr<DeviceWeights> tensors_;
     std::vector<Stack> stacks_;
     std::unordered_map<const ggml_tensor *, std::array<int32_t, 2>> index_;
-
-    void stack(size_t index);
 };
 
 // A session's adapters: a set, and the scales that the session gives its members.

@@ -402,32 +402,15 @@ class AdapterReader {
         }
     }
 
-    // A's rows one behind the other; B's columns side by side, each in the rows that it makes.
     void fill(AdapterPair &pair, const Joined &from) const {
-        const int64_t n_in = pair.a->ne[0];
-        const int64_t rank = pair.a->ne[1];
-        const int64_t n_out = pair.b->ne[1];
-        const int64_t planes = pair.a->ne[2];
-        std::vector<float> a(static_cast<size_t>(ggml_nelements(pair.a)));
-        std::vector<float> b(static_cast<size_t>(ggml_nelements(pair.b)));
-        int64_t done = 0;
+        StackedFactors stacked(pair.a, pair.b);
         for (const auto &[member, target] : from.members) {
             const Factors factors = read_factors(*member);
-            const int64_t r = member->rank();
-            const int64_t rows = member->n_out();
-            const int64_t first = member->half == 2 ? n_out / 2 : 0;
-            for (int64_t e = 0; e < planes; ++e) {
-                std::copy_n(factors.a.begin() + e * r * n_in, r * n_in, a.begin() + (e * rank + done) * n_in);
-                for (int64_t row = 0; row < rows; ++row) {
-                    std::copy_n(factors.b.begin() + (e * rows + row) * r, r,
-                                b.begin() + (e * n_out + first + row) * rank + done);
-                }
-            }
-            pair.scales.insert(pair.scales.end(), static_cast<size_t>(r), member->scale);
-            done += r;
+            stacked.add(factors.a, factors.b, member->rank(), member->n_out(),
+                        member->half == 2 ? pair.b->ne[1] / 2 : 0);
+            pair.scales.insert(pair.scales.end(), static_cast<size_t>(member->rank()), member->scale);
         }
-        ggml_backend_tensor_set(pair.a, a.data(), 0, ggml_nbytes(pair.a));
-        ggml_backend_tensor_set(pair.b, b.data(), 0, ggml_nbytes(pair.b));
+        stacked.store();
     }
 };
 
