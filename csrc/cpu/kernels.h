@@ -8,6 +8,7 @@
 
 #include "ggml.h"
 
+#include <cmath>
 #include <cstdint>
 
 namespace dg {
@@ -31,7 +32,7 @@ struct Kernels {
     // Floats of scratch memory that each thread needs.
     int64_t (*product_scratch)(int64_t n_embd, int64_t n_ff_exp);
     int64_t (*attention_scratch)(int64_t head_dim);
-    int64_t (*soft_scratch)(int64_t n_embd);
+    int64_t (*self_conditioning_scratch)(int64_t n_embd);
 
     // `n` values (a multiple of the type's block) of a row of weights that begins at `data` -> floats.
     void (*decode)(ggml_type type, const void *data, int64_t n, float *out);
@@ -46,7 +47,7 @@ struct Kernels {
     ggml_custom_op_t combine;  // Work
     ggml_custom_op_t norm;     // NormWork
     ggml_custom_op_t attend;   // AttentionWork
-    ggml_custom_op_t look;     // SoftWork, as the others
+    ggml_custom_op_t look;     // SelfConditioningWork, as the others
     ggml_custom_op_t weigh;
     ggml_custom_op_t add;
     ggml_custom_op_t finish;
@@ -119,7 +120,7 @@ struct NormWork : Work {
 // ----------------------------------------------------------------------------------------------------- attention
 
 // Which cache rows the rows of a segment see. Row i stands at position first + i; slot s of a cache of `slots` rows
-// holds the greatest position below `end` that maps to it (KvCache::position).
+// holds position_in_slot(s, slots, end) (base/positions.h).
 struct Visible {
     int32_t first = 0;
     int32_t end = 0;
@@ -137,9 +138,9 @@ struct AttentionWork : Work {
 // --------------------------------------------------------------------------------------- self-conditioning signal
 
 // Tokens of the vocabulary whose weights stand ready at a time for rows that are too flat to gather.
-constexpr int64_t SOFT_CHUNK = 2048;
+constexpr int64_t VOCABULARY_CHUNK = 2048;
 
-struct SoftWork : Work {
+struct SelfConditioningWork : Work {
     const float *longest = nullptr;
     int64_t first = 0; // of the vocabulary
 };
@@ -151,5 +152,14 @@ struct RowState {
     int32_t flat;
     int32_t reserved;
 };
+
+// Static: each level of the kernels has its own.
+[[maybe_unused]] static double vector_length(const float *x, int64_t n) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+        sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    }
+    return std::sqrt(sum);
+}
 
 } // namespace dg

@@ -2,18 +2,8 @@
 
 #include "base/parallel.h"
 
-#include <cmath>
-
 namespace dg {
 namespace {
-
-double length(const float *x, int64_t n) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) {
-        sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-    }
-    return std::sqrt(sum);
-}
 
 // The flat rows, in order.
 void run_list(ggml_tensor *dst, int thread, int, void *) {
@@ -41,7 +31,9 @@ ggml_tensor *custom_inplace(ggml_context *ctx, ggml_tensor *place, std::vector<g
 
 } // namespace
 
-int64_t soft_nodes(int64_t n_vocab) { return 8 + 2 * ((n_vocab + SOFT_CHUNK - 1) / SOFT_CHUNK); }
+int64_t self_conditioning_nodes(int64_t n_vocab) {
+    return 8 + 2 * ((n_vocab + VOCABULARY_CHUNK - 1) / VOCABULARY_CHUNK);
+}
 
 float longest_row(const Kernels &kernels, const ggml_tensor *embedding, int32_t n_threads) {
     const int64_t n_embd = embedding->ne[0];
@@ -52,16 +44,16 @@ float longest_row(const Kernels &kernels, const ggml_tensor *embedding, int32_t 
         kernels.decode(embedding->type,
                        static_cast<const char *>(embedding->data) + static_cast<size_t>(id) * embedding->nb[1], n_embd,
                        row.data());
-        lengths[static_cast<size_t>(id)] = static_cast<float>(length(row.data(), n_embd));
+        lengths[static_cast<size_t>(id)] = static_cast<float>(vector_length(row.data(), n_embd));
     });
     return *std::max_element(lengths.begin(), lengths.end());
 }
 
-void soft_embedding_ops(ggml_context *ctx, const Kernels &kernels, ggml_cgraph *graph, WorkList &list,
-                        ggml_tensor *scratch, ggml_tensor *embedding, ggml_tensor *logits, ggml_tensor *soft,
-                        const float *longest) {
+void self_conditioning_ops(ggml_context *ctx, const Kernels &kernels, ggml_cgraph *graph, WorkList &list,
+                           ggml_tensor *scratch, ggml_tensor *embedding, ggml_tensor *logits, ggml_tensor *signal,
+                           const float *longest) {
     const auto work = [&](int64_t first) {
-        auto *made = add_work<SoftWork>(list);
+        auto *made = add_work<SelfConditioningWork>(list);
         made->longest = longest;
         made->first = first;
         return made;
@@ -70,15 +62,15 @@ void soft_embedding_ops(ggml_context *ctx, const Kernels &kernels, ggml_cgraph *
     const int64_t n_blocks = kernels.column_blocks(n);
     constexpr int64_t STATE_WORDS = sizeof(RowState) / sizeof(int32_t);
     ggml_tensor *state = custom(ctx, Part::SELF_CONDITIONING, GGML_TYPE_I32, STATE_WORDS, n,
-                                {logits, embedding, soft, scratch}, kernels.look, work(0));
+                                {logits, embedding, signal, scratch}, kernels.look, work(0));
     ggml_tensor *flat = custom(ctx, Part::SELF_CONDITIONING, GGML_TYPE_I32, n + 1, 1, {state}, run_list, work(0));
     ggml_tensor *sums = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, embedding->ne[0] * kernels.columns, n_blocks);
-    for (int64_t first = 0; first < embedding->ne[1]; first += SOFT_CHUNK) {
-        ggml_tensor *weights = custom(ctx, Part::SELF_CONDITIONING, GGML_TYPE_F32, SOFT_CHUNK * kernels.columns,
+    for (int64_t first = 0; first < embedding->ne[1]; first += VOCABULARY_CHUNK) {
+        ggml_tensor *weights = custom(ctx, Part::SELF_CONDITIONING, GGML_TYPE_F32, VOCABULARY_CHUNK * kernels.columns,
                                       n_blocks, {logits, state, flat}, kernels.weigh, work(first));
         sums = custom_inplace(ctx, sums, {embedding, weights, flat, scratch}, kernels.add, work(first));
     }
-    ggml_build_forward_expand(graph, custom_inplace(ctx, soft, {sums, state, flat}, kernels.finish, work(0)));
+    ggml_build_forward_expand(graph, custom_inplace(ctx, signal, {sums, state, flat}, kernels.finish, work(0)));
 }
 
 } // namespace dg

@@ -17,16 +17,16 @@
 
 namespace dg {
 
-// Tensors that soft_embedding_ops adds.
-int64_t soft_nodes(int64_t n_vocab);
+// Tensors that self_conditioning_ops adds.
+int64_t self_conditioning_nodes(int64_t n_vocab);
 
 // The greatest length of an embedding row: what the error bound multiplies the mass left out with.
 float longest_row(const Kernels &kernels, const ggml_tensor *embedding, int32_t n_threads);
 
-// Adds to `graph`: logits [n_vocab, n] -> soft [n_embd, n], both views of rows. `longest`: longest_row's, read when the
-// graph runs.
-void soft_embedding_ops(ggml_context *ctx, const Kernels &kernels, ggml_cgraph *graph, WorkList &work,
-                        ggml_tensor *scratch, ggml_tensor *embedding, ggml_tensor *logits, ggml_tensor *soft,
-                        const float *longest);
+// Adds to `graph`: logits [n_vocab, n] -> signal [n_embd, n], both views of rows. `longest`: longest_row's, read when
+// the graph runs.
+void self_conditioning_ops(ggml_context *ctx, const Kernels &kernels, ggml_cgraph *graph, WorkList &work,
+                           ggml_tensor *scratch, ggml_tensor *embedding, ggml_tensor *logits, ggml_tensor *signal,
+                           const float *longest);
 
 } // namespace dg

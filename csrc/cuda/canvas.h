@@ -9,6 +9,7 @@
 
 #include "base/random.h"
 #include "cuda/block.h"
+#include "sample/sampling.h"
 
 #include <cstdint>
 
@@ -70,10 +71,8 @@ DG_HD bool is_pinned(const Canvas &c, int32_t row) { return c.pinned && c.pinned
 DG_HD int32_t range_start(const int32_t *ends, int32_t row) { return ends && row > 0 ? ends[row - 1] : 0; }
 DG_HD int32_t range_size(const int32_t *ends, int32_t row) { return ends ? ends[row] - range_start(ends, row) : 0; }
 
-// Of the step that is under way, as dg::temperature has it.
-DG_HD double temperature(const Canvas &c) {
-    return c.t_min + (c.t_max - c.t_min) * (static_cast<double>(c.steps - c.step) / static_cast<double>(c.steps));
-}
+// Of the step that is under way.
+DG_HD double temperature(const Canvas &c) { return dg::temperature(c.t_min, c.t_max, c.steps, c.step); }
 
 DG_HD double uniform(const Canvas &c, int32_t row) {
     return c.uniform ? c.uniform[row]

@@ -40,7 +40,8 @@ DG_HD float half_at(const uint8_t *at) {
 
 constexpr int32_t SUPER = 256; // weights in a block of a K-quant
 
-// The 6-bit scale and minimum of sub-block `j` (of 8) in the 12 bytes of Q4_K and Q5_K.
+// The 6-bit scale and minimum of sub-block `j` (of 8) in the 12 bytes of Q4_K and Q5_K: of one, where
+// cpu/kernels/quantized_rows.cpp wants all eight and takes four bytes at a time.
 DG_HD void scale_and_min(const uint8_t *packed, int32_t j, int32_t &scale, int32_t &minimum) {
     if (j < 4) {
         scale = packed[j] & 63;

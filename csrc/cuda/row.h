@@ -3,13 +3,16 @@
 //
 // What sample_step (csrc/sample/sampler.h) does with a row, for a block of 512 threads. A warp takes a tile of 512
 // logits into registers, so a tile's greatest is known before its terms are summed, and the tiles' sums are brought to
-// one scale at the end. The draw walks the tiles' sums and computes one tile again.
+// one scale at the end. The draw walks the tiles' sums and computes one tile again. Draws on the host and by operators
+// (draw_row, sampler_graph.h) share the rule and no line: there a thread has a row, and an operator has no loop. Tests
+// hold the three together.
 //
 // Floor: 4 bytes a logit, 1.05 MB a row and 268 MB a canvas at the released shape (262,144 logits, 256 rows): 80 us on
 // an H100 (3.35 TB/s), 150 us on an RTX 5090 (1.79 TB/s), 266 us on an RTX 4090 (1.01 TB/s). Twice that where the
 // processed logits are kept. docs/PERFORMANCE.md has nvcc's registers and shared memory.
 #pragma once
 
+#include "base/exponential.h"
 #include "cuda/block.h"
 
 #include <cmath>
@@ -23,7 +26,6 @@ constexpr int TILE = PER_LANE * WARP; // logits that a warp holds in registers
 constexpr int MAX_TILES = 1024;
 constexpr int N_GROUPS = MAX_TILES / WARP; // of 32 tiles each
 constexpr int32_t MAX_VOCAB = TILE * MAX_TILES;
-constexpr float EXP_FLOOR = -87.0f; // as in csrc/sample/sampler.cpp: below it a term is 0 in float32
 
 using RowBlock = Block<ROW_THREADS>;
 
@@ -110,7 +112,8 @@ class Row {
     DG_HD int32_t n_tiles() const { return (size() + TILE - 1) / TILE; }
     DG_HD int32_t id(int32_t i) const { return in_.n_allowed > 0 ? in_.allowed[i] : i; }
     DG_HD float capped(float z) const {
-        // ggml's order: scale, tanh, scale.
+        // ggml's order: scale, tanh, scale. The head's product leaves logits uncapped for the kernels alone, so that
+        // they are read once; elsewhere Ops::multiply caps them (cpu/kernels/product.cpp, pass/ggml_ops.cpp).
         return in_.softcap > 0.0f ? std::tanh(z * (1.0f / in_.softcap)) * in_.softcap : z;
     }
     // After the pass over the row.

@@ -76,13 +76,6 @@ size_t DeviceWeights::bytes() const {
     return n;
 }
 
-size_t DeviceWeights::bytes(int32_t device) const {
-    size_t n = 0;
-    ggml_context *ctx = contexts_[static_cast<size_t>(device)].get();
-    for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        n += ggml_nbytes(t);
-    }
-    return n;
-}
+size_t DeviceWeights::bytes(int32_t device) const { return tensor_bytes(contexts_[static_cast<size_t>(device)].get()); }
 
 } // namespace dg

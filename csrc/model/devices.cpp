@@ -200,6 +200,14 @@ Devices::Turn::Turn(const Devices &devices) {
     }
 }
 
+size_t tensor_bytes(ggml_context *ctx) {
+    size_t bytes = 0;
+    for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        bytes += ggml_nbytes(t);
+    }
+    return bytes;
+}
+
 void serve(const std::string &endpoint, int32_t n_threads) {
     check_endpoint(endpoint);
     const auto start = reinterpret_cast<StartServer>(rpc_function("ggml_backend_rpc_start_server"));

@@ -68,6 +68,9 @@ class Devices {
     std::vector<std::recursive_mutex *> connections_; // in one order for all, so that two models cannot lock each other
 };
 
+// Bytes of all tensors that were made in `ctx`.
+size_t tensor_bytes(ggml_context *ctx);
+
 // Serves this machine's devices (its CPU when there are none) to other machines, for as long as the
 // process lives; ggml prints a line for each client. Whoever can reach the port can read and write this process's
 // memory: there is no authentication. Throws IO when the port cannot be had.

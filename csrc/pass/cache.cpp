@@ -1,6 +1,7 @@
 #include "pass/cache.h"
 
 #include "base/error.h"
+#include "base/positions.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -50,27 +51,14 @@ KvCache::KvCache(const Model &model, const SessionFigures &figures, bool allocat
     }
 }
 
-size_t tensor_bytes(ggml_context *ctx) {
-    size_t bytes = 0;
-    for (ggml_tensor *t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        bytes += ggml_nbytes(t);
-    }
-    return bytes;
-}
-
 size_t KvCache::bytes_on(size_t device) const { return tensor_bytes(contexts_[device].get()); }
 
 int32_t KvCache::position(bool sliding, int32_t slot, int32_t end) const {
-    const int32_t n = slots(sliding);
-    if (end <= n) {
-        return slot;
-    }
-    const int32_t last = end - 1;
-    return last - ((last - slot) % n + n) % n;
+    return position_in_slot(slot, slots(sliding), end);
 }
 
 bool KvCache::holds_window_before(int32_t n) const {
-    const int32_t oldest_needed = std::max(0, n - (window_ - 1));
+    const int32_t oldest_needed = seen_by(n, true, n, n, window_).oldest;
     const int32_t oldest_held = std::max(0, high_ - slots_sliding_);
     return oldest_needed >= oldest_held;
 }

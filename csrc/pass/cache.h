@@ -21,9 +21,6 @@ struct CacheLayer {
     bool sliding = false;
 };
 
-// Bytes of all tensors that were made in `ctx`.
-size_t tensor_bytes(ggml_context *ctx);
-
 class KvCache {
   public:
     // `allocate` false: sizes only, for predictions.
@@ -37,8 +34,7 @@ class KvCache {
     int32_t slot(bool sliding, int32_t position) const { return position % slots(sliding); }
     // Rows that a pass reads when the last position it wrote is end - 1.
     int32_t visible_rows(bool sliding, int32_t end) const { return end < slots(sliding) ? end : slots(sliding); }
-    // The position in a slot when the last one written is end - 1 (and, after a truncation, what lies behind it is
-    // stale): the greatest position below end that maps to the slot.
+    // The position in a slot when the last one written is end - 1: position_in_slot (base/positions.h).
     int32_t position(bool sliding, int32_t slot, int32_t end) const;
 
     // A pass has written up to `end`.

@@ -263,22 +263,22 @@ class PassBuilder {
         return x;
     }
 
-    // The product is placed in io.logits and softcapped there: a canvas of logits exists once (268 MB at the released
-    // shape).
+    // The product is placed in StepIo::logits and softcapped there: a canvas of logits exists once (268 MB at the
+    // released shape).
     void head(ggml_tensor *x) {
         Operand h = {ops_->norm(x, model_.weights().output_norm), n_, nullptr, nullptr};
         ggml_tensor *logits = ops_->multiply(model_.weights().token_embd, h, pass_.uncapped ? 0.0f : c_.logit_softcap);
         ggml_tensor *product = mark(logits->view_src ? logits->view_src : logits, Part::HEAD);
-        product->data =
-            static_cast<char *>(io_.logits->data) + static_cast<size_t>(pass_.first_logit) * io_.logits->nb[1];
-        product->buffer = io_.logits->buffer;
+        product->data = static_cast<char *>(io_.step->logits->data) +
+                        static_cast<size_t>(pass_.first_logit) * io_.step->logits->nb[1];
+        product->buffer = io_.step->logits->buffer;
         ggml_build_forward_expand(graph_.nodes, logits);
         if (pass_.sampled || pass_.watched) {
-            sample_ops(ctx_, graph_.nodes, io_.sample, logits, pass_.sampled, pass_.watched);
+            sample_ops(ctx_, graph_.nodes, io_.step->sample, logits, pass_.sampled, pass_.watched);
         }
         if (pass_.sampled && c_.has_self_conditioning) {
             add_signal(ctx_, graph_.nodes, model_.weights().token_embd, ggml_soft_max_inplace(ctx_, logits),
-                       rows_of_io(ctx_, io_.next_signal, pass_.first_row, n_), &io_.sample);
+                       rows_of_io(ctx_, io_.step->next_signal, pass_.first_row, n_), &io_.step->sample);
         }
     }
 };
@@ -293,7 +293,7 @@ const char *product_kernel(const Model &model, ggml_type type) {
 int64_t scratch_floats(const Model &model) {
     const Kernels &kernels = *model.kernels();
     int64_t n = kernels.product_scratch(model.config().n_embd, model.config().n_ff_exp);
-    n = std::max(n, kernels.soft_scratch(model.config().n_embd));
+    n = std::max(n, kernels.self_conditioning_scratch(model.config().n_embd));
     for (const LayerWeights &layer : model.weights().layers) {
         n = std::max(n, kernels.attention_scratch(layer.head_dim));
     }
@@ -306,17 +306,18 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
 }
 
 Graph build_signal(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit, int32_t n_rows) {
-    if (io.scratch && !io.next_signal && model.placement().head == model.devices().cpu()) {
-        Graph own = make_graph(static_cast<size_t>(soft_nodes(model.config().n_vocab)));
-        soft_embedding_ops(own.context.get(), *model.kernels(), own.nodes, own.work, io.scratch,
-                           model.weights().token_embd, rows_of_io(own.context.get(), io.logits, first_logit, n_rows),
-                           rows_of_io(own.context.get(), io.signal, first_row, n_rows), &io.longest_embedding);
+    if (io.scratch && !io.step->next_signal && model.placement().head == model.devices().cpu()) {
+        Graph own = make_graph(static_cast<size_t>(self_conditioning_nodes(model.config().n_vocab)));
+        self_conditioning_ops(own.context.get(), *model.kernels(), own.nodes, own.work, io.scratch,
+                              model.weights().token_embd,
+                              rows_of_io(own.context.get(), io.step->logits, first_logit, n_rows),
+                              rows_of_io(own.context.get(), io.signal, first_row, n_rows), &io.longest_embedding);
         return own;
     }
     Graph graph = make_graph(signal_nodes(model.config().n_vocab, model.config().n_embd));
     ggml_context *ctx = graph.context.get();
-    ggml_tensor *logits = rows_of_io(ctx, io.logits, first_logit, n_rows);
-    ggml_tensor *out = rows_of_io(ctx, io.next_signal ? io.next_signal : io.signal, first_row, n_rows);
+    ggml_tensor *logits = rows_of_io(ctx, io.step->logits, first_logit, n_rows);
+    ggml_tensor *out = rows_of_io(ctx, io.step->next_signal ? io.step->next_signal : io.signal, first_row, n_rows);
     Settler settler(graph, model.devices());
     add_signal(ctx, graph.nodes, model.weights().token_embd, ggml_soft_max(ctx, logits), out, nullptr);
     settler.settle(model.placement().head);

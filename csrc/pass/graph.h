@@ -17,14 +17,14 @@ const char *product_kernel(const Model &model, ggml_type type);
 // Floats of scratch memory that each thread needs for its own operators.
 int64_t scratch_floats(const Model &model);
 
-// One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in io.logits,
+// One pass. Encode ends with the last layer's K and V: nobody reads what would follow. The others end in logits,
 // whose rows are those of the segments, one after the other.
 // `importance`: what the pass multiplies weights by is added up there; nullptr: nowhere. `adapters`: what runs beside
 // the weights; nullptr: nothing.
 Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, const Pass &pass,
                  Importance *importance = nullptr, const ActiveAdapters *adapters = nullptr);
 
-// n_rows of io.logits (processed), from first_logit on -> those of io.signal from first_row on: the softmax of each row
+// n_rows of logits (processed), from first_logit on -> those of io.signal from first_row on: the softmax of each row
 // times the embedding, over the whole vocabulary, in slices that bound the memory for the transposed embedding.
 Graph build_signal(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit, int32_t n_rows);
 

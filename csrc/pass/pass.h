@@ -1,6 +1,7 @@
 // What a pass is, and what its graph reads and writes.
 #pragma once
 
+#include "base/positions.h"
 #include "cpu/work.h"
 #include "model/model.h"
 #include "sample/sampler_graph.h"
@@ -26,14 +27,20 @@ struct DeviceIo {
     ggml_tensor *attended = nullptr; // F32 [head_dim * n_head of the widest layer, pass]: several segments' outputs
 };
 
-// Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
-struct GraphIo {
-    std::vector<DeviceIo> devices;      // empty ones where no layer is; the CPU's is last
-    ggml_tensor *ids = nullptr;         // I32 [pass], or R where that is more
-    ggml_tensor *signal = nullptr;      // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+// What a graph that ends in logits leaves, and what samples them there, on the head's device. The Stepper owns it
+// (session/stepper.h): each way to do the work between two passes has the tensors that it needs.
+struct StepIo {
     ggml_tensor *logits = nullptr;      // F32 [n_vocab, rows of logits]: R, the session's n_rows, or those of a pass
     ggml_tensor *next_signal = nullptr; // F32 [n_embd, R]: where a step leaves the next one's; null: in signal itself
     SampleIo sample;                    // of a pass that is sampled or watched
+};
+
+// Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
+struct GraphIo {
+    std::vector<DeviceIo> devices; // empty ones where no layer is; the CPU's is last
+    ggml_tensor *ids = nullptr;    // I32 [pass], or R where that is more
+    ggml_tensor *signal = nullptr; // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+    const StepIo *step = nullptr;  // not owned
     // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
     // without it, the graph is made of ggml's, which every device has.
     ggml_tensor *scratch = nullptr; // F32 [floats of a thread, threads]
@@ -51,9 +58,9 @@ struct Pass {
     int32_t n_past = 0;            // positions in the cache before it
     std::vector<int32_t> segments; // rows of each
     int32_t first_row = 0;         // its rows stand from here on in io.ids and io.signal
-    int32_t first_logit = 0;       // and from here on in io.logits
+    int32_t first_logit = 0;       // and from here on in the logits
     bool sampled = false;          // ids are drawn, and the next step's signal is made, where the logits are
-    bool watched = false;          // probabilities of the ids in io.sample.watched are reported
+    bool watched = false;          // probabilities of the ids in SampleIo::watched are reported
     bool uncapped = false;         // logits are left as the product makes them: the kernels softcap
 
     bool causal() const { return mode != Mode::DENOISE; }
@@ -77,7 +84,7 @@ struct Pass {
 // On full layers the canvas sees everything there is, so only causal passes need a mask; on sliding layers the canvas
 // needs one only when the cache holds more than the window.
 inline bool needs_mask(const Model &model, const Pass &pass, bool sliding) {
-    return pass.causal() || (sliding && pass.n_past > model.config().sliding_window - 1);
+    return pass.causal() || (sliding && seen_by(0, false, pass.n_past, 0, model.config().sliding_window).oldest > 0);
 }
 
 struct Graph {

@@ -46,10 +46,6 @@ void check_sampling(const dg_sampling &s) {
     }
 }
 
-double temperature(const dg_sampling &s, int32_t step) {
-    return s.t_min + (s.t_max - s.t_min) * (static_cast<double>(s.steps - step) / static_cast<double>(s.steps));
-}
-
 int32_t step_count(const dg_sampling &s) { return s.max_steps > 0 ? std::min(s.steps, s.max_steps) : s.steps; }
 
 void throw_unsound_row() { throw Error(DG_ERROR_INTERNAL, "a row of logits holds NaN or has no finite maximum"); }

@@ -3,7 +3,6 @@
 #include "base/random.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace dg {
 
@@ -43,28 +42,16 @@ void HostStepper::declare(ggml_context *head) {
     const bool here = passes_.model().placement().head == passes_.model().devices().cpu();
     logits_.declare(head, here);
     if (!here) {
-        passes_.io().sample.make(head, passes_.figures().pass_rows); // texts are scored where the logits are
+        io_.sample.make(head, passes_.figures().pass_rows); // texts are scored where the logits are
     }
 }
 
-void HostStepper::begin(const std::vector<CanvasStart> &canvases) {
+void HostStepper::start(const std::vector<CanvasStart> &canvases) {
     canvases_.clear();
+    for (const CanvasStart &canvas : canvases) {
+        canvases_.emplace_back(canvas);
+    }
     scratch_.kernels = passes_.model().kernels();
-    for (const CanvasStart &start : canvases) {
-        canvases_.emplace_back(start);
-    }
-    placed_.resize(canvases.size());
-    std::iota(placed_.begin(), placed_.end(), 0);
-    logits_.clear_signal();
-    signal_stands_ = true;
-}
-
-std::vector<int32_t> HostStepper::segments() const {
-    std::vector<int32_t> rows;
-    for (const int32_t i : placed_) {
-        rows.push_back(canvases_[static_cast<size_t>(i)].start.n_rows);
-    }
-    return rows;
 }
 
 std::vector<int32_t> HostStepper::ids() const {
@@ -76,12 +63,7 @@ std::vector<int32_t> HostStepper::ids() const {
     return all;
 }
 
-void HostStepper::place(const std::vector<int32_t> &which) {
-    if (!signal_stands_) {
-        const std::vector<int32_t> rows = segments();
-        logits_.make_signal(std::accumulate(rows.begin(), rows.end(), 0));
-        signal_stands_ = true;
-    }
+void HostStepper::close_up(const std::vector<int32_t> &which) {
     int32_t from = 0;
     int32_t to = 0;
     auto next = which.begin();
@@ -96,7 +78,6 @@ void HostStepper::place(const std::vector<int32_t> &which) {
         }
         from += n;
     }
-    placed_ = which;
 }
 
 void HostStepper::pass(const dg_noise *) { logits_.denoise(ids().data(), segments()); }

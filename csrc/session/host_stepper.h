@@ -13,8 +13,6 @@ class HostStepper : public Stepper {
     using Stepper::Stepper;
 
     void declare(ggml_context *head) override;
-    void begin(const std::vector<CanvasStart> &canvases) override;
-    void place(const std::vector<int32_t> &which) override;
     void pass(const dg_noise *noise) override;
     void decide(const dg_noise *noise) override;
     void set_rules(int32_t index, const RowRules &rules) override;
@@ -44,15 +42,12 @@ class HostStepper : public Stepper {
         void judge();
     };
     std::vector<Live> canvases_;
-    bool signal_stands_ = true; // of the placed rows; else it is to be made of the processed logits
     SamplerScratch scratch_;
 
+    void start(const std::vector<CanvasStart> &canvases) override;
+    void close_up(const std::vector<int32_t> &which) override;
     // Of the placed canvases, one after the other.
-    std::vector<int32_t> segments() const;
     std::vector<int32_t> ids() const;
-
-  private:
-    int32_t placed_rows() const;
 };
 
 } // namespace dg

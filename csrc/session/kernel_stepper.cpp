@@ -2,8 +2,6 @@
 
 #include "ggml-backend.h"
 
-#include <numeric>
-
 namespace dg {
 namespace {
 
@@ -31,7 +29,7 @@ void KernelStepper::declare(ggml_context *head) {
     loop_.reset();
     next_ids_ = nullptr;
     logits_.declare(head, true);
-    passes_.io().sample.make(head, passes_.figures().pass_rows); // texts are scored where the logits are
+    io_.sample.make(head, passes_.figures().pass_rows); // texts are scored where the logits are
     if (placement.layers.front() != placement.head) {
         next_ids_ = ggml_new_tensor_1d(head, GGML_TYPE_I32, n_rows);
     }
@@ -41,15 +39,14 @@ void KernelStepper::declare(ggml_context *head) {
 
 void KernelStepper::allocated() {
     const dg_config &c = passes_.model().config();
-    const GraphIo &io = passes_.io();
     cuda::DeviceLoop::Target target = {};
     target.n_rows = passes_.figures().n_rows;
     target.n_vocab = c.n_vocab;
     target.softcap = c.logit_softcap;
-    target.logits = static_cast<float *>(io.logits->data);
-    target.ids = static_cast<int32_t *>((next_ids_ ? next_ids_ : io.ids)->data);
+    target.logits = static_cast<float *>(io_.logits->data);
+    target.ids = static_cast<int32_t *>((next_ids_ ? next_ids_ : passes_.io().ids)->data);
     if (c.has_self_conditioning) {
-        target.signal = static_cast<float *>((io.next_signal ? io.next_signal : io.signal)->data);
+        target.signal = static_cast<float *>((io_.next_signal ? io_.next_signal : passes_.io().signal)->data);
         target.embedding = gathered_embedding(passes_.model(), target.embedding_type);
     }
     target.n_embd = c.n_embd;
@@ -59,41 +56,10 @@ void KernelStepper::allocated() {
     loop_ = std::make_unique<cuda::DeviceLoop>(*device_, target);
 }
 
-void KernelStepper::begin(const std::vector<CanvasStart> &canvases) {
-    rows_.clear();
-    for (const CanvasStart &canvas : canvases) {
-        rows_.push_back(canvas.n_rows);
-    }
-    placed_.resize(canvases.size());
-    std::iota(placed_.begin(), placed_.end(), 0);
-    logits_.clear_signal();
-    signal_stands_ = true;
-    loop_->begin(canvases);
-}
-
-std::vector<int32_t> KernelStepper::segments() const {
-    std::vector<int32_t> rows;
-    for (const int32_t i : placed_) {
-        rows.push_back(rows_[static_cast<size_t>(i)]);
-    }
-    return rows;
-}
-
-void KernelStepper::place(const std::vector<int32_t> &which) {
-    if (!signal_stands_) {
-        const std::vector<int32_t> rows = segments();
-        logits_.make_signal(std::accumulate(rows.begin(), rows.end(), 0));
-        signal_stands_ = true;
-    }
-    loop_->place(which);
-    placed_ = which;
-}
-
 void KernelStepper::pass(const dg_noise *) {
-    const std::vector<int32_t> rows = segments();
     std::vector<int32_t> ids;
     if (next_ids_) {
-        ids.resize(static_cast<size_t>(std::accumulate(rows.begin(), rows.end(), 0)));
+        ids.resize(static_cast<size_t>(placed_rows()));
         ggml_backend_tensor_get(next_ids_, ids.data(), 0, ids.size() * sizeof ids[0]);
         if (passes_.model().config().has_self_conditioning) {
             logits_.take_next_signal(static_cast<int32_t>(ids.size()));
@@ -101,12 +67,13 @@ void KernelStepper::pass(const dg_noise *) {
     }
     Pass kind;
     kind.uncapped = true;
-    passes_.each_pass(next_ids_ ? ids.data() : nullptr, rows, kind, [&](const Pass &) { passes_.compute_pass(); });
+    passes_.each_pass(next_ids_ ? ids.data() : nullptr, segments(), kind,
+                      [&](const Pass &) { passes_.compute_pass(); });
 }
 
 void KernelStepper::decide(const dg_noise *noise) {
     loop_->step(noise);
-    signal_stands_ = !loop_->wants_dense_signal();
+    signal_stands_ = !loop_->wants_dense_signal(); // some row was too flat to gather
 }
 
 void KernelStepper::set_rules(int32_t index, const RowRules &rules) { loop_->set_rules(index, rules); }

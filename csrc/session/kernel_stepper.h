@@ -21,8 +21,6 @@ class KernelStepper final : public Stepper {
 
     void declare(ggml_context *head) override;
     void allocated() override;
-    void begin(const std::vector<CanvasStart> &canvases) override;
-    void place(const std::vector<int32_t> &which) override;
     void pass(const dg_noise *noise) override;
     void decide(const dg_noise *noise) override;
     void set_rules(int32_t index, const RowRules &rules) override;
@@ -35,10 +33,9 @@ class KernelStepper final : public Stepper {
     std::unique_ptr<cuda::DeviceLoop> loop_;
     ggml_tensor *next_ids_ = nullptr;   // I32 [R]: where a step leaves the ids, with the first layer elsewhere
     ggml_tensor *candidates_ = nullptr; // I8: the loop's own memory
-    std::vector<int32_t> rows_;         // of each canvas, by its number
-    bool signal_stands_ = true;         // else some row was too flat to gather: it is made of the processed logits
 
-    std::vector<int32_t> segments() const;
+    void start(const std::vector<CanvasStart> &canvases) override { loop_->begin(canvases); }
+    void close_up(const std::vector<int32_t> &which) override { loop_->place(which); }
 };
 
 } // namespace dg

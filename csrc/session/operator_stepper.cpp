@@ -8,7 +8,7 @@ namespace dg {
 
 void OperatorStepper::declare(ggml_context *head) {
     logits_.declare(head, false);
-    passes_.io().sample.make(head, passes_.figures().pass_rows);
+    io_.sample.make(head, passes_.figures().pass_rows);
 }
 
 Pass OperatorStepper::kind() const {
@@ -53,7 +53,7 @@ void OperatorStepper::pass(const dg_noise *noise) {
         return;
     }
     const RowInputs in = inputs(noise);
-    const SampleIo &io = passes_.io().sample;
+    const SampleIo &io = io_.sample;
     Pass kind;
     kind.sampled = true;
     kind.watched = !in.watched.empty();

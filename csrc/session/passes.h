@@ -16,7 +16,7 @@ class Passes {
     virtual const Model &model() const = 0;
     virtual const SessionFigures &figures() const = 0;
     virtual int32_t n_threads() const = 0;
-    virtual GraphIo &io() = 0;
+    virtual const GraphIo &io() const = 0;
 
     // Decoder passes over canvases side by side, as many as it takes; `segments` holds the rows of each. `ids`: of all
     // rows; null: they are in io().ids. Of `kind` counts what happens to the logits. For each pass that is ready, `run`
@@ -24,7 +24,7 @@ class Passes {
     virtual void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass kind,
                            const std::function<void(const Pass &)> &run) = 0;
     virtual void compute_pass() = 0;
-    // n_rows of io().logits (processed), from first_logit on -> those of the signal from first_row on.
+    // n_rows of logits (processed), from first_logit on -> those of the signal from first_row on.
     virtual void compute_signal(int32_t first_row, int32_t first_logit, int32_t n_rows) = 0;
 
   protected:

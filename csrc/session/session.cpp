@@ -3,6 +3,7 @@
 #include "base/cores.h"
 #include "base/error.h"
 #include "base/parallel.h"
+#include "base/positions.h"
 #include "base/process.h"
 #include "cpu/levels.h"
 #include "cpu/self_conditioning.h"
@@ -125,7 +126,7 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
     const ggml_fp16_t hidden = ggml_fp32_to_fp16(-INFINITY);
     const int32_t end = pass.end(rows);
     const int32_t n_slots = cache_->visible_rows(sliding, end);
-    const int32_t window = model_->config().sliding_window;
+    const int32_t window = sliding ? model_->config().sliding_window : 0;
     std::vector<int32_t> held(static_cast<size_t>(n_slots));
     for (int32_t slot = 0; slot < n_slots; ++slot) {
         held[static_cast<size_t>(slot)] = cache_->position(sliding, slot, end);
@@ -134,12 +135,9 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
     std::vector<ggml_fp16_t> mask; // of some rows: an RPC server's is copied once more on its way
     mask.reserve(std::max(held.size(), std::min(size_t{MASK_PIECE}, static_cast<size_t>(rows) * held.size())));
     for (int32_t i = 0; i < rows; ++i) {
-        // The canvas has no window inside: all its rows look back from its first one.
-        const int32_t last = pass.causal() ? pass.first_position() + i : end - 1;
-        const int32_t anchor = pass.causal() ? last : pass.n_past;
-        const int32_t oldest = sliding ? std::max(0, anchor - (window - 1)) : 0;
+        const Span seen = seen_by(pass.first_position() + i, pass.causal(), pass.n_past, end, window);
         for (const int32_t position : held) {
-            mask.push_back(position >= oldest && position <= last ? visible : hidden);
+            mask.push_back(position >= seen.oldest && position <= seen.newest ? visible : hidden);
         }
         if (i + 1 < rows && mask.size() + held.size() <= size_t{MASK_PIECE}) {
             continue;
@@ -416,7 +414,7 @@ void Session::score(const int32_t *ids, const int32_t *lengths, int32_t n_texts,
 
 void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob) {
     Pass pass = {Mode::SCORE, n_past(), {lengths, lengths + n_texts}};
-    pass.watched = io_.sample.watched != nullptr;
+    pass.watched = io_.step->sample.watched != nullptr;
     prepare(pass);
     // Row i predicts id i: it reads the one before.
     std::vector<int32_t> inputs(static_cast<size_t>(pass.rows()));
@@ -426,11 +424,11 @@ void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_
     }
     upload(io_.ids, inputs);
     if (pass.watched) {
-        upload(io_.sample.watched, ids, static_cast<size_t>(pass.rows()) * sizeof *ids);
+        upload(io_.step->sample.watched, ids, static_cast<size_t>(pass.rows()) * sizeof *ids);
     }
     compute_pass();
     if (pass.watched) {
-        for (const RowResult &row : read_results(io_.sample, pass.rows())) {
+        for (const RowResult &row : read_results(io_.step->sample, pass.rows())) {
             if (!row.before.sound()) {
                 throw_unsound_row();
             }
@@ -439,7 +437,7 @@ void Session::score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_
         return;
     }
     const int32_t n_vocab = model_->config().n_vocab;
-    const auto *logits = static_cast<const float *>(io_.logits->data);
+    const auto *logits = static_cast<const float *>(io_.step->logits->data);
     parallel_rows(pass.rows(), n_vocab, n_threads_, [&](int32_t row) {
         logprob[row] =
             log_probability(logit_kernels(model_->kernels()), logits + int64_t{row} * n_vocab, n_vocab, ids[row]);
@@ -476,7 +474,7 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
         if (more && rows + segments[i + 1] <= figures_.pass_rows) {
             continue;
         }
-        pass.first_logit = io_.logits->ne[1] == figures_.n_rows ? pass.first_row : 0;
+        pass.first_logit = io_.step->logits->ne[1] == figures_.n_rows ? pass.first_row : 0;
         prepare(pass);
         if (ids) {
             ggml_backend_tensor_set(io_.ids, ids + pass.first_row, static_cast<size_t>(pass.first_row) * sizeof *ids,

@@ -145,7 +145,7 @@ class Session final : private Passes {
     void encode_chunk(const int32_t *ids, int32_t n);
     void check_canvases(const std::vector<int32_t> &segments) const;
     const SessionFigures &figures() const override { return figures_; }
-    GraphIo &io() override { return io_; }
+    const GraphIo &io() const override { return io_; }
     void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass kind,
                    const std::function<void(const Pass &)> &run) override;
     void compute_pass() override { compute(*passes_, pass_graphs_.back().second); }

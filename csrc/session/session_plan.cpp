@@ -30,14 +30,14 @@ void Session::plan(bool allocate) {
     if (allocate) {
         stepper_->allocated();
     }
-    memory_.compute += io_bytes() - ggml_nbytes(io_.logits);
+    memory_.compute += io_bytes() - ggml_nbytes(io_.step->logits);
     memory_.weights = model_->files().n_bytes();
     for (size_t i = 0; i < model_->devices().size(); ++i) {
         memory_.weights_on_devices += model_->weights_on(static_cast<int32_t>(i));
     }
     memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
-    memory_.logits = ggml_nbytes(io_.logits);
+    memory_.logits = ggml_nbytes(io_.step->logits);
 }
 
 void Session::make_executors(bool allocate) {
@@ -60,7 +60,7 @@ void Session::make_pass_executor(bool allocate) {
     Pass chunk = {Mode::ENCODE, figures_.n_ctx - canvas - longest_chunk, {longest_chunk}};
     Pass texts = {Mode::SCORE, figures_.n_ctx - canvas, canvases};
     Pass steps = {Mode::DENOISE, figures_.n_ctx - canvas, canvases};
-    texts.watched = io_.sample.watched != nullptr;
+    texts.watched = io_.step->sample.watched != nullptr;
     steps.sampled = stepper_->kind().sampled;
     steps.watched = stepper_->kind().watched;
     std::vector<Graph> largest;
@@ -145,6 +145,7 @@ void Session::make_io(bool allocate) {
             ggml_new_tensor_2d(on(model_->devices().cpu()), GGML_TYPE_F32, scratch_floats(*model_), n_threads_);
     }
     stepper_->declare(on(placement.head));
+    io_.step = &stepper_->io();
     if (allocate) {
         for (size_t i = 0; i < io_contexts_.size(); ++i) {
             allocate_io(static_cast<int32_t>(i));

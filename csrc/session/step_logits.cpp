@@ -10,11 +10,11 @@ void StepLogits::declare(ggml_context *head, bool whole) {
     const Placement &placement = passes_.model().placement();
     const SessionFigures &f = passes_.figures();
     const dg_config &c = passes_.model().config();
-    GraphIo &io = passes_.io();
     whole_ = whole;
-    io.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, whole ? f.n_rows : f.pass_rows);
+    io_ = {};
+    io_.logits = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_vocab, whole ? f.n_rows : f.pass_rows);
     if (!whole || placement.layers.front() != placement.head) {
-        io.next_signal = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, f.n_rows);
+        io_.next_signal = ggml_new_tensor_2d(head, GGML_TYPE_F32, c.n_embd, f.n_rows);
     }
 }
 
@@ -22,9 +22,9 @@ bool StepLogits::are_here() const {
     return whole_ && passes_.model().placement().head == passes_.model().devices().cpu();
 }
 
-size_t StepLogits::bytes(int32_t n_rows) const { return static_cast<size_t>(n_rows) * passes_.io().logits->nb[1]; }
+size_t StepLogits::bytes(int32_t n_rows) const { return static_cast<size_t>(n_rows) * io_.logits->nb[1]; }
 
-float *StepLogits::rows() { return are_here() ? static_cast<float *>(passes_.io().logits->data) : copy_.data(); }
+float *StepLogits::rows() { return are_here() ? static_cast<float *>(io_.logits->data) : copy_.data(); }
 
 void StepLogits::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
     if (!are_here()) {
@@ -33,7 +33,7 @@ void StepLogits::denoise(const int32_t *ids, const std::vector<int32_t> &segment
     passes_.each_pass(ids, segments, Pass(), [&](const Pass &pass) {
         passes_.compute_pass();
         if (!are_here()) {
-            ggml_backend_tensor_get(passes_.io().logits, copy_.data() + int64_t{pass.first_row} * n_vocab(),
+            ggml_backend_tensor_get(io_.logits, copy_.data() + int64_t{pass.first_row} * n_vocab(),
                                     bytes(pass.first_logit), bytes(pass.rows()));
         }
     });
@@ -41,7 +41,7 @@ void StepLogits::denoise(const int32_t *ids, const std::vector<int32_t> &segment
 
 void StepLogits::set(const float *processed, int32_t n_rows) {
     if (whole_) {
-        ggml_backend_tensor_set(passes_.io().logits, processed, 0, bytes(n_rows));
+        ggml_backend_tensor_set(io_.logits, processed, 0, bytes(n_rows));
     } else {
         copy_.assign(processed, processed + int64_t{n_rows} * n_vocab());
     }
@@ -55,29 +55,29 @@ void StepLogits::make_signal(int32_t n_rows) {
     for (int32_t first = 0; first < n_rows; first += most) {
         const int32_t n = std::min(most, n_rows - first);
         if (!whole_) {
-            ggml_backend_tensor_set(passes_.io().logits, copy_.data() + int64_t{first} * n_vocab(), 0, bytes(n));
+            ggml_backend_tensor_set(io_.logits, copy_.data() + int64_t{first} * n_vocab(), 0, bytes(n));
         }
         passes_.compute_signal(first, whole_ ? first : 0, n);
     }
-    if (passes_.io().next_signal) {
+    if (io_.next_signal) {
         take_next_signal(n_rows);
     }
 }
 
 void StepLogits::take_next_signal(int32_t n_rows) {
-    GraphIo &io = passes_.io();
+    ggml_tensor *signal = passes_.io().signal;
     const Placement &placement = passes_.model().placement();
     if (placement.layers.front() == placement.head) {
-        ggml_backend_tensor_copy(io.next_signal, io.signal);
+        ggml_backend_tensor_copy(io_.next_signal, signal);
         return;
     }
-    std::vector<char> rows(static_cast<size_t>(n_rows) * io.signal->nb[1]);
-    ggml_backend_tensor_get(io.next_signal, rows.data(), 0, rows.size());
-    ggml_backend_tensor_set(io.signal, rows.data(), 0, rows.size());
+    std::vector<char> rows(static_cast<size_t>(n_rows) * signal->nb[1]);
+    ggml_backend_tensor_get(io_.next_signal, rows.data(), 0, rows.size());
+    ggml_backend_tensor_set(signal, rows.data(), 0, rows.size());
 }
 
 void StepLogits::clear_signal() {
-    for (ggml_tensor *signal : {passes_.io().signal, passes_.io().next_signal}) {
+    for (ggml_tensor *signal : {passes_.io().signal, io_.next_signal}) {
         if (signal) {
             ggml_backend_tensor_memset(signal, 0, 0, ggml_nbytes(signal));
         }

@@ -12,9 +12,9 @@ namespace dg {
 
 class StepLogits {
   public:
-    explicit StepLogits(Passes &passes) : passes_(passes) {}
+    StepLogits(Passes &passes, StepIo &io) : passes_(passes), io_(io) {}
 
-    // Adds io().logits and, where a step cannot write the next one's signal to io().signal, io().next_signal to the
+    // Adds the logits and, where a step cannot write the next one's signal to that of the pass, next_signal to the
     // context of the head's device. `whole`: with room for all rows, else for those of a pass.
     void declare(ggml_context *head, bool whole);
 
@@ -27,7 +27,7 @@ class StepLogits {
 
     // The processed logits of the first n_rows -> the signal of the next pass.
     void make_signal(int32_t n_rows);
-    // The signal that passes left in io().next_signal becomes the next pass's.
+    // The signal that passes left in next_signal becomes the next pass's.
     void take_next_signal(int32_t n_rows);
     void clear_signal();
     // Moves the signal of `n` rows to rows `to` and after.
@@ -35,13 +35,14 @@ class StepLogits {
 
   private:
     Passes &passes_;
+    StepIo &io_;
     bool whole_ = false;
     std::vector<float> copy_; // [R, V], where the tensor has not all of them, or not here, and they are wanted here
 
     // The tensor is in this process's memory, and has room for all rows.
     bool are_here() const;
     size_t bytes(int32_t n_rows) const;
-    int64_t n_vocab() const { return passes_.io().logits->ne[0]; }
+    int64_t n_vocab() const { return io_.logits->ne[0]; }
 };
 
 } // namespace dg

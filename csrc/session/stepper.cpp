@@ -1,8 +1,43 @@
 #include "session/stepper.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace dg {
+
+void Stepper::begin(const std::vector<CanvasStart> &canvases) {
+    rows_.clear();
+    for (const CanvasStart &canvas : canvases) {
+        rows_.push_back(canvas.n_rows);
+    }
+    placed_.resize(canvases.size());
+    std::iota(placed_.begin(), placed_.end(), 0);
+    logits_.clear_signal();
+    signal_stands_ = true;
+    start(canvases);
+}
+
+void Stepper::place(const std::vector<int32_t> &which) {
+    if (!signal_stands_) {
+        logits_.make_signal(placed_rows());
+        signal_stands_ = true;
+    }
+    close_up(which);
+    placed_ = which;
+}
+
+std::vector<int32_t> Stepper::segments() const {
+    std::vector<int32_t> rows;
+    for (const int32_t i : placed_) {
+        rows.push_back(rows_[static_cast<size_t>(i)]);
+    }
+    return rows;
+}
+
+int32_t Stepper::placed_rows() const {
+    const std::vector<int32_t> rows = segments();
+    return std::accumulate(rows.begin(), rows.end(), 0);
+}
 
 bool Stepper::is_placed(int32_t index) const {
     return std::find(placed_.begin(), placed_.end(), index) != placed_.end();

@@ -15,14 +15,15 @@ namespace dg {
 
 class Stepper {
   public:
-    explicit Stepper(Passes &passes) : passes_(passes), logits_(passes) {}
+    explicit Stepper(Passes &passes) : passes_(passes), logits_(passes, io_) {}
     virtual ~Stepper() = default;
     Stepper(const Stepper &) = delete;
     Stepper &operator=(const Stepper &) = delete;
 
     // Adds the tensors that it needs, without memory, to the context of the head's device; what graphs read and write
-    // of them is in Passes::io() then.
+    // of them is in io() then.
     virtual void declare(ggml_context *head) = 0;
+    const StepIo &io() const { return io_; }
     // The tensors have memory.
     virtual void allocated() {}
     // What happens to the logits in the graphs that it asks for.
@@ -30,10 +31,10 @@ class Stepper {
 
     // Canvases by their number here, whose rows stand one after the other. What their rules point to stays where it is
     // until the next begin(). After an error none is under way.
-    virtual void begin(const std::vector<CanvasStart> &canvases) = 0;
+    void begin(const std::vector<CanvasStart> &canvases);
     // The canvases that make the next step, a subset of those that made the last one, in their order: closes up their
     // rows. With pass(), the part of a step that can be cancelled, and made again.
-    virtual void place(const std::vector<int32_t> &which) = 0;
+    void place(const std::vector<int32_t> &which);
     // `noise`: null, or the draws of each canvas that was begun.
     virtual void pass(const dg_noise *noise) = 0;
     // The rest of the step. Throws INTERNAL when a row of logits holds NaN or has no finite maximum, and what a device
@@ -53,10 +54,22 @@ class Stepper {
 
   protected:
     Passes &passes_;
+    StepIo io_;
     StepLogits logits_;
     std::vector<int32_t> placed_; // numbers of the canvases whose rows stand in logits and signal, in this order
+    bool signal_stands_ = true;   // of the placed rows; else it is to be made of the processed logits
+
+    // What begin() and place() are to a body: canvases as they start; which rows stay, before placed_ changes.
+    virtual void start(const std::vector<CanvasStart> &canvases) = 0;
+    virtual void close_up(const std::vector<int32_t> &which) = 0;
+    // Rows of the placed canvases, one after the other, and of all of them.
+    std::vector<int32_t> segments() const;
+    int32_t placed_rows() const;
 
     int32_t n_vocab() const { return passes_.model().config().n_vocab; }
+
+  private:
+    std::vector<int32_t> rows_; // of each canvas, by its number
 };
 
 } // namespace dg

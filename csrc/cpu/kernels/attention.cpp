@@ -1,6 +1,7 @@
 #include "cpu/kernels/table.h"
 #include "cpu/kernels/tile.h"
 
+#include "base/positions.h"
 #include "cpu/kernels/quantized_rows.h"
 
 #include <cmath>
@@ -24,9 +25,8 @@ struct Scratch {
     float *sum;     // of each head [COLUMNS]
 };
 
-Scratch scratch_of(const ggml_tensor *scratch, int thread, int64_t head_dim) {
-    auto *at =
-        reinterpret_cast<float *>(static_cast<char *>(scratch->data) + static_cast<size_t>(thread) * scratch->nb[1]);
+Scratch scratch_of(ggml_tensor *scratch, int thread, int64_t head_dim) {
+    float *at = row_of(scratch, thread);
     const auto take = [&at](int64_t n) {
         float *taken = at;
         at += n;
@@ -58,9 +58,7 @@ Bounds bounds_of(const Visible &v, int32_t first_row, int32_t n) {
     Bounds b = {};
     for (int32_t j = 0; j < COLUMNS; ++j) {
         const int32_t position = v.first + first_row + std::min(j, n - 1); // columns beyond the last row repeat it
-        const int32_t newest = v.causal ? position : v.end - 1;
-        const int32_t anchor = v.causal ? position : v.n_past;
-        const int32_t oldest = v.window > 0 ? std::max(0, anchor - (v.window - 1)) : 0;
+        const auto [oldest, newest] = seen_by(position, v.causal, v.n_past, v.end, v.window);
         b.oldest[j / LANES][j % LANES] = oldest;
         b.newest[j / LANES][j % LANES] = newest;
         b.least_oldest = j == 0 ? oldest : std::min(b.least_oldest, oldest);
@@ -74,9 +72,7 @@ Bounds bounds_of(const Visible &v, int32_t first_row, int32_t n) {
 // Positions of slots first .. first + n - 1.
 void positions_of(const Visible &v, int64_t first, int64_t n, int32_t *positions) {
     for (int64_t i = 0; i < n; ++i) {
-        const auto slot = static_cast<int32_t>(first + i);
-        const int32_t last = v.end - 1;
-        positions[i] = v.end <= v.slots ? slot : last - ((last - slot) % v.slots + v.slots) % v.slots;
+        positions[i] = position_in_slot(static_cast<int32_t>(first + i), v.slots, v.end);
     }
 }
 

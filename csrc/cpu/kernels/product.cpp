@@ -44,9 +44,8 @@ struct Scratch {
     float *hidden;  // what its gate and up make of them
 };
 
-Scratch scratch_of(const ggml_tensor *scratch, int thread) {
-    auto *at =
-        reinterpret_cast<float *>(static_cast<char *>(scratch->data) + static_cast<size_t>(thread) * scratch->nb[1]);
+Scratch scratch_of(ggml_tensor *scratch, int thread) {
+    float *at = row_of(scratch, thread);
     return {at, at + DECODED, at + DECODED + TILE, nullptr};
 }
 
@@ -176,7 +175,8 @@ Lanes exp_minus_abs(Lanes x) {
     return exp_lanes(not_below_floor(negative));
 }
 
-// gate[i] = gelu_tanh(gate[i]) * up[i], in float32: gelu_tanh(g) = g * sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)).
+// gate[i] = gelu_tanh(gate[i]) * up[i], in float32: gelu_tanh(g) = g * sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)). As
+// operators of a graph in pass/ggml_ops.cpp, as is the softcap; tests/test_operators.py holds the two together.
 void gelu_mul(float *gate, const float *up, int64_t n) {
     const float a = 2.0f * std::sqrt(2.0f / 3.14159265358979f);
     for (int64_t i = 0; i < n; i += LANES) {

@@ -106,7 +106,8 @@ template <bool FIVE> void decode_q45_0(const uint8_t *__restrict block, int64_t 
 
 // The eight 6-bit scales and minima in the 12 bytes of a Q4_K or Q5_K block, times d and dmin. The first four of each
 // lie in the low bits of bytes 0..3 and 4..7; the others in the nibbles of bytes 8..11 and the two high bits of those.
-// Four bytes at a time: one by one they cost as much as all the block's quants.
+// Four bytes at a time: one by one they cost as much as all the block's quants. cuda/dequantize.h has the form for one
+// weight; tests hold both against gguf's own dequantization.
 void scales_and_minima(const uint8_t *__restrict block, float *__restrict scales, float *__restrict minima) {
     const float d = half(block);
     const float dmin = half(block + 2);

@@ -24,10 +24,6 @@ constexpr float CUT[CUTS] = {-6.0f, -9.0f, -12.0f, -15.0f, -18.0f, -21.0f, -25.0
 
 RowState *states(const ggml_tensor *t) { return static_cast<RowState *>(t->data); }
 
-float *scratch_of(const ggml_tensor *scratch, int thread) {
-    return reinterpret_cast<float *>(static_cast<char *>(scratch->data) + static_cast<size_t>(thread) * scratch->nb[1]);
-}
-
 Lanes weights_of(const float *z, float greatest) {
     const Lanes x = load(z) - greatest;
     return x <= EXP_FLOOR ? Lanes{} : exp_lanes(not_below_floor(x)); // NaN stays
@@ -116,29 +112,21 @@ void gather(const float *z, int64_t n_vocab, float greatest, float cut, const gg
     }
 }
 
-double length(const float *x, int64_t n) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) {
-        sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-    }
-    return std::sqrt(sum);
-}
-
-// Every row's first look: peaked rows are done with it, flat ones are marked.
 } // namespace
 
+// Every row's first look: peaked rows are done with it, flat ones are marked.
 void run_look(ggml_tensor *dst, int thread, int, void *userdata) {
-    auto &work = *static_cast<SoftWork *>(userdata);
+    auto &work = *static_cast<SelfConditioningWork *>(userdata);
     const ggml_tensor *logits = dst->src[0];
     const ggml_tensor *embedding = dst->src[1];
-    ggml_tensor *soft = dst->src[2];
+    ggml_tensor *signal = dst->src[2];
     const int64_t n_embd = embedding->ne[0];
     const int64_t n_vocab = logits->ne[0];
-    float *row = scratch_of(dst->src[3], thread);
+    float *row = row_of(dst->src[3], thread);
     const double error = signal_error(embedding->type);
     take_tasks(work, logits->ne[1], 1, [&](int64_t index, int64_t) {
         const float *z = row_of(logits, index);
-        float *out = row_of(soft, index);
+        float *out = row_of(signal, index);
         const float greatest = greatest_of(z, n_vocab);
         const Masses masses = measure(z, n_vocab, greatest);
         RowState &state = states(dst)[index];
@@ -155,7 +143,7 @@ void run_look(ggml_tensor *dst, int thread, int, void *userdata) {
                 break;
             }
             gather(z, n_vocab, greatest, CUT[c], embedding, row, out);
-            if (lost <= error * length(out, n_embd)) {
+            if (lost <= error * vector_length(out, n_embd)) {
                 state.flat = 0;
                 for (int64_t i = 0; i < n_embd; ++i) {
                     out[i] *= state.scale;
@@ -165,13 +153,13 @@ void run_look(ggml_tensor *dst, int thread, int, void *userdata) {
     });
 }
 
-// The flat rows' weights of a chunk of the vocabulary, as column blocks of SOFT_CHUNK rows.
+// The flat rows' weights of a chunk of the vocabulary, as column blocks of VOCABULARY_CHUNK rows.
 void run_weigh(ggml_tensor *dst, int, int, void *userdata) {
-    auto &work = *static_cast<SoftWork *>(userdata);
+    auto &work = *static_cast<SelfConditioningWork *>(userdata);
     const ggml_tensor *logits = dst->src[0];
     const RowState *rows = states(dst->src[1]);
     const auto *list = static_cast<const int32_t *>(dst->src[2]->data);
-    const int64_t n = std::min(SOFT_CHUNK, logits->ne[0] - work.first);
+    const int64_t n = std::min(VOCABULARY_CHUNK, logits->ne[0] - work.first);
     constexpr int64_t PART = 256; // of the vocabulary, so that one block of columns is work for several threads
     const int64_t parts = (n + PART - 1) / PART;
     take_tasks(work, column_blocks(list[0]) * parts, 1, [&](int64_t task, int64_t) {
@@ -209,13 +197,13 @@ void run_weigh(ggml_tensor *dst, int, int, void *userdata) {
 
 // sums (column blocks of n_embd rows) += embedding^T times the weights of a chunk
 void run_add(ggml_tensor *dst, int thread, int, void *userdata) {
-    auto &work = *static_cast<SoftWork *>(userdata);
+    auto &work = *static_cast<SelfConditioningWork *>(userdata);
     const ggml_tensor *embedding = dst->src[1];
     const ggml_tensor *weights = dst->src[2];
     const int64_t n_flat = static_cast<const int32_t *>(dst->src[3]->data)[0];
-    float *decoded = scratch_of(dst->src[4], thread);
+    float *decoded = row_of(dst->src[4], thread);
     const int64_t n_embd = embedding->ne[0];
-    const int64_t n = std::min(SOFT_CHUNK, embedding->ne[1] - work.first);
+    const int64_t n = std::min(VOCABULARY_CHUNK, embedding->ne[1] - work.first);
     take_tasks(work, n_flat > 0 ? n_embd : 0, SLICE, [&](int64_t slice, int64_t width) {
         const size_t offset = ggml_row_size(embedding->type, slice);
         for (int64_t k = 0; k < n; k += DECODED) {
@@ -239,7 +227,7 @@ void run_finish(ggml_tensor *dst, int, int, void *userdata) {
     const ggml_tensor *sums = dst->src[1];
     const RowState *rows = states(dst->src[2]);
     const auto *list = static_cast<const int32_t *>(dst->src[3]->data);
-    take_tasks(*static_cast<SoftWork *>(userdata), list[0], COLUMNS, [&](int64_t first, int64_t n) {
+    take_tasks(*static_cast<SelfConditioningWork *>(userdata), list[0], COLUMNS, [&](int64_t first, int64_t n) {
         float *columns[COLUMNS];
         for (int64_t j = 0; j < n; ++j) {
             columns[j] = row_of(dst, list[1 + first + j]);
@@ -254,6 +242,6 @@ void run_finish(ggml_tensor *dst, int, int, void *userdata) {
     });
 }
 
-int64_t soft_scratch(int64_t n_embd) { return std::max(DECODED * DECODED_ROW, n_embd); }
+int64_t self_conditioning_scratch(int64_t n_embd) { return std::max(DECODED * DECODED_ROW, n_embd); }
 
 } // namespace dg::DG_LEVEL

@@ -17,7 +17,7 @@ const Kernels *kernels() {
         block_floats,
         product_scratch,
         attention_scratch,
-        soft_scratch,
+        self_conditioning_scratch,
         decode,
         run_pack,
         run_quantize,

@@ -14,7 +14,7 @@ const Kernels *kernels();
 int64_t block_floats(int64_t depth, bool int8);
 int64_t product_scratch(int64_t n_embd, int64_t n_ff_exp);
 int64_t attention_scratch(int64_t head_dim);
-int64_t soft_scratch(int64_t n_embd);
+int64_t self_conditioning_scratch(int64_t n_embd);
 
 // Column blocks of rows of floats; column blocks as integers.
 void run_pack(ggml_tensor *dst, int thread, int n_threads, void *userdata);

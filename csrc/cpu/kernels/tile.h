@@ -110,17 +110,10 @@ void unpack_columns(const float *block, int64_t depth, int64_t n, float *const *
 // What exp_lanes may be asked for; NaN stays NaN, which a maximum would lose.
 inline Lanes not_below_floor(Lanes x) { return x < EXP_FLOOR ? Lanes{} + EXP_FLOOR : x; }
 
-// exp(x) for EXP_FLOOR <= x <= 0, a vector at a time: see exp_negative. NaN gives NaN.
+// exp(x) for EXP_FLOOR <= x <= 0, a vector at a time: exp_negative's numbers, whose step from k to 2^k has no form that
+// serves floats and vectors. NaN gives NaN.
 inline Lanes exp_lanes(Lanes x) {
-    constexpr float ROUND = 12582912.0f;
-    const Lanes k = (x * 1.44269504088896341f + ROUND) - ROUND;
-    const Lanes r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-    Lanes p = r * 1.3888889e-3f + 8.3333338e-3f;
-    p = p * r + 4.1666668e-2f;
-    p = p * r + 1.6666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    const auto [k, p] = exp_parts(x);
     const IntLanes bits = (__builtin_convertvector(k, IntLanes) + 127) << 23;
     Lanes scale;
     std::memcpy(&scale, &bits, sizeof scale);
