@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pydiffgguf._text import human
+from pydiffgguf.text.files import put_in_place
 
 if sys.platform != "win32":
     import fcntl
@@ -34,8 +35,9 @@ def no_room(path: Path, needed: int, code: int = errno.ENOSPC) -> OSError:
 class PartialFile:
     """An output in the making: `<name>.part` in the same folder, so that the rename cannot cross file systems.
 
-    The name is fixed, so that what a killed run left behind is overwritten by the next one instead of filling the
-    disk; a lock keeps two runs from writing into one file.
+    Models are large and take minutes, so the name is fixed, and what a killed run left behind is overwritten by the
+    next one instead of filling the disk; a lock keeps two runs from writing into one file. What is small goes through
+    `replace_file` (pydiffgguf.text.files).
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -110,18 +112,7 @@ class PartialFile:
 
     def commit(self) -> None:
         """Makes the file whole: to the disk, then under its final name."""
-        os.fsync(self.file.fileno())
-        if sys.platform == "win32":
-            self.file.close()  # an open file cannot be renamed there
-        os.replace(self.part, self.path)
-        self.file.close()
-        if sys.platform != "win32":
-            # The rename itself has to reach the disk too.
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        put_in_place(self.file, self.part, self.path)
 
     def discard(self) -> None:
         """Removes the partial file; the old output, if any, is untouched."""

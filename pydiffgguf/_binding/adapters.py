@@ -69,7 +69,3 @@ def set_adapters(session: NativeSession, adapters: Sequence[tuple[NativeAdapter,
     encoded = ffi.new("int32_t *")
     call(lib.dg_session_set_adapters, session._open_pointer(), *_arrays(adapters), len(adapters), encoded)
     return int(encoded[0])
-
-
-def session_encoder_key(session: NativeSession) -> int:
-    return int(lib.dg_session_encoder_key(session._open_pointer()))

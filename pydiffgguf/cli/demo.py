@@ -12,16 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pydiffgguf._text import escape
-from pydiffgguf.cli.talk import follow
-from pydiffgguf.cli.terminal import (
-    LiveCanvas,
-    Output,
-    PlainOutput,
-    SilentOutput,
-    infill_summary,
-    is_live_terminal,
-    summary,
-)
+from pydiffgguf.cli.talk import follow, make_output
+from pydiffgguf.cli.terminal import LiveCanvas, Output, SilentOutput, infill_summary, is_live_terminal, summary
 from pydiffgguf.generate import DenoiseStep
 from pydiffgguf.hub import demo_model_path
 from pydiffgguf.model import DiffusionModel
@@ -73,8 +65,7 @@ def run_demo(live: bool) -> int:
 
 def _question(model: DiffusionModel, console: Console, live: bool) -> bool:
     console.print(f"\n> {QUESTION}", style="bold")
-    output: Output = LiveCanvas(console, model.tokenizer, pace_s=PACE_S) if live else PlainOutput(sys.stdout)
-    result = follow(model.stream(QUESTION, seed=SEED), output)
+    result = follow(model.stream(QUESTION, seed=SEED), make_output(model, live, pace_s=PACE_S))
     console.print(summary(result), style="dim")
     return result.text.strip() == ANSWER
 
@@ -82,10 +73,8 @@ def _question(model: DiffusionModel, console: Console, live: bool) -> bool:
 def _gap(model: DiffusionModel, console: Console, live: bool) -> bool:
     """The middle of a program, from what stands before and behind it."""
     console.print(Text(f"\n> {BEFORE_GAP}...{BEHIND_GAP}".rstrip("\n"), "bold"))
-    output: Output = (
-        LiveCanvas(console, model.tokenizer, pace_s=PACE_S, prefix=BEFORE_GAP) if live else PlainOutput(sys.stdout)
-    )
     stream = model.stream_infill(BEFORE_GAP, BEHIND_GAP, max_gap=LONGEST_GAP, seed=SEED, mode="raw")
+    output = make_output(model, live, prefix=BEFORE_GAP, pace_s=PACE_S)
     result = follow(stream, output, lambda infill: infill.text)
     console.print(infill_summary([result]), style="dim")
     return result.text == GAP

@@ -54,11 +54,13 @@ def follow(stream: Stream[Event, _Result], output: Output, text_of: Callable[[_R
         return stream.result
 
 
-def make_output(model: DiffusionModel, live: bool, *, prefix: str = "", exact: bool = False) -> Output:
+def make_output(
+    model: DiffusionModel, live: bool, *, prefix: str = "", exact: bool = False, pace_s: float = 0.0
+) -> Output:
     """The live canvas where stdout is a terminal that can show it, else plain text; `exact`: into a pipe without a
-    newline that is not the model's."""
+    newline that is not the model's. `prefix` and `pace_s` are LiveCanvas's."""
     if live and is_live_terminal(sys.stdout):
-        return LiveCanvas(Console(highlight=False), model.tokenizer, prefix=prefix)
+        return LiveCanvas(Console(highlight=False), model.tokenizer, prefix=prefix, pace_s=pace_s)
     terminal = sys.stdout.isatty()
     return PlainOutput(sys.stdout, escaped=terminal, newline=terminal or not exact)
 

@@ -14,7 +14,7 @@ from pydiffgguf._log import logger
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.pool import common_head
 from pydiffgguf.errors import DiffGGUFError
-from pydiffgguf.text.document import replace_file
+from pydiffgguf.text.files import replace_file
 
 __all__ = ["load_cache", "read_messages", "save_conversation"]
 

@@ -27,38 +27,7 @@ CONSTRAINTS = ("response_format", "regex", "grammar", "choices")
 #: White space between JSON's tokens. The engine's default has no limit, and models that are not sure fill canvases.
 SPACE = r"(\n {0,40}| )?"
 
-#: Keywords that the engine enforces, those that ask for nothing, and those that stand for schemas.
-ENFORCED = frozenset(
-    [
-        "$ref",
-        "additionalItems",
-        "additionalProperties",
-        "allOf",
-        "anyOf",
-        "const",
-        "enum",
-        "exclusiveMaximum",
-        "exclusiveMinimum",
-        "format",
-        "items",
-        "maxItems",
-        "maxLength",
-        "maxProperties",
-        "maximum",
-        "minItems",
-        "minLength",
-        "minProperties",
-        "minimum",
-        "multipleOf",
-        "oneOf",
-        "pattern",
-        "patternProperties",
-        "prefixItems",
-        "properties",
-        "required",
-        "type",
-    ]
-)
+#: Keywords that narrow a schema and that the engine does not enforce: a schema with one is refused.
 NOT_ENFORCED = frozenset(
     [
         "$dynamicRef",

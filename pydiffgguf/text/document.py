@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
 import stat
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from pydiffgguf._arguments import integer
+from pydiffgguf.text.files import replace_file
 
 __all__ = [
     "Document",
@@ -26,7 +25,6 @@ __all__ = [
     "newline_of",
     "plain",
     "read_bytes",
-    "replace_file",
     "to_units",
 ]
 
@@ -205,26 +203,3 @@ def to_units(text: str, offset: int, unit: Unit) -> int:
     if unit == "utf-16":
         return len(text[:offset].encode("utf-16-le")) // 2
     raise ValueError(f"unit is {unit!r}: it must be 'characters', 'utf-8' or 'utf-16'")
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all. One that was there keeps its permissions and owner, a link stays a link to
-    it; a new one is its owner's alone to read."""
-    path = path.resolve()
-    status = path.stat() if path.exists() else None
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)  # short: `path` may have a long name
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if status is not None:
-            os.chmod(name, stat.S_IMODE(status.st_mode))
-            if hasattr(os, "chown") and (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                with contextlib.suppress(PermissionError):  # only root may give a file away
-                    os.chown(name, status.st_uid, status.st_gid)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
