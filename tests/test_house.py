@@ -145,3 +145,18 @@ def test_no_folder_is_crowded() -> None:
         for place in (top, *(path for path in top.rglob("*") if path.is_dir())):
             modules = {path.stem for path in place.iterdir() if path.suffix in endings}
             assert len(modules) <= MOST_MODULES, f"{place} has {len(modules)} modules"
+
+
+def test_the_map_names_every_file_and_no_other() -> None:
+    """docs/ARCHITECTURE.md's map: each source file and lone header of csrc, each module of Python; and what it names
+    is there."""
+    text = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+    section = text.split("## The map", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (.+?) \|", section, re.MULTILINE)
+    named = {PurePosixPath(name).name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    files = {path for top in ("csrc", "pydiffgguf", "convert") for path in (ROOT / top).rglob("*") if path.is_file()}
+    with_body = {path for path in files if path.suffix == ".h" and path.with_suffix(".cpp") in files}
+    wanted = {path for path in files if path.suffix in {".cpp", ".cu", ".h", ".py"} and path.name != "__init__.py"}
+    assert sorted(str(path) for path in wanted - with_body if path.name not in named) == []
+    there = {path.name for path in files} | {path.name for path in (ROOT / "tests").iterdir()}
+    assert sorted(name for name in named if "." in name and name not in there) == []
