@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,7 @@ def set_scales(blocks: npt.NDArray[np.uint8], kind: GGMLQuantizationType, scales
         blocks[:, layout.at : layout.at + 2] = minimum[:, None].view(np.uint8)
 
 
+@cache
 def unit_deviation(kind: GGMLQuantizationType) -> float:
     """The standard deviation of what random quants with scale 1 stand for; over 2,048 blocks, within a percent."""
     values = gguf.quants.dequantize(unit_blocks(np.random.default_rng(0), kind, 2048), kind)

@@ -120,8 +120,10 @@ void quantize_rows(int32_t src_type, const void *src, int32_t dst_type, void *ds
     if (n_threads == 0) {
         n_threads = static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency()));
     }
-    // Tables are made here, once, instead of under a lock in every thread.
-    ggml_quantize_init(to);
+    // Tables are made here, once, instead of under a lock in every thread: of IQ1_S 8 s, which no copy needs.
+    if (from != to) {
+        ggml_quantize_init(to);
+    }
     const size_t src_row = ggml_row_size(from, rows.length);
     const size_t dst_row = ggml_row_size(to, rows.length);
     parallel_rows(static_cast<int32_t>(rows.count), static_cast<int32_t>(rows.length), n_threads, [&](int32_t row) {
