@@ -84,8 +84,8 @@ def test_without_its_cache_a_conversation_is_read_again(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is no JSON"),
-        (b"\xff", "is no JSON"),
+        (b"", "is not JSON"),
+        (b"\xff", "is not JSON"),
         (b"[]", "is no saved conversation"),
         (b'{"messages": 3}', "is no saved conversation"),
         (b'{"messages": ["x"]}', "is no saved conversation"),

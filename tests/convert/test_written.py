@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_checkpoint
+from checkpoint_names import checkpoint_names
 from convert_files import Weights, read_keys, read_tensors
 from safetensors.numpy import load_file
 
@@ -78,51 +79,12 @@ TOKENIZER_TYPES = {
     "tokenizer.chat_template": "STRING",
 }
 
-# GGUF name -> checkpoint name under model.decoder.(layers.N.), from the dialect's page.
-GLOBAL = {
-    "token_embd.weight": "embed_tokens.weight",
-    "output_norm.weight": "norm.weight",
-    "self_cond_pre_norm.weight": "self_conditioning.pre_norm.weight",
-    "self_cond_gate.weight": "self_conditioning.gate_proj.weight",
-    "self_cond_up.weight": "self_conditioning.up_proj.weight",
-    "self_cond_down.weight": "self_conditioning.down_proj.weight",
-}
-LAYER = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "post_attention_norm.weight": "post_attention_layernorm.weight",
-    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-    "post_ffw_norm_1.weight": "post_feedforward_layernorm_1.weight",
-    "pre_ffw_norm_2.weight": "pre_feedforward_layernorm_2.weight",
-    "post_ffw_norm_2.weight": "post_feedforward_layernorm_2.weight",
-    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
-    "ffn_gate_inp.weight": "router.proj.weight",
-    "ffn_gate_inp.scale": "router.scale",
-    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
-    "ffn_down_exps.weight": "experts.down_proj",
-    "ffn_down_exps.scale": "router.per_expert_scale",
-    "layer_output_scale.weight": "layer_scalar",
-}
 ALWAYS_F32 = re.compile(r"norm|ffn_gate_inp|\.scale$|rope_freqs|output_scale")
 
 
 def expected_sources(n_layers: int = 6, full: tuple[int, ...] = (5,)) -> dict[str, str]:
     """GGUF name -> checkpoint name of every tensor that is read."""
-    names = {name: f"model.decoder.{source}" for name, source in GLOBAL.items()}
-    for i in range(n_layers):
-        for name, source in LAYER.items():
-            if not (i in full and name == "attn_v.weight"):
-                names[f"blk.{i}.{name}"] = f"model.decoder.layers.{i}.{source}"
-        names[f"blk.{i}.enc_layer_output_scale.weight"] = f"model.encoder.language_model.layers.{i}.layer_scalar"
-    return names
+    return checkpoint_names(["full_attention" if i in full else "sliding_attention" for i in range(n_layers)])
 
 
 def test_keys_and_their_types_are_the_dialects(source: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from checkpoint_names import checkpoint_names
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from reference import Model
 from transformers.models.diffusion_gemma.configuration_diffusion_gemma import (
@@ -19,41 +20,6 @@ from transformers.models.diffusion_gemma.configuration_diffusion_gemma import (
     DiffusionGemmaTextConfig,
 )
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
-
-GLOBAL_NAMES = {
-    "token_embd.weight": "model.decoder.embed_tokens.weight",
-    "output_norm.weight": "model.decoder.norm.weight",
-    "self_cond_pre_norm.weight": "model.decoder.self_conditioning.pre_norm.weight",
-    "self_cond_gate.weight": "model.decoder.self_conditioning.gate_proj.weight",
-    "self_cond_up.weight": "model.decoder.self_conditioning.up_proj.weight",
-    "self_cond_down.weight": "model.decoder.self_conditioning.down_proj.weight",
-}
-
-# behind "blk.N." -> behind "model.decoder.layers.N."
-LAYER_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "post_attention_norm.weight": "post_attention_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-    "post_ffw_norm_1.weight": "post_feedforward_layernorm_1.weight",
-    "pre_ffw_norm_2.weight": "pre_feedforward_layernorm_2.weight",
-    "post_ffw_norm_2.weight": "post_feedforward_layernorm_2.weight",
-    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
-    "ffn_gate_inp.weight": "router.proj.weight",
-    "ffn_gate_inp.scale": "router.scale",
-    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
-    "ffn_down_exps.weight": "experts.down_proj",
-    "ffn_down_exps.scale": "router.per_expert_scale",
-    "layer_output_scale.weight": "layer_scalar",
-}
 
 
 @dataclass(frozen=True)
@@ -81,13 +47,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def tensor_names(model: Model) -> dict[str, str]:
     """GGUF name -> name in the model's state dict, for every text weight there is."""
-    names = dict(GLOBAL_NAMES)
-    for n, layer_type in enumerate(model.config.text_config.layer_types):
-        for gguf_name, name in LAYER_NAMES.items():
-            if gguf_name != "attn_v.weight" or layer_type == "sliding_attention":
-                names[f"blk.{n}.{gguf_name}"] = f"model.decoder.layers.{n}.{name}"
-        names[f"blk.{n}.enc_layer_output_scale.weight"] = f"model.encoder.language_model.layers.{n}.layer_scalar"
-    return names
+    return checkpoint_names(model.config.text_config.layer_types)
 
 
 def config_from_keys(keys: dict[str, Any], rope_factors: npt.NDArray[np.float32]) -> DiffusionGemmaConfig:
