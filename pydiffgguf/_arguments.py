@@ -14,7 +14,7 @@ MAX_SEED = 2**64 - 1
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in [low, high]. Raises TypeError for what is no integer, ValueError outside of the range."""
+    """`value` as an int in [low, high]. Raises TypeError for anything else, ValueError outside of the range."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an integer, but is {value!r}")
     try:
@@ -46,7 +46,7 @@ def int32(name: str, value: object, low: int = 0) -> int:
 
 
 def real(name: str, value: object) -> float:
-    """`value` as a float, of whatever size. Raises TypeError for what is no number."""
+    """`value` as a float, of whatever size. Raises TypeError for anything but a number."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, but is {value!r}")
     try:

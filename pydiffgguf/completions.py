@@ -197,7 +197,7 @@ def total(parts: Sequence[Stats]) -> Stats:
 
 
 def frame(step: DenoiseStep) -> Dictionary:
-    """A draft, as it stands beside the empty choice of a chunk."""
+    """A draft, as a chunk has it beside its empty choice."""
     return {
         "type": "diffusion_frame",
         "block": step.canvas,

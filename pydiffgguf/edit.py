@@ -30,7 +30,7 @@ __all__ = ["Choice", "Edit", "choose", "edit"]
 
 @dataclass(frozen=True)
 class Edit:
-    """A text with spans written anew. `text`: all of it. `spans`: what stands in each now, in the order of the text.
+    """A text with spans written anew. `text`: all of it. `spans`: the new text of each, in the order of the text.
     `finish_reason`: "stop", or "length" where time_limit_s ended it early. `dropped_tokens`: of the text's beginning,
     as many as n_ctx had no room for before the last canvas."""
 
@@ -56,7 +56,7 @@ def _prompt(engine: Engine, before: Sequence[int]) -> tuple[list[int], int]:
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = [*start, *before]
     if not ids:
-        raise ValueError("nothing stands before the canvas, and this vocabulary has no bos token: begin with some text")
+        raise ValueError("nothing is before the canvas, and this vocabulary has no bos token: begin with some text")
     over = max(0, len(ids) - engine.n_ctx + engine.config.canvas_length)
     return [*start, *before[over:]], over
 
@@ -150,7 +150,7 @@ def edit(engine: Engine, text: str, spans: Sequence[tuple[int, int]], options: M
 
 
 def _cut(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Int32Array, list[tuple[int, int]]]:
-    """The text's ids, cut where the spans are, and where the spans' ids stand among them."""
+    """The text's ids, cut where the spans are, and where the spans' ids are among them."""
     ids: list[int] = []
     places: list[tuple[int, int]] = []
     at = 0

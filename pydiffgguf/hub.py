@@ -181,7 +181,7 @@ def resolve_source(spec: str) -> Path:
     Raises:
         ValueError: the name is not of that form.
         OSError: as in `resolve_model`; the message for a folder that is missing says how a repository is written.
-        ModelFormatError: the index of the weights is no JSON.
+        ModelFormatError: the index of the weights is not JSON.
     """
     from pydiffgguf.convert.source.checkpoint import INDEX, SINGLE
     from pydiffgguf.convert.source.config import read_json

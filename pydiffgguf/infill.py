@@ -50,7 +50,7 @@ class Candidate:
 class InfillStats:
     """What an infill cost.
 
-    `prompt_tokens`: what stood in the cache, of which `reused_tokens` were there from an earlier call; `encoded_tokens`
+    `prompt_tokens`: tokens in the cache, of which `reused_tokens` were there from an earlier call; `encoded_tokens`
     were not. `dropped_tokens`: context that n_ctx had no room for. `candidates`: lengths and joints that were tried.
     `forwards`: denoise passes, each over as many candidates as there are rows for; `rows`: rows in all of them.
     `lora`: the adapters that ran, with their scales.
@@ -122,7 +122,7 @@ class Infill:
 @dataclass(frozen=True)
 class Fill:
     """A filled template. `text`: all of it, markers replaced. `gaps`: the infill of each, in the template's order;
-    those that a cancel left out are missing, and their markers stand in the text. `finish_reason`: as in `Infill`.
+    those that a cancel left out are missing, and their markers are still in the text. `finish_reason`: as in `Infill`.
     `stats`: of all gaps together, the cancelled one among them."""
 
     text: str
@@ -478,7 +478,7 @@ class _Marker:
 def parse_template(template: str, min_gap: int = 0, max_gap: int = 128) -> list[_Marker]:
     """The markers ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``, ``<gap len=3/>`` of a template; a ``<\\gap/>``
     is none (`literal`). Raises ValueError for a template without a marker, two that touch, an attribute that is
-    unknown, doubled or at odds with another one, or a length that is no number."""
+    unknown, doubled or at odds with another one, or a length that is not a number."""
     if not isinstance(template, str):
         raise TypeError(f"template must be a str, not {type(template).__name__}")
     markers: list[_Marker] = []
@@ -504,7 +504,7 @@ def parse_template(template: str, min_gap: int = 0, max_gap: int = 128) -> list[
         if values["min"] > values["max"]:
             raise ValueError(f"{found[0]}: min is {values['min']}: it must be at most max, {values['max']}")
         if markers and markers[-1].end == found.start():
-            raise ValueError("two gaps stand side by side: make one of them, or put text between")
+            raise ValueError("two gaps are side by side: make one of them, or put text between")
         markers.append(_Marker(*found.span(), values.get("len", "auto"), values["min"], values["max"]))
     if not markers:
         raise ValueError("the template has no gap: mark it with <gap/>")
@@ -512,7 +512,7 @@ def parse_template(template: str, min_gap: int = 0, max_gap: int = 128) -> list[
 
 
 def literal(text: str) -> str:
-    """What stands between markers, as it is meant: ``<\\gap/>`` is the text ``<gap/>``, one more backslash one more."""
+    """The text between markers, as it is meant: ``<\\gap/>`` is the text ``<gap/>``, one more backslash one more."""
     return _ESCAPED.sub(r"<\1", text)
 
 

@@ -217,7 +217,7 @@ class DiffusionModel:
         return self._engine.native.tensors()
 
     def devices(self) -> list[Device]:
-        """The devices besides the CPU that the model may lie on, and what lies there, in the order in which a pass goes
+        """The devices besides the CPU that the model may be on, and what is there, in the order in which a pass goes
         through them; the last one has the head. Empty for a model on the CPU."""
         return self._engine.native.devices()
 
@@ -430,7 +430,7 @@ class DiffusionModel:
         """The text between a prefix and a suffix: prefix + result.text + suffix is the document.
 
         The prefix is encoded into the cache and kept, so that the next call with a longer one encodes only what is new;
-        gap and suffix stand on the canvas. docs/INFILL.md says what happens.
+        gap and suffix are on the canvas. docs/INFILL.md says what happens.
 
         Args:
             prefix, suffix: the text around the gap. Never changed; markup in it stays text. Either may be empty. The
@@ -476,7 +476,7 @@ class DiffusionModel:
 
     def fill(self, template: str, **options: Unpack[FillOptions]) -> Fill:
         """Many gaps in one text, from left to right, each marked ``<gap/>``, ``<gap max=8/>``, ``<gap min=2 max=8/>``
-        or ``<gap len=3/>``; lengths in tokens. ``<\\gap/>`` stands for the text ``<gap/>``. Where an earlier gap is
+        or ``<gap len=3/>``; lengths in tokens. ``<\\gap/>`` is the text ``<gap/>``. Where an earlier gap is
         filled, later ones are free rows on the canvas.
 
         The options are those of `infill`; `min_gap` and `max_gap` hold where a marker says nothing.
@@ -525,11 +525,11 @@ class DiffusionModel:
         """Probabilities of given options: a dict, for each slot, of option -> probability, which sum to 1 over the
         slot's options; its `stats` say what it cost.
 
-        Each slot stands in the template once, as ``<name/>``. One denoise step is made for each option and draw, side
+        Each slot is in the template once, as ``<name/>``. One denoise step is made for each option and draw, side
         by side: the option's log-probability under the first step's logits, its tokens taken as independent, the other
         slots being noise; the mean of the probabilities over the draws, normalised.
 
-        Raises ValueError for an unknown slot, one without options, a marker that is missing or stands twice;
+        Raises ValueError for an unknown slot, one without options, a marker that is missing or there twice;
         ContextOverflowError for slots that do not lie within one canvas, or text before them that does not fit into
         n_ctx; CancelledError when it was cancelled.
         """

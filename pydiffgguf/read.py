@@ -1,6 +1,6 @@
 """Typed questions read off the canvas: no text is written, the probabilities of given labels are.
 
-The questions stand in the prompt, the answers' labels are free rows of a canvas whose other rows are pinned, and one
+The questions are in the prompt, the answers' labels are free rows of a canvas whose other rows are pinned, and one
 denoise pass says how probable each label is. `choose` reads options of several tokens in the same way, with a pass for
 each length that they have.
 """
@@ -31,7 +31,7 @@ from pydiffgguf.text.tokenizer import Tokenizer
 
 __all__ = ["Answer", "Reading", "log_probabilities", "read"]
 
-#: Beyond so much entropy of a slot, in nats, more draws are made: so many in all.
+#: With more entropy in a slot than this, in nats, more draws are made: this many in all.
 UNSURE = 0.1
 DRAWS = 4
 MOST_QUESTIONS = 256
@@ -230,7 +230,7 @@ def _shown(state: object) -> str:
 
 
 class _Labels:
-    """Single tokens that stand for answers on the canvas, with their ids."""
+    """Single tokens for answers on the canvas, with their ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -53,7 +53,7 @@ _KEY = re.compile(
 _VISION = re.compile(r"(?:base_model\.model\.)?(?:model\.)?encoder\.(?:vision_tower|embed_vision)\.")
 _HEAD_COPY = re.compile(r"(?:base_model\.model\.)?lm_head\.base_layer\.weight")
 
-# Fields of the config that stand for another method than plain LoRA, when they hold anything.
+# Fields of the config that mean another method than plain LoRA, when they hold anything.
 VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",

@@ -19,7 +19,7 @@ def metadata(checkpoint: Checkpoint, vocabulary: Vocabulary | None, wanted: Reci
     values: dict[str, Any] = {
         "general.architecture": ARCHITECTURE,
         "general.type": "model",
-        # A folder's name may hold bytes that are no text.
+        # A folder's name may hold bytes that are not text.
         "general.name": name.encode("utf-8", errors="replace").decode("utf-8"),
         "general.file_type": int(wanted.file_type),
         "general.quantization_version": QUANTIZATION_VERSION,

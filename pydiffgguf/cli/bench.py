@@ -209,7 +209,7 @@ def _peak_rss() -> int | None:
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes, but for macOS
+    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes, except on macOS
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -48,7 +48,7 @@ def _form(args: argparse.Namespace) -> dict[str, Any]:
         try:
             schema = json.loads(text)
         except ValueError as error:
-            args.command.error(f"--json-schema: it is no JSON: {error}")
+            args.command.error(f"--json-schema: it is not JSON: {error}")
         return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
     if args.grammar is not None:
         return {"grammar": decode(*read_bytes(args.grammar))}

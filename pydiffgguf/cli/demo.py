@@ -71,7 +71,7 @@ def _question(model: DiffusionModel, console: Console, live: bool) -> bool:
 
 
 def _gap(model: DiffusionModel, console: Console, live: bool) -> bool:
-    """The middle of a program, from what stands before and behind it."""
+    """The middle of a program, from the text before and behind it."""
     console.print(Text(f"\n> {BEFORE_GAP}...{BEHIND_GAP}".rstrip("\n"), "bold"))
     stream = model.stream_infill(BEFORE_GAP, BEHIND_GAP, max_gap=LONGEST_GAP, seed=SEED, mode="raw")
     output = make_output(model, live, prefix=BEFORE_GAP, pace_s=PACE_S)

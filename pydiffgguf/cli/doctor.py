@@ -182,7 +182,7 @@ def _off(build: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _cpu_info(key: str) -> str | None:
-    """A line of /proc/cpuinfo; None where the system has none (all but Linux)."""
+    """A line of /proc/cpuinfo; None where the system has none (only Linux has)."""
     try:
         found = re.search(rf"^{key}\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -33,7 +33,7 @@ class JsonLines:
     """An output (see `terminal.Output`) that writes every event as a line.
 
     ``{"event": "prefill", "done", "total"}``, ``{"event": "step", "canvas", "step", "total_steps", "text", "accepted",
-    "free", "elapsed_s"}`` (step counts from 1; of `free` rows so many are accepted), ``{"event": "block", "text"}``.
+    "free", "elapsed_s"}`` (step counts from 1; of `free` rows this many are accepted), ``{"event": "block", "text"}``.
 
     Args:
         writer: where to.

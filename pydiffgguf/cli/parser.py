@@ -139,7 +139,7 @@ def numbers(text: str) -> list[float]:
 
 
 def adapter(text: str) -> tuple[str, float]:
-    """(path, scale) of PATH[:SCALE]: what stands behind the last colon is a scale if it reads as a number, and the
+    """(path, scale) of PATH[:SCALE]: the part behind the last colon is a scale if it reads as a number, and the
     whole is no path."""
     path, colon, tail = text.rpartition(":")
     if colon and path and not os.path.exists(text):

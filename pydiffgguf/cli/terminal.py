@@ -53,7 +53,7 @@ UNCERTAIN = Style(dim=True)
 PINNED = Style(bold=True, color="cyan")
 ASIDE = Style(dim=True, italic=True)
 
-#: So much of the text on either side of a gap is shown.
+#: How much of the text on either side of a gap is shown.
 CONTEXT_LINES = 3
 CONTEXT_CHARACTERS = 240
 
@@ -238,7 +238,7 @@ class LiveCanvas:
         self._tokens: list[int] = []
         self._drawn = 0.0
         # A terminal that is made narrower wraps the drawing anew, into more rows than rich then erases: a piece of the
-        # old drawing stays above. Nothing else is lost; erasing by guess would eat what stood there before.
+        # old drawing stays above. Nothing else is lost; erasing by guess would erase what was there before.
         self._live = Live(
             self,
             console=console,
@@ -362,7 +362,7 @@ class LiveCanvas:
             return "reading" if prefill is None else f"reading {prefill.done:,} of {prefill.total:,}"
         settled = int(event.accepted.sum())
         free = len(event.tokens) - (0 if event.pinned is None else int(event.pinned.sum()))
-        text = len(self._tokens) + int(event.accepted[: self._end(event)].sum())  # rows behind the end are no text
+        text = len(self._tokens) + int(event.accepted[: self._end(event)].sum())  # rows behind the end are not text
         speed = text / event.elapsed_s if event.elapsed_s > 0 else 0.0
         return (
             f"step {event.step + 1}/{event.total_steps}, {settled} of {free} accepted, {speed:.1f} tokens/s"

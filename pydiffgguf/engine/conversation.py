@@ -41,7 +41,7 @@ def read_messages(path: StrPath) -> list[dict[str, Any]]:
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     messages = saved.get("messages") if isinstance(saved, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f'{path} is no saved conversation: {{"messages": [{{"role": ..., "content": ...}}]}}')

@@ -1,4 +1,4 @@
-"""What was opened, where it lies and what it takes, in words: what `verbose` prints and the logger is told."""
+"""A model in words: what was opened, where it is and what it takes. `verbose` prints it, and the logger gets it."""
 
 from __future__ import annotations
 

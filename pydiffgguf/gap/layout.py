@@ -37,7 +37,7 @@ _LAST_WORD = re.compile(r"(?:\w+|[ \t]+)\Z")
 
 @dataclass(frozen=True)
 class Layout:
-    """`prompt`: ids for the cache. `hole`: what stands on the canvas. `head_text`: the text of `hole.head`, with which
+    """`prompt`: ids for the cache. `hole`: what is on the canvas. `head_text`: the text of `hole.head`, with which
     every filling begins. `dropped`: tokens of context that n_ctx had no room for."""
 
     prompt: list[int]
@@ -77,15 +77,15 @@ def check_extra(extra: object) -> list[tuple[str, str]]:
 def split_head(
     tokenizer: Tokenizer, prefix: str, ids: Sequence[int], most: int
 ) -> tuple[list[int], list[int], list[int], str]:
-    """(ids before the last word, ids of the last word, ids that may stand in its place, its text).
+    """(ids before the last word, ids of the last word, ids that may replace it, its text).
 
     A word, or the spaces at the end, that the tokenizer could go on with is left to the canvas: either as it stands, or
     as the beginning of one longer token. Without such a word of at most `most` tokens, the last three are empty.
     """
     nothing: tuple[list[int], list[int], list[int], str] = (list(ids), [], [], "")
     most = min(most, len(ids))
-    # One character more than so many tokens hold tells that a word is longer. The whole prefix is not searched: a long
-    # run of letters without a space (base64, say) takes the square of its length, 6 s for 16,000.
+    # One character more than this many tokens can hold means that the word is longer. The whole prefix is not searched:
+    # a long run of letters without a space (base64, say) takes the square of its length, 6 s for 16,000.
     word = _LAST_WORD.search(prefix[-1 - len(tokenizer.decode(ids[len(ids) - most :])) :])
     if word is None:
         return nothing
@@ -157,12 +157,12 @@ def lay_out(
     Args:
         canvas, n_ctx: rows of a canvas and positions of the session.
         chat: for the chat form, what makes the prompt's ids of the user's turn; None for the raw form.
-        later: ids behind `suffix`, -1 for free rows: further gaps and what stands between them.
-        ends: the document ends there, so an end token stands behind it.
+        later: ids behind `suffix`, -1 for free rows: further gaps and the text between them.
+        ends: the document ends there, so an end token follows it.
 
     Raises:
         ContextOverflowError: n_ctx has no room for a prefix, however short.
-        ValueError: an empty prefix, and no bos token to stand in its place.
+        ValueError: an empty prefix, and no bos token in its place.
     """
     start = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
     prefix, before, dropped = _near(tokenizer, prefix, n_ctx, at_end=True)

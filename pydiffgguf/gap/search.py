@@ -6,7 +6,7 @@ first rows are free as well: where the length is right, the model writes the suf
 where it does so most are denoised to the end, and the causal pass over what they wrote decides. What else was tried,
 and what it was worth, is in docs/INFILL.md; `benchmarks/length_scores.py` measures it.
 
-Nothing here knows text. The session's prefix is what stands before the hole, and is as it was afterwards, unless the
+Nothing here knows text. The session's prefix is the text before the hole, and is as it was afterwards, unless the
 gap is longer than one canvas (`fill_hole`)."""
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def suffix_rows(canvas: int) -> int:
 class Hole:
     """What is known of a gap.
 
-    `head`: ids between the session's prefix and the gap, pinned. `healed`: ids that may stand in place of all of
+    `head`: ids between the session's prefix and the gap, pinned. `healed`: ids that may replace all of
     `head`, as the gap's first token; empty: none. `suffix`: the ids that follow, as many as there are or may be of use,
-    -1 for a row that a later gap leaves free. `end_ids`: ids that end a text, which therefore never stand in a gap.
+    -1 for a row that a later gap leaves free. `end_ids`: ids that end a text, which are therefore never in a gap.
     `refused`: told a filling's tokens, whether any other one is better."""
 
     suffix: Sequence[int]
@@ -74,7 +74,7 @@ class Hole:
 
 @dataclass(frozen=True)
 class Filled:
-    """One filling. `tokens`: what stands between the session's prefix and the suffix: the hole's head, or the token
+    """One filling. `tokens`: those between the session's prefix and the suffix: the hole's head, or the token
     that healed it, and the gap. `gap_tokens`: those of them that were free. `score`: natural log of the probability
     that the causal pass gives to `tokens` and the suffix's first tokens; greater is better. `confidence`: mean natural
     log of the probability that the last denoise step gave to the free tokens; 0 without any. `converged`: the canvas
@@ -92,7 +92,7 @@ class Filled:
 @dataclass(frozen=True)
 class Draft:
     """One denoise step of the candidate that looks best so far. `canvas` counts the canvases that a gap takes, from 0.
-    `pinned` bool [n_rows]: the head and the suffix, which stand in `step` as they are known even where a probe left
+    `pinned` bool [n_rows]: the head and the suffix, which `step` has as they are known even where a probe left
     them free. `tokens`: the filling so far, as in Filled, from the gap's first canvas on."""
 
     canvas: int
@@ -270,7 +270,7 @@ class _Search:
         self, candidates: Sequence[_Candidate], behind: int, sampling: Sampling, free: int
     ) -> Generator[Draft, None, list[_State]]:
         """With `behind` rows of suffix, as many candidates at a time as the session has rows for; those that time ran
-        out on are missing, but for the first."""
+        out on are missing, except the first."""
         most = self.session.config.canvas_length
         states: list[_State] = []
         self.stats.candidates += len(candidates)

@@ -85,7 +85,7 @@ def overflow(n_prompt: int, room: int, n_ctx: int) -> ApiError:
 
 
 def from_exception(error: BaseException) -> ApiError:
-    """The answer that an exception of the library stands for. Anything unknown is a defect: 500, without its text."""
+    """The answer for an exception of the library. Anything unknown is a defect: 500, without its text."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextOverflowError):

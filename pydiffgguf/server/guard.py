@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, from where, how much; the headers of every answer; the log line.
+"""The checks before every request: who may ask, from where, how much; the headers of every answer; the log line.
 
 Plain ASGI throughout: Starlette's middleware classes hide that a client has left.
 """

@@ -146,7 +146,7 @@ class Service:
             self.engine.end(job, Why.LEFT)
 
     def result(self, scope: Scope, outcome: Outcome) -> Any:
-        """An outcome's result, or the exception that it stands for."""
+        """An outcome's result; or raises the exception that it is."""
         if outcome.error is not None:
             if isinstance(outcome.error, DeviceError):
                 self._on_failure()
@@ -162,7 +162,7 @@ class Service:
 
 
 def answer_for(error: Exception) -> ApiError:
-    """The answer that an exception stands for; a defect goes into the log with its traceback."""
+    """The answer for an exception; a defect goes into the log with its traceback."""
     answer = from_exception(error)
     if answer.status == 500:
         logger.error("%s", answer.message, exc_info=error)

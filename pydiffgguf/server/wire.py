@@ -36,7 +36,7 @@ def parse(body: bytes) -> dict[str, Any]:
     """The object in a request's body.
 
     Raises ApiError 400 for what Python's parser would take or choke on: NaN and infinities, doubled keys, deep
-    nesting, integers without end, halves of surrogate pairs; and for anything that is no JSON object.
+    nesting, integers without end, halves of surrogate pairs; and for anything that is not a JSON object.
     """
     try:
         text = body.decode()
@@ -61,7 +61,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ApiError(400, f"the key {show(twice)} stands twice in one object")
+        raise ApiError(400, f"the key {show(twice)} is twice in one object")
     return found
 
 
@@ -83,7 +83,7 @@ def _float(text: str) -> float:
 
 
 def _check(value: Any, surrogates: bool) -> None:
-    """Depth and, only where an escape of one stands in the body, halves of surrogate pairs."""
+    """Depth and, only where the body has an escape of one, halves of surrogate pairs."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
         below: list[Any] = []

@@ -408,7 +408,7 @@ class Steering:
         try:
             return self._grammar.parsed(data)
         except ValueError as error:
-            raise DiffGGUFError(f"the grammar led to an answer that is no JSON: {error}") from None
+            raise DiffGGUFError(f"the grammar led to an answer that is not JSON: {error}") from None
 
 
 def _only(mask: Mask) -> int | None:

@@ -117,7 +117,7 @@ class Tables:
 
     @functools.cached_property
     def special(self) -> frozenset[int]:
-        """Tokens that no text is made of: all that stands for structure, except the markers that grammars may name."""
+        """Tokens that text never has: all that mark structure, except the markers that grammars may name."""
         return self.tokenizer.special_ids - self.symbols.number.keys()
 
     @functools.cached_property

@@ -54,7 +54,7 @@ class Prompts:
 
     @property
     def template(self) -> str | None:
-        """The chat template, Jinja source; None where the file has none. Raises ModelFormatError when it is no text."""
+        """The chat template, Jinja source; None without one. Raises ModelFormatError when it is not text."""
         template = self._metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise ModelFormatError("key tokenizer.chat_template is not a string")

@@ -48,17 +48,17 @@ __all__ = ["ChatTemplate", "TemplateRefusal"]
 #: Longest template source, in characters. The released one has 17,500.
 #: Compiling takes up to 3 s for 100,000.
 MAX_SOURCE = 100_000
-#: The allowance of one rendering: so many units, and so many for each character handed in. A unit is a character or an
-#: eighth of a list entry; a turn of a loop costs four, a call twenty. A template like the released one was measured to
-#: take six units for a character of long messages, and twenty of a thousand short ones.
+#: The allowance of one rendering: this many units, and this many for each character handed in. A unit is a character or
+#: an eighth of a list entry; a turn of a loop costs four, a call twenty. A template like the released one was measured
+#: to take six units for a character of long messages, and twenty of a thousand short ones.
 BASE_UNITS = 8_000_000
 UNITS_PER_CHARACTER = 50
 TURN = 4
 CALL = 20
 ENTRY = 8
 #: A second bound, for work that is only counted roughly (comparisons, searches): the thread's own time, so that a busy
-#: machine changes nothing. The clock is read once for so many units or payments, since reading it costs as much as a
-#: turn; what one payment stands for takes at most some milliseconds (``'a' in range(99999)``).
+#: machine changes nothing. The clock is read once in this many units or payments, since reading it costs as much as a
+#: turn; the work of one payment takes at most some milliseconds (``'a' in range(99999)``).
 #: Templates that look ahead from each message take time for every pair of messages (1.9 s for a thousand, in
 #: transformers too), so pairs add to it.
 MAX_SECONDS = 1.5
@@ -239,7 +239,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     # What is paid
 
     def allow(self, size: int, messages: int = 0) -> None:
-        """Sets the allowance for one rendering of `size` characters in so many messages."""
+        """Sets the allowance for one rendering of `size` characters in this many messages."""
         self._units = BASE_UNITS + UNITS_PER_CHARACTER * size
         self._deadline = time.thread_time() + MAX_SECONDS + min(messages**2 * SECONDS_PER_PAIR, MAX_SECONDS_OF_PAIRS)
         self._next_look = self._units

@@ -52,7 +52,7 @@ class Tokenizer:
         bos_id, eos_id, unk_id, pad_id: ids, or None where the file names none.
         add_bos: whether a plain prompt begins with ``bos_id`` (the file's ``add_bos_token``).
         end_ids: ids that end a generation.
-        special_ids: ids of tokens that stand for structure, not text: the named ids above, those of type CONTROL or
+        special_ids: ids of tokens that mark structure, not text: the named ids above, those of type CONTROL or
             UNKNOWN, and the markup of `MARKUP`.
     """
 

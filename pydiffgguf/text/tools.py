@@ -30,7 +30,7 @@ class ToolChoice:
 
 
 def check_tools(tools: object) -> list[Tool]:
-    """Raises TypeError or ValueError, with the path, for what is no list of tools."""
+    """Raises TypeError or ValueError, with the path, for anything but a list of tools."""
     if tools is None:
         return []
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):

@@ -256,7 +256,7 @@ class _Reading:
             self._think(body, 1 + len(tokens))
             self._held = not following
             return 1
-        # A name that stands for nothing: quoted in the answer, or a marker too many.
+        # A name without a meaning: quoted in the answer, or a marker too many.
         self._say(self._pieces[i], CHANNEL_OPEN if quotes else "")
         return 1
 

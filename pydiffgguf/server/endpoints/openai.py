@@ -29,7 +29,7 @@ __all__ = ["OpenAI", "plain_series", "prompts_of", "refuse_completion"]
 
 
 class _FimReply(TextReply):
-    """A completion whose text stands where Mistral's clients look for it, too: ``message`` and ``delta``."""
+    """A completion whose text is also where Mistral's clients look for it: ``message`` and ``delta``."""
 
     def _choice(self, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {**super()._choice(text, logprobs, reason), "delta": {"content": text}}
@@ -204,7 +204,7 @@ class OpenAI:
 
 
 def _empty(one: Reply) -> dict[str, Any]:
-    """A chunk that adds nothing, for a draft to stand beside."""
+    """A chunk that adds nothing, to carry a draft."""
     if isinstance(one, ChatReply):
         return one.chunk({})
     assert isinstance(one, TextReply)
