@@ -133,8 +133,21 @@ class Plain:
         self._reader = reader
         self._writer = writer
 
+    @classmethod
+    async def of(cls, server: Server) -> Plain:
+        return cls(*await asyncio.open_connection("127.0.0.1", server.port))
+
+    def close(self) -> None:
+        self._writer.close()
+
     async def ask(self, path: str, body: Any = None) -> tuple[float, Any]:
         """Seconds, and the answer."""
+        took, status, answer = await self.answer(path, body)
+        assert status == 200, answer
+        return took, answer
+
+    async def answer(self, path: str, body: Any = None) -> tuple[float, int, Any]:
+        """Seconds, the status, and the answer."""
         content = b"" if body is None else json.dumps(body).encode()
         method = "GET" if body is None else "POST"
         head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -142,57 +155,65 @@ class Plain:
         self._writer.write(head.encode() + content)
         answer = await self._reader.readuntil(b"\r\n\r\n")
         found = re.search(rb"content-length: (\d+)", answer)
-        assert found is not None and answer.startswith(b"HTTP/1.1 200"), answer
+        assert found is not None, answer
         whole = await self._reader.readexactly(int(found[1]))
-        return time.perf_counter() - began, json.loads(whole)
+        return time.perf_counter() - began, int(answer[9:12]), json.loads(whole)
 
 
 async def alone(server: Server, rounds: int) -> dict[str, Any]:
     """What the server adds to the engine's time, which each reply tells."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    plain = Plain(reader, writer)
+    plain = await Plain.of(server)
+    await plain.ask("/v1/chat/completions", chat_body(0, 0))  # the first makes what all others use
     health, own = [], []
     for i in range(rounds):
         health.append((await plain.ask("/health"))[0])
         took, body = await plain.ask("/v1/chat/completions", chat_body(0, i))
         own.append(took - (body["timings"]["prompt_ms"] + body["timings"]["predicted_ms"]) / 1000)
-    writer.close()
+    plain.close()
     return {"health": both(health), "own_time_of_a_chat": both(own)}
 
 
-async def keystrokes(client: httpx.AsyncClient, rounds: int) -> dict[str, Any]:
-    async def gaps() -> list[float]:
-        times = []
+async def keystrokes(server: Server, client: httpx.AsyncClient, rounds: int) -> dict[str, Any]:
+    """The client library streams the chats; the gaps go without it."""
+    plain = await Plain.of(server)
+
+    async def gaps() -> tuple[list[float], list[float]]:
+        times, own = [], []
         for _ in range(rounds):
-            began = time.perf_counter()
-            answer = await client.post("/infill", json=gap_body(0, 0), headers={"x-client-id": "typist"})
-            assert answer.json()["content"] == " white cup", answer.text
-            times.append(time.perf_counter() - began)
-        return times
+            took, body = await plain.ask("/infill", gap_body(0, 0))
+            assert body["content"] == " white cup", body
+            times.append(took)
+            own.append(took - (body["timings"]["prompt_ms"] + body["timings"]["predicted_ms"]) / 1000)
+        return times, own
+
+    steps: list[float] = []
 
     async def chat(stop: asyncio.Event) -> int:
         finished = 0
         while not stop.is_set():
             async with client.stream("POST", "/v1/chat/completions", json=LONG) as answer:
-                async for _ in answer.aiter_raw():
+                async for line in answer.aiter_lines():
+                    if '"timings"' in line:
+                        steps.append(json.loads(line[6:])["timings"]["diffusion_step_ms"])
                     if stop.is_set():
                         break
                 finished += not stop.is_set()
         return finished
 
-    quiet = await gaps()
+    quiet, own = await gaps()
     stop = asyncio.Event()
     chats = [asyncio.create_task(chat(stop)) for _ in range(4)]
     await asyncio.sleep(0.5)
-    busy = await gaps()
+    busy, _ = await gaps()
     stop.set()
     finished = sum(await asyncio.gather(*chats))
-    step = (await client.post("/v1/chat/completions", json=chat_body(0, 1))).json()["timings"]["diffusion_step_ms"]
+    plain.close()
     return {
         "alone": both(quiet),
+        "own_time_of_a_gap": both(own),
         "beside_four_chats": both(busy),
         "chats_finished": finished,
-        "step_ms": round(step, 2),
+        "step_of_these_chats_ms": round(sum(steps) / len(steps), 2) if steps else None,
     }
 
 
@@ -295,22 +316,34 @@ async def many(server: Server, client: httpx.AsyncClient, requests: int) -> dict
     return {"requests": requests, "per_second": round(requests / took), "memory_MB_at_a_tenth_and_at_the_end": memory}
 
 
-async def full(client: httpx.AsyncClient) -> dict[str, Any]:
-    count: Counter[str] = Counter()
+async def full(server: Server) -> dict[str, Any]:
+    """64 connections that are open already ask in the same moment; then, while the queue is full, one asks and asks."""
+    count: Counter[int] = Counter()
     refused: list[float] = []
+    answers: list[Any] = []
+    slow = {**LONG, "stream": False, "max_tokens": 256, "diffusion": {"steps": 200, "confidence_threshold": 0.0}}
 
     async def one(seed: int) -> None:
-        began = time.perf_counter()
-        answer = await client.post(
-            "/v1/chat/completions", json={**LONG, "stream": False, "max_tokens": 256, "seed": seed}
-        )
-        count[str(answer.status_code)] += 1
-        if answer.status_code == 429:
-            refused.append(time.perf_counter() - began)
-            assert 1 <= int(answer.headers["retry-after"]) <= 60
+        plain = await Plain.of(server)
+        everybody.set() if len(answers) == 63 else answers.append(None)
+        await everybody.wait()
+        took, status, _ = await plain.answer("/v1/chat/completions", {**slow, "seed": seed})
+        count[status] += 1
+        if status == 429:
+            refused.append(took)
 
-    await asyncio.gather(*(one(seed) for seed in range(64)))
-    return {"statuses": dict(count), "refused": both(refused)}
+    everybody = asyncio.Event()
+    all_of_them = asyncio.gather(*(one(seed) for seed in range(64)))
+    await asyncio.sleep(1)
+    again: list[float] = []
+    plain = await Plain.of(server)
+    for _ in range(500):
+        took, status, _ = await plain.answer("/v1/chat/completions", slow)
+        if status != 429:
+            break
+        again.append(took)
+    await all_of_them
+    return {"statuses": dict(count), "refused_at_once": both(refused), "refused_one_by_one": both(again)}
 
 
 async def hostile(server: Server, client: httpx.AsyncClient) -> dict[str, Any]:
@@ -363,10 +396,10 @@ async def run(model: Path, seconds: float, only: list[str]) -> dict[str, Any]:
             found: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
             parts = {
                 "alone": lambda: alone(server, 200),
-                "keystrokes": lambda: keystrokes(client, 60),
+                "keystrokes": lambda: keystrokes(server, client, 60),
                 "mixed": lambda: mixed(server, client, seconds, texts),
                 "many": lambda: many(server, client, 10_000),
-                "full": lambda: full(client),
+                "full": lambda: full(server),
                 "hostile": lambda: hostile(server, client),
             }
             for name in only or parts:

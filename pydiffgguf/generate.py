@@ -7,9 +7,10 @@ stream, drained.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -81,8 +82,29 @@ class DenoiseStep(ArrayRecord):
     text: str
     elapsed_s: float = field(compare=False)
     pinned: BoolArray | None = None
-    reasoning: str = ""
+    reasoning: str = field(default_factory=str)  # a factory leaves no attribute of the class: see `__getattr__`
     valid_tokens: int | None = None
+
+    def read_late(self, read: Callable[[], tuple[str, str]]) -> DenoiseStep:
+        """This step with the (text, reasoning) that `read` returns once somebody asks for either. Behind 1,800 tokens
+        reading a draft takes 2.5 ms, as much as a step of a small model, and a server shows few of them."""
+        late = replace(self)
+        values = vars(late)
+        del values["text"], values["reasoning"]
+        values["_read"] = read
+        return late
+
+    if not TYPE_CHECKING:  # or every misspelt attribute would pass as a string
+
+        def __getattr__(self, name: str) -> str:
+            read = vars(self).get("_read")
+            if name not in ("text", "reasoning") or read is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            vars(self).update(zip(("text", "reasoning"), read(), strict=True))
+            return vars(self)[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __repr__(self) -> str:
         free = len(self.tokens) - (0 if self.pinned is None else int(self.pinned.sum()))
@@ -425,18 +447,17 @@ def _denoise(
                 batch.rules(0, following.pinned, following.masks)
                 rules = following
         if request.watched:
-            text, reasoning = draft.read(step.argmax)
-            yield DenoiseStep(
+            shown = DenoiseStep(
                 canvas_index,
                 step.step,
                 step.steps,
                 step.argmax,
                 step.accepted,
                 step.entropy,
-                text,
+                "",
                 now - call.began,
-                reasoning=reasoning,
                 valid_tokens=None if steering is None else steering.valid_tokens,
             )
+            yield shown.read_late(partial(draft.read, step.argmax))
         if not goes_on or (call.deadline is not None and now >= call.deadline):
             return batch.rows(0)

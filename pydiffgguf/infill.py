@@ -440,17 +440,18 @@ def _candidate(tokenizer: Tokenizer, place: _Place, layout: Layout, filled: Fill
 
 def _event(tokenizer: Tokenizer, place: _Place, layout: Layout, draft: Draft, call: Call) -> DenoiseStep:
     step = draft.step
-    return DenoiseStep(
+    shown = DenoiseStep(
         draft.canvas,
         step.step,
         step.steps,
         step.argmax,
         step.accepted,
         step.entropy,
-        place.with_line_ends(_text(tokenizer, layout, draft.tokens)),
+        "",
         call.elapsed_s,
         draft.pinned,
     )
+    return shown.read_late(lambda: (place.with_line_ends(_text(tokenizer, layout, draft.tokens)), ""))
 
 
 # ------------------------------------------------------------------------------------------------------ many gaps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,23 @@ def test_the_prompts_events_come_first_and_count_its_tokens(model: DiffusionMode
     assert [(event.done, event.total) for event in again] == [(40, 40)]
     infill = list(model.stream_infill("one two", " three", gap=2, steps=2, mode="raw"))
     assert isinstance(infill[0], Prefill) and isinstance(infill[-1], DenoiseStep)
+
+
+def test_a_draft_is_read_when_somebody_asks(tiny_gguf: Path) -> None:
+    """Also late, copied, pickled, and when its model is closed: the text is that of its own step."""
+    with DiffusionModel(tiny_gguf, n_ctx=512, n_threads=1) as one:
+        drafts = [e for e in one.stream(ids(9), seed=1, steps=3, max_tokens=200) if isinstance(e, DenoiseStep)]
+        at_once = [
+            (e.text, e.reasoning)
+            for e in one.stream(ids(9), seed=1, steps=3, max_tokens=200)
+            if isinstance(e, DenoiseStep)
+        ]
+    assert len({text for text, _ in at_once}) > 3
+    copies = [pickle.loads(pickle.dumps(draft)) for draft in drafts[::2]]
+    assert [(draft.text, draft.reasoning) for draft in drafts] == at_once
+    assert copies == drafts[::2] and [copy.text for copy in copies] == [text for text, _ in at_once[::2]]
+    with pytest.raises(AttributeError, match="'DenoiseStep' object has no attribute 'txet'"):
+        drafts[0].txet  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_the_result_is_there_after_the_last_event_and_is_the_iterators_value(model: DiffusionModel) -> None:

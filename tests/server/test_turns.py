@@ -23,13 +23,25 @@ class Steps:
         self.order: list[str] = []
         self.closed: list[str] = []
         self.go = threading.Semaphore(0)
-        self.engine = Engine(sessions, queue)
+        self.now = 0.0
+        self.engine = Engine(sessions, queue, clock=lambda: self.now)
 
-    def job(self, name: str, kind: Kind, steps: int, client: str | None = None, supersedes: bool = False) -> Job:
+    def job(
+        self,
+        name: str,
+        kind: Kind,
+        steps: int,
+        client: str | None = None,
+        supersedes: bool = False,
+        seconds: float = 1.0,
+    ) -> Job:
+        """Steps that take so many seconds by the engine's clock."""
+
         def work() -> Generator[Any, None, str]:
             try:
                 for _ in range(steps):
                     self.go.acquire()
+                    self.now += seconds
                     self.order.append(name)
                     yield name
                 return name
@@ -98,7 +110,7 @@ def _as_running(made: asyncio.AbstractEventLoop) -> Iterator[None]:
 
 
 def test_a_keystroke_runs_inside_a_chat() -> None:
-    """It takes the turns, but for every fifth; the chat goes on afterwards."""
+    """It takes the turns except every fifth; the chat goes on afterwards."""
     with engine() as steps:
         chat, key = steps.job("c", Kind.CHAT, 16), steps.job("k", Kind.KEYSTROKE, 6)
         steps.engine.submit(chat)
@@ -117,6 +129,16 @@ def test_a_chat_is_not_starved_by_keystrokes() -> None:
         steps.engine.submit(steps.job("k", Kind.KEYSTROKE, 50))
         steps.let(41)
         assert steps.order.count("c") >= 7
+
+
+def test_turns_are_shared_by_time() -> None:
+    """A chat whose steps take four times as long has one for sixteen of a keystroke's."""
+    with engine() as steps:
+        steps.engine.submit(steps.job("c", Kind.CHAT, 50, seconds=4.0))
+        steps.let(1)
+        steps.engine.submit(steps.job("k", Kind.KEYSTROKE, 50))
+        steps.let(40)
+        assert "".join(steps.order).strip("c").count("c") == 2, steps.order
 
 
 def test_two_chats_take_turns() -> None:
@@ -158,6 +180,23 @@ def test_the_queue_is_bounded() -> None:
         assert error.value.status == 429 and 1 <= int(error.value.headers["retry-after"]) <= 60
         steps.let(3)
         assert sorted(steps.order) == ["0", "1", "2"]
+
+
+def test_a_place_that_is_kept_counts_as_taken() -> None:
+    """A request whose text is still prepared: the next is refused before its own is; a place is given back also where
+    the preparation fails."""
+    with engine(queue=1) as steps:
+        steps.engine.submit(steps.job("a", Kind.CHAT, 1))
+        with steps.engine.place(Kind.CHAT):
+            with pytest.raises(ApiError) as error, steps.engine.place(Kind.CHAT):
+                pass
+            assert error.value.status == 429
+            with steps.engine.place(Kind.KEYSTROKE):  # a session is free for it
+                pass
+        with pytest.raises(KeyError), steps.engine.place(Kind.CHAT):
+            raise KeyError
+        steps.engine.submit(steps.job("b", Kind.CHAT, 1))
+        steps.let(2)
 
 
 def test_a_newer_keystroke_supersedes_its_clients_older_one() -> None:

@@ -80,8 +80,8 @@ class Native:
         headers = service.headers(fields)
         if gap is not None:
             return await self._fill(request, Asked.of(gap, how, settings), form, how.stream, headers, supersedes=False)
-        service.engine.expect(Kind.CHAT)
-        series = await service.text(plain_series, model, prompts, how, settings.time_limit)
+        with service.engine.place(Kind.CHAT):
+            series = await service.text(plain_series, model, prompts, how, settings.time_limit)
         job = Job(
             series.work(),
             Kind.CHAT,
@@ -118,8 +118,9 @@ class Native:
     async def _job(self, request: Request, asked: Asked, kind: Kind, supersedes: bool, frames: bool = False) -> Job:
         """The work of a gap."""
         model = self._service.model
-        self._service.engine.expect(kind)
-        series = await self._service.text(Series, [lambda left: asked.stream(model, left)], asked.diffusion.time_limit)
+        makers = [lambda left: asked.stream(model, left)]
+        with self._service.engine.place(kind):
+            series = await self._service.text(Series, makers, asked.diffusion.time_limit)
         return Job(
             series.work(),
             kind,

@@ -67,7 +67,6 @@ class OpenAI:
         how = How.read(fields, service.settings, model, ("n_predict", "max_completion_tokens", "max_tokens"), 2**31)
         _refuse_chat(fields)
         headers = service.headers(fields)
-        service.engine.expect(Kind.WARM_UP if how.warm_up else Kind.CHAT)
 
         def prepare() -> Series:
             ids = model.chat_tokens(messages, **options)
@@ -79,7 +78,8 @@ class OpenAI:
             makers = [partial(how.limited, partial(chat, seed=seed)) for seed in how.seeds()]
             return Series(makers, service.settings.time_limit)
 
-        series = await service.text(prepare)
+        with service.engine.place(Kind.WARM_UP if how.warm_up else Kind.CHAT):
+            series = await service.text(prepare)
         shared = self._shared(how)
         replies: list[Reply] = [
             ChatReply(shared, model.config.canvas_length, model.tokenizer, index=i) for i in range(how.n)
@@ -112,7 +112,6 @@ class OpenAI:
         echo = fields.boolean("echo")
         refuse_completion(fields, how)
         headers = service.headers(fields)
-        service.engine.expect(Kind.CHAT if gap is None else Kind.KEYSTROKE)
         echoed: list[tuple[str, str]] = []
         if echo and gap is not None:
             echoed = [(gap.prefix, gap.suffix)]
@@ -125,11 +124,13 @@ class OpenAI:
             length = model.config.canvas_length
             replies.append(kind(shared, length, model.tokenizer, index=i, echo=before, behind=behind))
         if gap is None:
-            series = await service.text(plain_series, model, prompts, how, settings.time_limit)
+            with service.engine.place(Kind.CHAT):
+                series = await service.text(plain_series, model, prompts, how, settings.time_limit)
             return await self._respond(request, series, how, replies, _same, Kind.CHAT, headers)
         asked = Asked.of(gap, how, settings)
         makers = [partial(_gap_stream, model, replace(asked, seed=seed)) for seed in how.seeds()]
-        series = await service.text(Series, makers, asked.diffusion.time_limit)
+        with service.engine.place(Kind.KEYSTROKE):
+            series = await service.text(Series, makers, asked.diffusion.time_limit)
         return await self._respond(request, series, how, replies, asked.generation, Kind.KEYSTROKE, headers)
 
     # ---------------------------------------------------------------------------------------------------------- both
