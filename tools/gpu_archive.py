@@ -82,7 +82,7 @@ def locked(path: Path = LOCK) -> dict[str, tuple[str, str]]:
 
 def download(folder: Path, arguments: Sequence[str]) -> list[Path]:
     """The wheels that pip finds for the other machine, in `folder`."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check"]
     command += ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}", f"--dest={folder}"]
     command += [f"--platform={name}_x86_64" for name in PLATFORMS]
     if subprocess.run([*command, *arguments]).returncode != 0:
@@ -154,7 +154,7 @@ def pack(out: Path, files: Iterable[tuple[str, bytes, bool]], facts: dict[str, A
     packed = io.BytesIO()
     with (
         lzma.LZMAFile(packed, "w", preset=6) as compressed,
-        tarfile.open(fileobj=compressed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.GNU_FORMAT) as tar,
     ):
         for name, data, executable in [("MANIFEST.json", text, False), *every]:
             entry = tarfile.TarInfo(f"{FOLDER}/{name}")  # no date, no owner
