@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -65,6 +66,17 @@ RTX_5090 = Device("RTX 5090", 1.792e12, 838e12, 209.5e12, 32 * GB, 170 * 2.407)
 RTX_4090 = Device("RTX 4090", 1.008e12, 660.6e12, 165.2e12, 24 * GB, 128 * 2.52)
 RTX_4070 = Device("RTX 4070 (12 GB)", 0.504e12, 233e12, 58.3e12, 12 * GB, 46 * 2.475)
 DEVICES = (H100, RTX_5090, RTX_4090, RTX_4070)
+#: Cards that have no column in the tables, and floors where a first hour meets them.
+OTHERS = (Device("H200", 4.8e12, 1979e12, 989e12, None, 132 * 1.83),)
+
+
+def card(name: str) -> Device | None:
+    """The device that the driver calls `name`; None for one whose peaks are not here."""
+    for device in (*DEVICES, *OTHERS):
+        plain = device.name.removesuffix(" (12 GB)").removesuffix(" SXM")
+        if re.search(rf"\b{plain}(?! (?:Ti|SUPER|D|Laptop|NVL|PCIe)\b)", name):
+            return device
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Runs stages one after the other, each in a process of its own and within its limit, and keeps what each one found.
+
+Standard library alone, as stages.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from first_hour.stages import Context, Stage, log_file, result_file, stage, write_json
+
+SCRIPT = Path(__file__).resolve().parents[1] / "gpu_first_hour.py"
+#: Seconds of a whole run.
+TOTAL = 25 * 60.0
+#: Lines of a failed stage's log that are its error.
+LAST_LINES = 12
+
+
+def command(python: str, context: Context) -> list[str]:
+    """What runs one stage: this script again."""
+    words = [python, str(SCRIPT), "--stage", context.name, "--place", context.place, "--out", str(context.out)]
+    words += ["--limit", str(context.limit)]
+    words += ["--installed"] if context.installed else []
+    words += ["--model", str(context.model)] if context.model else []
+    return words
+
+
+def run_here(context: Context) -> None:
+    """The stage itself, in this process."""
+    module, function = stage(context.name).entry.split(":")
+    getattr(importlib.import_module(f"first_hour.{module}"), function)(context)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a stage's process and all that it started, which share its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_stage(words: Sequence[str], context: Context) -> dict[str, Any]:
+    """Its status ("done", "failed", "timed out"), seconds, result, and error where there is one."""
+    result, log = result_file(context.out, context.name), log_file(context.out, context.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    result.unlink(missing_ok=True)
+    began = time.monotonic()
+    with open(log, "wb") as out:
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(timeout=context.limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(process)
+    found: dict[str, Any] = {"status": "done", "seconds": round(time.monotonic() - began, 1), "limit": context.limit}
+    if code is None:
+        found |= {"status": "timed out", "error": f"ended after {context.limit:.0f} s"}
+    elif code != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        found |= {"status": "failed", "error": "\n".join(lines[-LAST_LINES:]) or f"exit status {code}"}
+    with contextlib.suppress(FileNotFoundError):
+        found["result"] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def why_not(one: Stage, place: str, stages: dict[str, Any]) -> dict[str, Any] | None:
+    """The entry of a stage that is not to run, or None."""
+    if place not in one.places:
+        return {"status": "not for this place", "error": f"it runs with --place {one.places[0]}"}
+    if one.needs is not None and stages.get(one.needs, {}).get("status") != "done":
+        return {"status": "not run", "error": f"the stage {one.needs!r} did not succeed"}
+    return None
+
+
+def run_all(chosen: Sequence[Stage], context: Context, *, total: float = TOTAL) -> dict[str, Any]:
+    """Runs the stages; returns what results.json holds, which is written after each of them.
+
+    A stage that fails or takes too long does not stop the next one. No stage gets more time than the run has left.
+    """
+    began = time.monotonic()
+    stages: dict[str, Any] = {}
+    results: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "place": context.place,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "stages": stages,
+    }
+    python = sys.executable
+    try:
+        for one in chosen:
+            left = total - (time.monotonic() - began)
+            found = why_not(one, context.place, stages)
+            if found is None and left < 1.0:
+                found = {"status": "not run", "error": f"the run's {total:.0f} s were over"}
+            if found is None:
+                print(f"{one.name}: {one.title}", flush=True)
+                here = replace(context, name=one.name, limit=min(one.limit, left), result={})
+                found = run_stage(command(python, here), here)
+                print(f"  {found['status']} after {found['seconds']} s", flush=True)
+            stages[one.name] = found
+            python = found.get("result", {}).get("python", python)
+            results["seconds"] = round(time.monotonic() - began, 1)
+            write_json(context.out / "results.json", results)
+    finally:
+        shutil.rmtree(context.out / "work", ignore_errors=True)
+    return results
