@@ -20,7 +20,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,12 +81,28 @@ def card(name: str) -> Device | None:
 
 @dataclass(frozen=True)
 class Host:
-    """What the experts meet that do not fit: assumptions, of a desktop."""
+    """What the experts meet that do not fit: a desktop with 8 cores. Memory and bus are assumptions, the cores'
+    rates were measured on one (benchmarks/results/levels.md, experts of this very shape) and are taken eight times."""
 
+    name: str
+    rates: Mapping[str, Mapping[int, float]]  # by file and rows an expert: operations a second of one core
+    cores: int = 8
     bandwidth: float = 89.6e9  # two channels of DDR5-5600
-    compute: float = 0.5e12  # operations a second on quantized weights, 8 cores
     mapped: float = 8e9  # PCIe 4.0 x16 from pages of a mapped file, which the driver copies through a buffer of its own
     pinned: float = 25e9  # the same from memory that is pinned for the device
+
+    def seconds(self, type: str, rows: int, n_bytes: float, operations: float) -> float:
+        """Of experts whose file is `type`, in a pass of so many rows; the work is that of this pass."""
+        rate = self.rates[type][round(rows * CONFIG.experts_used / CONFIG.experts)]
+        return max(n_bytes / self.bandwidth, operations / (self.cores * rate))
+
+
+# Experts of Q4_K_M files are Q4_K and Q5_0, and the second was measured; 32 rows an expert are those of 512.
+AVX2 = Host("AVX2", {"q4_k_m": {16: 81e9, 32: 106e9}, "q8_0": {16: 70e9, 32: 74e9}})
+VNNI = Host("AVX-512 with VNNI", {"q4_k_m": {16: 125e9, 32: 176e9}, "q8_0": {16: 132e9, 32: 185e9}})
+HOSTS = (AVX2, VNNI)
+#: Rows of a pass that encodes a prompt (n_batch).
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -218,13 +234,12 @@ def fit(type: str, device: Device, n_ctx: int) -> FitPlan | None:
         return plan(inspect_file(path, n_ctx=n_ctx), device.memory)
 
 
-def floors(type: str, device: Device, n_past: int, n_ctx: int = 8192, host: Host | None = None) -> Floors:
+def floors(type: str, device: Device, n_past: int, n_ctx: int = 8192, host: Host = AVX2) -> Floors:
     """Of a step and of the pass that encodes a canvas, with the experts that do not fit on the host."""
-    host = host or Host()
     placed = fit(type, device, n_ctx)
     n_cpu_moe = placed.n_cpu_moe if placed else 0
     n_bytes, operations = experts_of(type, n_cpu_moe)
-    away = max(n_bytes / host.bandwidth, operations / host.compute)
+    away = host.seconds(type, CANVAS, n_bytes, operations)
     scale = {"experts": 1 - n_bytes / experts_of(type, N_LAYERS)[0]}
     memory = sum(p.floor(device) * scale.get(p.name, 1.0) for p in step_parts(type, n_past))
     encode = sum(p.floor(device) * scale.get(p.name, 1.0) for p in encode_parts(type, n_past)) + away
@@ -237,13 +252,53 @@ def experts_of(type: str, n_layers: int) -> tuple[float, float]:
     return products(some, CANVAS * CONFIG.experts_used / CONFIG.experts)
 
 
+#: Tokens of a prompt before an answer of one canvas at 16 steps.
+PROMPTS = (1024, 8192)
+
+
+@dataclass(frozen=True)
+class Away:
+    """The experts that a device has no room for: `n_bytes` of the first `n_layers`, and `operations` of a canvas.
+    `step` and `encode`: seconds that the device itself takes."""
+
+    device: Device
+    type: str
+    n_layers: int
+    n_bytes: float
+    operations: float
+    step: float
+    encode: float
+
+    def computed(self, host: Host, rows: int) -> float:
+        """Seconds of a pass of so many rows, on the host."""
+        return host.seconds(self.type, rows, self.n_bytes, self.operations * rows / CANVAS)
+
+    def answer(self, host: Host, n_prompt: int, copied: float | None) -> float:
+        """Seconds of a prompt and one canvas at 16 steps. `copied`: bytes a second at which the experts go to the
+        device for each pass of the prompt; None: they are computed on the host there too, as in the steps."""
+        away = self.computed(host, CHUNK) if copied is None else self.n_bytes / copied
+        prompt = math.ceil(n_prompt / CHUNK) * (self.encode + away)
+        return prompt + 16 * (self.step + self.computed(host, CANVAS))
+
+
+def every_away(n_past: int) -> list[Away]:
+    """Of the devices that do not hold their file."""
+    out = []
+    for device, type in ((RTX_4090, "q8_0"), (RTX_4070, "q4_k_m"), (RTX_4070, "q8_0")):
+        f = floors(type, device, n_past)
+        n_bytes, operations = experts_of(type, f.n_cpu_moe)
+        out.append(Away(device, type, f.n_cpu_moe, n_bytes, operations, f.step - f.host, f.encode - f.host))
+    return out
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Seconds of a step as the engine is built, between two bounds, and of the pass that encodes the canvas.
 
     `best`: ggml's kernels are as far above the floor as they were where they were timed, the signal is gathered.
     `worst`: their time goes with the card's instructions (its multiprocessors times its clock) and not with its
-    bandwidth or tensor cores; one row has too many candidates, so the signal is the generic one; no launch is hidden.
+    bandwidth or tensor cores; attention's products are float32 ones, which cuBLAS makes in TF32 at half of FP16's rate;
+    one row has too many candidates, so the signal is the generic one; no launch is hidden.
     """
 
     best: float
@@ -266,7 +321,8 @@ def estimate(type: str, device: Device, n_past: int) -> Estimate:
     floor = floors(type, device, n_past)
     layers = factor * (floor.encode - floor.host)
     rest = factor * (floor.memory - (floor.encode - floor.host))
-    issued = max(layers, CALIBRATOR * RTX_4090.issue / device.issue)
+    (attention,) = (p for p in encode_parts(type, n_past) if p.name == "attention")
+    issued = max(layers, CALIBRATOR * RTX_4090.issue / device.issue) + attention.operations / (device.half / 2)
     return Estimate(
         best=layers + rest + floor.host,
         worst=issued + rest + dense_signal(type).floor(device) + floor.launches + floor.host,
@@ -327,21 +383,33 @@ def tables(n_past: int) -> dict[str, str]:
     out["as built"] = markdown_table(
         ["device, file", "floor, ms", "as built, ms (estimate)", "tokens/s at 16 steps (estimate)", "measured"], rows
     )
-    host, rows = Host(), []
-    for device, type in ((RTX_4090, "q8_0"), (RTX_4070, "q4_k_m"), (RTX_4070, "q8_0")):
-        f = floors(type, device, n_past)
-        n_bytes, _ = experts_of(type, f.n_cpu_moe)
-        rows.append(
-            [
-                f"{device.name}, {type.upper()}",
-                f"{f.n_cpu_moe} of {N_LAYERS}",
-                f"{n_bytes / GB:.2f}",
-                *(ms(seconds) for seconds in (f.host, n_bytes / host.mapped, n_bytes / host.pinned)),
-            ]
-        )
-    out["experts away"] = markdown_table(
-        ["device, file", "layers", "GB", "computed on the host, ms", "copied, mapped, ms", "copied, pinned, ms"], rows
-    )
+    rows = [
+        [
+            f"{a.device.name}, {a.type.upper()}",
+            f"{a.n_layers} of {N_LAYERS}: {a.n_bytes / GB:.2f}",
+            f"{n_rows}",
+            *(ms(a.computed(host, n_rows)) for host in HOSTS),
+            ms(a.n_bytes / AVX2.mapped),
+            ms(a.n_bytes / AVX2.pinned),
+        ]
+        for a in every_away(n_past)
+        for n_rows in (CANVAS, CHUNK)
+    ]
+    columns = ["device, file", "layers: GB", "rows", *(f"computed, {host.name}, ms" for host in HOSTS)]
+    out["experts away"] = markdown_table([*columns, "copied, mapped, ms", "copied, pinned, ms"], rows)
+    rows = [
+        [
+            f"{a.device.name}, {a.type.upper()}",
+            host.name,
+            f"{n_prompt:,}",
+            *(f"{a.answer(host, n_prompt, rate):.1f}" for rate in (None, host.mapped, host.pinned)),
+        ]
+        for a in every_away(n_past)
+        for host in HOSTS
+        for n_prompt in PROMPTS
+    ]
+    columns = ["device, file", "host", "prompt, tokens", "computed, s", "prompt copied, mapped, s"]
+    out["answers"] = markdown_table([*columns, "prompt copied, pinned, s"], rows)
     return out
 
 

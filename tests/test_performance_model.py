@@ -56,3 +56,30 @@ def test_cards_are_known_by_the_drivers_name() -> None:
     assert {name: paper.card(name) for name in names} == names
     h200 = paper.card("NVIDIA H200")
     assert h200 is not None and h200.bandwidth > paper.H100.bandwidth
+
+
+def test_copying_experts_does_not_win_clearly() -> None:
+    """What docs/PERFORMANCE.md decides by: mapped pages lose everywhere, pinned memory gains a tenth of an answer to
+    1,024 tokens and up to 1.6 times behind 8,192."""
+    gains: dict[tuple[str, int], float] = {}
+    for away in paper.every_away(1024):
+        for host in paper.HOSTS:
+            assert away.n_bytes / host.mapped > away.computed(host, paper.CHUNK)
+            for n_prompt in paper.PROMPTS:
+                computed = away.answer(host, n_prompt, None)
+                assert computed < away.answer(host, n_prompt, host.mapped)
+                gain = computed / away.answer(host, n_prompt, host.pinned)
+                gains[host.name, n_prompt] = max(gain, gains.get((host.name, n_prompt), 0.0))
+    assert gains["AVX2", 1024] < 1.13 and gains["AVX-512 with VNNI", 1024] < 1.13
+    assert 1.55 < gains["AVX2", 8192] < 1.65
+    assert gains["AVX-512 with VNNI", 8192] < 1.35
+
+
+def test_an_estimate_is_above_its_floor() -> None:
+    """The published time, divided by the floor of the same work, is what the best case is made of."""
+    factor = paper.CALIBRATOR / sum(p.floor(paper.RTX_4090) for p in paper.encode_parts("q4_k_m", 1024))
+    assert factor == pytest.approx(2.3, abs=0.05)
+    for device in paper.DEVICES:
+        floor, built = paper.floors("q4_k_m", device, 1024), paper.estimate("q4_k_m", device, 1024)
+        assert built.best - floor.host == pytest.approx(factor * (floor.step - floor.host))
+        assert built.worst > built.best > floor.step
