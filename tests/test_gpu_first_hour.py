@@ -18,7 +18,8 @@ from typing import Any
 import gpu_first_hour
 import numpy as np
 import pytest
-from first_hour import candidates, cards, launches, machine, report, runner, stages
+import shapes
+from first_hour import candidates, cards, launches, machine, report, runner, stages, steps
 from first_hour.stages import STAGES, Context, Stage
 from packaging.requirements import Requirement
 
@@ -189,6 +190,24 @@ def test_candidates_by_mass_are_those_by_the_bound_or_fewer() -> None:
         assert steps[0]["most"] <= model.config.n_vocab
     assert steps[-1]["median"] < steps[0]["median"]
     assert all(step["median_by_mass"] <= step["median"] for step in steps)
+
+
+def test_steps_of_a_shape_are_timed(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each sampler that the place has, by part, and in tokens a second over all steps asked for; of fewer layers
+    than the shape has, and it says so."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    small = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "layer_types": kinds, "canvas_length": 32}
+    small |= {"num_hidden_layers": 3, "num_experts": 8, "moe_intermediate_size": 256}
+    monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["724m"] | small)
+    monkeypatch.setattr(steps, "PREFIX", 64)
+    monkeypatch.setattr(steps, "STEPS", 2)
+    steps.measure(context, "small", 2)
+    found = json.loads(stages.result_file(context.out, "").read_text())
+    assert (found["layers"], found["layers_of_shape"]) == (2, 3)
+    assert set(found["samplers"]) == {"host", "operators"}
+    assert all(sampler["step_s"] > 0 for sampler in found["samplers"].values())
+    assert found["samplers"]["host"]["parts_s"]["experts"] > 0
+    assert {n: tokens["steps"] for n, tokens in found["tokens"].items()} == {"12": [12], "16": [16], "24": [24]}
 
 
 RUNTIME = """
