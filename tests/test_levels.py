@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -58,11 +59,17 @@ TENSORS = (
 )
 
 
+@cache
+def tensors() -> dict[str, gguf.ReaderTensor]:
+    """Those of the demo model."""
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(demo_model_path()).tensors}
+
+
 def poison(path: Path, name: str, value: float) -> None:
     """Replaces the first number of a tensor, or the scale of its first block of 32, in a copy of the demo model."""
     path.unlink(missing_ok=True)
     shutil.copyfile(demo_model_path(), path)
-    (tensor,) = (tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+    tensor = tensors()[name]
     is_float = tensor.tensor_type == gguf.GGMLQuantizationType.F32
     assert is_float or tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0
     with path.open("r+b") as file:

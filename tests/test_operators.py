@@ -6,6 +6,8 @@ ggml's operators serve devices and are what the own ones must agree with; parity
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,25 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.SHAPES, "small", SMALL)
 
 
-def write(folder: Path, kind: str) -> Path:
-    path = folder / f"{kind}.gguf"
-    shapes.write(path, "small", type=kind)
-    return path
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """net(kind) -> a file of this type; net("exact KIND") -> gguf-py's values of that file, in float32."""
+    folder = tmp_path_factory.mktemp("nets")
+
+    @cache
+    def write(kind: str) -> Path:
+        path = folder / f"{kind}.gguf"
+        if kind.startswith("exact "):
+            source = write(kind.removeprefix("exact "))
+            tensors = {
+                t.name: dequantize(t.data, t.tensor_type).reshape(t.shape[::-1]) for t in GGUFReader(source).tensors
+            }
+            rewrite(source, path, tensors=tensors)
+        else:
+            shapes.write(path, "small", type=kind)
+        return path
+
+    return write
 
 
 def ids(n: int, first: int = 0) -> npt.NDArray[np.int32]:
@@ -80,10 +97,10 @@ def two_passes(session: Session, n_rows: int = C) -> Rows:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("n_batch", [7, 512])
-def test_float32_agrees_with_ggml(tmp_path: Path, level: str, n_batch: int) -> None:
+def test_float32_agrees_with_ggml(net: Callable[[str], Path], level: str, n_batch: int) -> None:
     """Weights and cache in float32: what is left are orders of sums."""
     with (
-        DiffusionModel(write(tmp_path, "f32"), cpu=level, n_threads=1, type_kv="f32", n_batch=n_batch) as model,
+        DiffusionModel(net("f32"), cpu=level, n_threads=1, type_kv="f32", n_batch=n_batch) as model,
         model.session() as own,
         model.session(ggml_operators=True) as ggml,
     ):
@@ -91,10 +108,10 @@ def test_float32_agrees_with_ggml(tmp_path: Path, level: str, n_batch: int) -> N
 
 
 @pytest.mark.parametrize(("type_kv", "bound"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 3e-2)])
-def test_a_cache_of_any_type_is_read_as_it_is(tmp_path: Path, type_kv: str, bound: float) -> None:
+def test_a_cache_of_any_type_is_read_as_it_is(net: Callable[[str], Path], type_kv: str, bound: float) -> None:
     """Against a float32 cache: the type's rounding of keys and values, in most rows (a few choose another expert for
     it), and no more of it than with ggml's operators, which round the queries too."""
-    path = write(tmp_path, "f32")
+    path = net("f32")
     with DiffusionModel(path, n_threads=1, type_kv="f32") as model, model.session() as session:
         exact = two_passes(session)
     with (
@@ -111,23 +128,17 @@ def test_a_cache_of_any_type_is_read_as_it_is(tmp_path: Path, type_kv: str, boun
     [(level, kind) for level in LEVELS for kind in (*QUANTIZED, "f16")]
     + [(LEVELS[-1], kind) for kind in ("bf16", "iq4_nl", "q4_1", "q3_k")],
 )
-def test_quantized_weights_are_those_of_the_file(tmp_path: Path, level: str, kind: str) -> None:
+def test_quantized_weights_are_those_of_the_file(net: Callable[[str], Path], level: str, kind: str) -> None:
     """Against gguf-py's values of the same file. Products in float32 leave orders of sums; those in integers round
     activations to 8 bits, which costs at most what it costs ggml, and less than a misread scale or nibble would: a
     percent or two in most rows (a few choose another expert for it)."""
-    path = write(tmp_path, kind)
-    values = {
-        tensor.name: dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
-        for tensor in GGUFReader(path).tensors
-    }
-    rewrite(path, tmp_path / "exact.gguf", tensors=values)
     with (
-        DiffusionModel(tmp_path / "exact.gguf", cpu=level, n_threads=1, type_kv="f32") as model,
+        DiffusionModel(net(f"exact {kind}"), cpu=level, n_threads=1, type_kv="f32") as model,
         model.session() as session,
     ):
         exact = two_passes(session)
     with (
-        DiffusionModel(path, cpu=level, n_threads=1, type_kv="f32") as model,
+        DiffusionModel(net(kind), cpu=level, n_threads=1, type_kv="f32") as model,
         model.session() as own,
         model.session(ggml_operators=True) as ggml,
     ):
@@ -139,21 +150,21 @@ def test_quantized_weights_are_those_of_the_file(tmp_path: Path, level: str, kin
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ("f32", "q4_k", "q6_k"))
-def test_threads_change_no_bit(tmp_path: Path, level: str, kind: str) -> None:
+def test_threads_change_no_bit(net: Callable[[str], Path], level: str, kind: str) -> None:
     """Which thread takes which rows, experts and heads is chance; what comes out is not."""
     results = []
     for n_threads in (1, 2, 3):
-        with DiffusionModel(write(tmp_path, kind), cpu=level, n_threads=n_threads) as model, model.session() as session:
+        with DiffusionModel(net(kind), cpu=level, n_threads=n_threads) as model, model.session() as session:
             results.append(two_passes(session))
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ("f32", "q8_0", "q4_k"))
-def test_a_row_has_the_same_bits_among_any_number_of_rows(tmp_path: Path, level: str, kind: str) -> None:
+def test_a_row_has_the_same_bits_among_any_number_of_rows(net: Callable[[str], Path], level: str, kind: str) -> None:
     """Texts scored side by side and alone, one token and many: products, experts and attention give a row what it has
     alone."""
-    with DiffusionModel(write(tmp_path, kind), cpu=level, n_threads=1) as model, model.session(n_rows=4 * C) as session:
+    with DiffusionModel(net(kind), cpu=level, n_threads=1) as model, model.session(n_rows=4 * C) as session:
         session.encode(ids(40))
         texts = [ids(n, 100 + n) for n in (1, 2, 13, 33, C)]
         together = session.score(texts)
@@ -161,13 +172,13 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(tmp_path: Path, level:
             assert np.array_equal(session.score([text])[0], logprob)
 
 
-def test_a_prompt_in_chunks_gives_the_same_canvas(tmp_path: Path) -> None:
+def test_a_prompt_in_chunks_gives_the_same_canvas(net: Callable[[str], Path]) -> None:
     """Chunks of 5, 16 and all. A sliding layer's ring is as long as the chunk wants it, so its blocks of keys begin
     elsewhere: orders of sums."""
     results = []
     for n_batch in (5, 16, 512):
         with (
-            DiffusionModel(write(tmp_path, "f32"), n_threads=1, type_kv="f32", n_batch=n_batch) as model,
+            DiffusionModel(net("f32"), n_threads=1, type_kv="f32", n_batch=n_batch) as model,
             model.session() as session,
         ):
             session.encode(ids(61))
@@ -188,12 +199,12 @@ def signal_rows(rng: np.random.Generator) -> Rows:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ("f32", "q8_0"))
-def test_the_signal_is_that_of_the_whole_vocabulary(tmp_path: Path, level: str, kind: str) -> None:
+def test_the_signal_is_that_of_the_whole_vocabulary(net: Callable[[str], Path], level: str, kind: str) -> None:
     """Gathered and dense rows side by side against the product with the whole embedding. The signal's error is bounded
     by 1e-6; the net behind it adds its own rounding (5e-6 here in float32, as in the first test)."""
     signal = signal_rows(np.random.default_rng(4))
     with (
-        DiffusionModel(write(tmp_path, "f32"), cpu=level, n_threads=2, type_kv="f32") as model,
+        DiffusionModel(net("f32"), cpu=level, n_threads=2, type_kv="f32") as model,
         model.session() as own,
         model.session(ggml_operators=True) as ggml,
     ):
@@ -206,10 +217,10 @@ def test_the_signal_is_that_of_the_whole_vocabulary(tmp_path: Path, level: str, 
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_many_rows_of_one_expert_and_none_of_another(tmp_path: Path, level: str) -> None:
+def test_many_rows_of_one_expert_and_none_of_another(net: Callable[[str], Path], level: str) -> None:
     """The same id everywhere: all rows go to the same experts, and the others get none."""
     with (
-        DiffusionModel(write(tmp_path, "f32"), cpu=level, n_threads=2, type_kv="f32", n_batch=300) as model,
+        DiffusionModel(net("f32"), cpu=level, n_threads=2, type_kv="f32", n_batch=300) as model,
         model.session() as own,
         model.session(ggml_operators=True) as ggml,
     ):
@@ -220,9 +231,9 @@ def test_many_rows_of_one_expert_and_none_of_another(tmp_path: Path, level: str)
         assert worst(results[0], results[1]) < 5e-6
 
 
-def test_timings_cover_a_step(tmp_path: Path) -> None:
+def test_timings_cover_a_step(net: Callable[[str], Path]) -> None:
     """Every part of a step takes time, and nothing is counted when it is off."""
-    with DiffusionModel(write(tmp_path, "q4_k"), n_threads=1) as model, model.session() as session:
+    with DiffusionModel(net("q4_k"), n_threads=1) as model, model.session() as session:
         session.encode(ids(20))
         assert not any(vars(session.timings).values())
         session.profile()
@@ -232,17 +243,17 @@ def test_timings_cover_a_step(tmp_path: Path) -> None:
         assert not any(vars(session.timings).values())
 
 
-def test_kernels_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_are_named(net: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     """`verbose` says what products are computed in, for which types."""
-    with DiffusionModel(write(tmp_path, "q4_k"), verbose=True) as model:
+    with DiffusionModel(net("q4_k"), verbose=True) as model:
         kernels = {tensor.kernel for tensor in model.tensors()}
     assert kernels <= {"8-bit integers", "float32", "ggml"}
     assert "of Q4_K" in capsys.readouterr().err
 
 
-def test_canvases_side_by_side_have_the_bits_they_have_alone(tmp_path: Path) -> None:
+def test_canvases_side_by_side_have_the_bits_they_have_alone(net: Callable[[str], Path]) -> None:
     """Rows of several canvases share experts and tiles; two steps, with self-conditioning."""
-    with DiffusionModel(write(tmp_path, "q4_k"), n_threads=2) as model, model.session(n_rows=4 * C) as session:
+    with DiffusionModel(net("q4_k"), n_threads=2) as model, model.session(n_rows=4 * C) as session:
         session.encode(ids(30))
         specs = [CanvasSpec(n_rows=n, seed=n) for n in (1, 11, C)]
 
