@@ -31,7 +31,7 @@ def is_adapter_folder(path: Path) -> bool:
 
 
 def is_adapter_source(path: Path) -> bool:
-    """Whether a path is an adapter of either form. What cannot be read as a GGUF is none: its reader says more."""
+    """Whether a path is an adapter of either form. What cannot be read as a GGUF is not: the reader says more."""
     if path.is_dir():
         return is_adapter_folder(path)
     try:
@@ -58,7 +58,7 @@ def read_adapter(path: Path, *, name: str | None = None, base: BaseShape | None 
 
 
 def base_shape(head: GGUFHead) -> BaseShape:
-    """What of a model's file tells the experts' factors apart."""
+    """The figures of a model's file by which the factors of its experts are told apart."""
     down = head.tensors.get("blk.0.ffn_down_exps.weight")
     if down is None or len(down.shape) != 3:
         return BaseShape()

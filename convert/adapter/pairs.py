@@ -61,7 +61,7 @@ class Pair:
 
     @property
     def has_region(self) -> bool:
-        """Whether the mode can be told in its name: self-conditioning is the decoder's, the head is where logits
+        """Whether a target's name takes a region: self-conditioning is the decoder's, the head is where logits
         are."""
         return self.target.startswith("blk.")
 
@@ -72,7 +72,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was read of one adapter. `pairs`: those that act, in the file's order. `base`: the name of the model that it
+    """One adapter as it was read. `pairs`: those that act, in the file's order. `base`: the name of the model that it
     was trained on, where that is known. `n_zero`: pairs left out because B is zero. `notes`: what else was left out."""
 
     name: str
@@ -90,7 +90,7 @@ class Adapter:
 
 
 def kind_of(target: str) -> str | None:
-    """The class of a target; None for what is no target."""
+    """The class of a target; None for any other name."""
     layer = _LAYER.fullmatch(target)
     return LAYER_TARGETS.get(layer[2]) if layer else GLOBAL_TARGETS.get(target)
 
@@ -153,7 +153,7 @@ def same(x: Pair, y: Pair) -> bool:
 
 
 def with_region(adapter: Adapter, region: str) -> Adapter:
-    """The same with what its layers' pairs act in overridden. ValueError for an adapter of two regions."""
+    """The adapter with its layers' pairs acting in this region instead. ValueError for an adapter of two regions."""
     if region not in REGIONS:
         raise ValueError(f"region is {region!r}: it must be one of {', '.join(REGIONS)}")
     if len(adapter.regions) > 1:

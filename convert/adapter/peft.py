@@ -71,7 +71,7 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
 
 @dataclass(frozen=True)
 class BaseShape:
-    """What the fused experts' factors are told apart by; None where no base is at hand."""
+    """The base's figures that tell the factors of fused experts apart; None where the base is not known."""
 
     hidden: int | None = None
     expert_ffn: int | None = None
@@ -137,7 +137,7 @@ def read_peft(folder: Path, name: str, base: BaseShape | None = None) -> Adapter
     """Reads and checks the adapter in `folder`; messages begin with `name`.
 
     OSError for files that cannot be read, ModelFormatError for what is broken or belongs to another model,
-    UnsupportedError for what is no plain LoRA.
+    UnsupportedError for anything but plain LoRA.
     """
     path = folder / WEIGHTS
     if not path.is_file():
@@ -157,7 +157,7 @@ def read_peft(folder: Path, name: str, base: BaseShape | None = None) -> Adapter
 
 
 def explain_missing(folder: Path, name: str) -> None:
-    """Raises what there is in place of the weights."""
+    """Raises an error that says what is there instead of the weights."""
     if (folder / "adapter_model.bin").is_file():
         raise UnsupportedError(f"{name}: adapter_model.bin is a pickle: save it with safe_serialization=True")
     if (folder / "adapters.safetensors").is_file():

@@ -1,4 +1,4 @@
-"""What an adapter is: regions, modules, ranks, scales, bytes, and what of it does not fit a model."""
+"""What an adapter is: regions, modules, ranks, scales, bytes, and the pairs that do not fit a model."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class AdapterReport:
 
 
 def inspect_adapter(path: str | Path, *, base: str | Path | None = None) -> AdapterReport:
-    """Reads the adapter at `path`, a PEFT folder or a GGUF file, and reports on it. `base`: a model's GGUF; what of
-    the adapter does not fit it is an error among the findings. Raises what `read_adapter` raises."""
+    """Reads the adapter at `path`, a PEFT folder or a GGUF file, and reports on it. `base`: a model's GGUF; pairs
+    that do not fit it are errors among the findings. Raises what `read_adapter` raises."""
     path = Path(path)
     head = None if base is None else read_head(Path(base))
     adapter = read_adapter(path, base=None if head is None else base_shape(head))
@@ -111,7 +111,7 @@ def stored_bytes(pair: Pair) -> int:
 
 
 def misfits(adapter: Adapter, base: GGUFHead) -> list[str]:
-    """What of the adapter does not fit a model's file, one line each, in the words of the engine, which refuses the
+    """A line for each pair that does not fit a model's file, in the words of the engine, which refuses the
     first of them."""
     found = []
     for pair in adapter.pairs:

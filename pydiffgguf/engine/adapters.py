@@ -166,7 +166,7 @@ class Adapters(Mapping[str, Adapter]):
     def choose(self, lora: Mapping[str, float] | None = None) -> Chosen:
         """What a call runs. None: all that are loaded, each at its own scale; else what is named, and nothing else.
 
-        Raises TypeError for what is no mapping, ValueError for an unknown name or a scale that is not finite.
+        Raises TypeError for anything but a mapping, ValueError for an unknown name or a scale that is not finite.
         """
         if lora is not None and not isinstance(lora, Mapping):
             raise TypeError(f"lora must be a dict of names and scales, but is {lora!r:.60}")

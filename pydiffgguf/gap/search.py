@@ -103,7 +103,7 @@ class Draft:
 
 @dataclass
 class SearchStats:
-    """What a hole cost. `candidates`: lengths (and forms of the joint) that were tried. `forwards`: denoise passes,
+    """The cost of a hole. `candidates`: lengths (and forms of the joint) that were tried. `forwards`: denoise passes,
     each over all candidates at a time. `rows`: rows in all of them. `denoise_s`, `score_s`: seconds. `out_of_time`: the
     deadline came before the end."""
 

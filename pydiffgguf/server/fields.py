@@ -106,7 +106,7 @@ class Fields:
         return [text for text in texts if text]
 
     def not_offered(self, *names: str) -> None:
-        """Raises for a field that would change what is promised; false, zero and empty ones promise nothing."""
+        """Raises for a field that would change what the answer means, unless it is false, zero or empty."""
         for name in names:
             if self.take(name):
                 raise self.refuse(name, f"{self._where}{name} is not offered")

@@ -41,7 +41,7 @@ class Service:
     """Shared by all requests.
 
     Args:
-        settings: what the server was told.
+        settings: the server's.
         on_failure: called, on the event loop, when a device was lost: nothing can be answered from then on.
     """
 
@@ -92,7 +92,7 @@ class Service:
     # --------------------------------------------------------------------------------------------------------- bodies
 
     async def fields(self, request: Request) -> Fields:
-        """A request's body as fields. Raises ApiError for one that is none."""
+        """A request's body as fields. Raises ApiError for any other body."""
         raw = await read_body(request.scope, request.receive, self.settings)
         body = parse(raw) if len(raw) < LARGE else await self.text(parse, raw)
         return Fields(body)

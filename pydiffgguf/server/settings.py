@@ -1,4 +1,4 @@
-"""What the server was told at its start."""
+"""The settings that a server starts with."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Settings:
 
 
 def digest(key: str | bytes) -> bytes:
-    """What is kept, and compared, in place of an API key: bytes, as comparing in constant time takes no other text."""
+    """What is kept of an API key, and compared: bytes, because comparing in constant time takes only ASCII text."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key).digest()
 
 

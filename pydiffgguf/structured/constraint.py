@@ -1,4 +1,4 @@
-"""What an answer must be: a request's schema, regular expression, grammar or choices, checked and compiled."""
+"""Constraints on an answer: a request's schema, regular expression, grammar or choices, checked and compiled."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Constraint:
 
 
 def read_constraint(options: Mapping[str, Any]) -> Constraint | None:
-    """What the options ask for; None where they ask for nothing.
+    """The constraint that the options ask for, or None.
 
     Raises TypeError and ValueError for a wrong or a second one; UnsupportedError, with its name, for a keyword of a
     schema that cannot be enforced.
@@ -123,7 +123,7 @@ def _format(form: object) -> Constraint:
 
 
 def check_schema(path: str, schema: Any) -> None:
-    """Raises UnsupportedError for a keyword that cannot be enforced, TypeError for what is no schema."""
+    """Raises UnsupportedError for a keyword that cannot be enforced, TypeError for anything but a schema."""
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
@@ -183,7 +183,7 @@ class Grammar:
 
     def nearest(self, text: str, most: int) -> str:
         """The text, if the constraint takes it; else its longest head that can be ended, with its ending, of at most
-        `most` tokens. Raises ValueError where nothing is so short, UnsupportedError where no ending is known."""
+        `most` tokens. Raises ValueError where no text is that short, UnsupportedError where no ending is known."""
         if self.accepts(text):
             return text
         data = list(text.encode())
