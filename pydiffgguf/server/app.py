@@ -17,6 +17,7 @@ from pydiffgguf.server.endpoints.openai import OpenAI
 from pydiffgguf.server.endpoints.systemone import SystemOne
 from pydiffgguf.server.errors import ApiError, worded
 from pydiffgguf.server.guard import Disconnected, Guard, note_of
+from pydiffgguf.server.openapi import description
 from pydiffgguf.server.page import page_routes
 from pydiffgguf.server.service import Service, Superseded, reply
 
@@ -35,6 +36,13 @@ def make_app(service: Service) -> Guard:
     openai = OpenAI(service)
     native = Native(service)
     systemone = SystemOne(service)
+
+    async def _describe(request: Request) -> Response:
+        """This description."""
+        service.check_loaded()
+        offered = [(method, path, _first_line(what)) for method, path, what in table if what is not _not_offered]
+        return reply(description(service, offered))
+
     table: list[tuple[str, str, Endpoint]] = [
         ("GET", "/health", looking.health),
         ("GET", "/v1/health", looking.health),
@@ -42,6 +50,7 @@ def make_app(service: Service) -> Guard:
         ("GET", "/models", looking.models),
         ("GET", "/v1/models/{name:path}", looking.model),
         ("GET", "/props", looking.props),
+        ("GET", "/openapi.json", _describe),
         ("GET", "/lora-adapters", looking.adapters),
         ("POST", "/lora-adapters", looking.set_adapters),
         ("POST", "/tokenize", looking.tokenize),
@@ -78,6 +87,10 @@ def make_app(service: Service) -> Guard:
     )
     app.router.redirect_slashes = False
     return Guard(app, service.settings, service.metrics)
+
+
+def _first_line(endpoint: Endpoint) -> str:
+    return (endpoint.__doc__ or "").partition("\n")[0]
 
 
 def _route(path: str, by_method: dict[str, Endpoint]) -> Route:

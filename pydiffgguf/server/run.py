@@ -9,9 +9,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -158,6 +158,16 @@ class Serving:
         if self._failure is not None:
             raise self._failure
         return self._code
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """Those that listen."""
+        return self._sockets
+
+    @property
+    def connections(self) -> Collection[Any]:
+        """The open ones."""
+        return self._server.server_state.connections
 
     def stop(self) -> None:
         """From any thread: takes no more requests, answers those that run, and ends `run`."""

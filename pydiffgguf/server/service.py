@@ -226,10 +226,7 @@ class EventStream(Response):
         settings = self._service.settings
 
         async def write(part: bytes, more: bool = True) -> None:
-            # A reader that takes nothing for so long has gone, or means harm.
-            await asyncio.wait_for(
-                send({"type": "http.response.body", "body": part, "more_body": more}), settings.arrival
-            )
+            await send({"type": "http.response.body", "body": part, "more_body": more})
 
         async def items() -> AsyncIterator[Any]:
             while True:
@@ -250,9 +247,6 @@ class EventStream(Response):
                     await write(part if isinstance(part, bytes) else event(part))
             except Disconnected:
                 note_of(scope).ended = "client left"
-            except asyncio.TimeoutError:
-                note_of(scope).ended = "client does not read"
-                raise Disconnected from None
             except Superseded:
                 await write(event({"superseded": True, "stop": True, "stop_type": "none"}))
             except Exception as error:

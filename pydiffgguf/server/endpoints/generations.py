@@ -6,23 +6,28 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydiffgguf.server.endpoints.looking import lora_options
 from pydiffgguf.server.errors import ApiError
 from pydiffgguf.server.fields import Fields
-from pydiffgguf.server.settings import Settings
-
-if TYPE_CHECKING:
-    from pydiffgguf import DiffusionModel
+from pydiffgguf.server.service import Service
 
 __all__ = ["MAX_STOP", "MAX_STOPS", "Diffusion", "How", "Series", "seed_of"]
 
 MAX_STOPS, MAX_STOP = 32, 256
 MAX_GENERATIONS = 8
-SAMPLING = (
-    "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold", "max_steps",
-)  # fmt: skip
+FRAMES = (None, False, True, "tokens")
+#: Options of the Python interface, which checks them.
+SAMPLING = {
+    "steps": "integer",
+    "t_min": "number",
+    "t_max": "number",
+    "entropy_bound": "number",
+    "stability_threshold": "integer",
+    "confidence_threshold": "number",
+    "max_steps": "integer",
+}
 
 
 @dataclass(frozen=True)
@@ -36,26 +41,25 @@ class Diffusion:
     extra: dict[str, Any]
 
     @classmethod
-    def read(cls, fields: Fields, time_limit: float, *extra: str) -> Diffusion:
-        """Args: `extra`: further keys that are allowed, handed on as they are."""
-        given = Fields(fields.object("diffusion") or {}, "diffusion.")
-        frames = given.take("frames")
-        if frames not in (None, False, True, "tokens"):
+    def read(
+        cls, fields: Fields, time_limit: float, extra: Callable[[Fields], dict[str, Any]] | None = None
+    ) -> Diffusion:
+        """Args: `extra`: reads further keys."""
+        given = fields.inside("diffusion")
+        frames = given.take("frames", enum=[*FRAMES])
+        if frames not in FRAMES or isinstance(frames, int) != isinstance(frames, bool):
             raise given.wrong("frames", 'false, true or "tokens"', frames)
-        limit = given.number("time_limit_s")
-        if limit is not None and not limit > 0:
+        limit = given.number("time_limit_s", low=0)
+        if limit == 0:
             raise given.wrong("time_limit_s", "above 0", limit)
-        sampling = {name: given.take(name) for name in SAMPLING if name in given}
-        others = {name: given.take(name) for name in extra if name in given}
-        unknown = given.rest(strict=False)
-        if unknown:
-            names = ", ".join(("frames", *SAMPLING, "time_limit_s", *extra))
-            raise ApiError(400, f"diffusion has an unknown key; there are {names}", param="diffusion")
+        sampling = {name: given.take(name, type=kind) for name, kind in SAMPLING.items()}
+        others = {} if extra is None else extra(given)
+        given.no_more()
         return cls(
             "tokens" if frames == "tokens" else "text" if frames else None,
-            sampling,
+            {name: value for name, value in sampling.items() if value is not None},
             time_limit if limit is None else min(limit, time_limit),
-            others,
+            {name: value for name, value in others.items() if value is not None},
         )
 
 
@@ -89,17 +93,16 @@ class How:
     diffusion: Diffusion
 
     @classmethod
-    def read(
-        cls, fields: Fields, settings: Settings, model: DiffusionModel, limits: Sequence[str], default: int
-    ) -> How:
+    def read(cls, fields: Fields, service: Service, limits: Sequence[str], default: int) -> How:
         """Args: `limits`: names of the field that says how long the answer may be, the first present one counts."""
+        settings = service.settings
         longest: int | None = None
         for name in limits:
             value = fields.integer(name, -1, 2**31 - 1)
             if value == 0 and name != "n_predict":
                 raise fields.wrong(name, "at least 1, or -1", value)
             longest = value if longest is None else longest
-        options = Fields(fields.object("stream_options") or {}, "stream_options.")
+        options = fields.inside("stream_options")
         return cls(
             max_tokens=min(default if longest in (None, -1, 0) else longest, settings.max_tokens),
             warm_up=longest == 0,
@@ -109,7 +112,7 @@ class How:
             stream=fields.boolean("stream"),
             include_usage=options.boolean("include_usage"),
             constraint=_constraint(fields),
-            lora=lora_options(fields, model),
+            lora=lora_options(fields, service.model),
             diffusion=Diffusion.read(fields, settings.time_limit),
         )
 

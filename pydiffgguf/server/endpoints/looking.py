@@ -9,17 +9,28 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pydiffgguf.server.errors import ApiError
-from pydiffgguf.server.fields import Fields
+from pydiffgguf.server.fields import Fields, described
 from pydiffgguf.server.service import Service, reply
 
 if TYPE_CHECKING:
     from pydiffgguf import DiffusionModel
 
-__all__ = ["MAX_IDS", "Looking", "chat_options", "check_ids", "lora_options", "messages_of"]
+__all__ = [
+    "IDS",
+    "MAX_IDS",
+    "SCALE",
+    "Looking",
+    "check_ids",
+    "lora_options",
+    "read_detokenize",
+    "read_template",
+    "read_tokenize",
+]
 
 MAX_IDS = 2**20
+#: A list of token ids.
+IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "maxItems": MAX_IDS}
 MAX_MESSAGES = 4096
-MAX_SCALE = 1e30
 
 
 class Looking:
@@ -29,6 +40,7 @@ class Looking:
         self._service = service
 
     async def health(self, request: Request) -> Response:
+        """Whether the model is loaded."""
         self._service.check_loaded()
         return reply({"status": "ok"})
 
@@ -42,6 +54,7 @@ class Looking:
         return reply({"object": "list", "data": entries, "models": described})
 
     async def model(self, request: Request) -> Response:
+        """One model."""
         name = request.path_params["name"]
         if name not in self._service.settings.aliases:
             raise ApiError(404, "there is no such model; /v1/models lists those that are", param="model")
@@ -65,6 +78,7 @@ class Looking:
         }
 
     async def props(self, request: Request) -> Response:
+        """What the model and its sampler are."""
         model, settings = self._service.model, self._service.settings
         template = model.chat_template or ""
         tokenizer = model.tokenizer
@@ -119,6 +133,7 @@ class Looking:
         return reply({"success": True})
 
     async def metrics(self, request: Request) -> Response:
+        """Counts, for Prometheus."""
         engine = self._service.engine
         text = self._service.metrics.text(
             waiting=engine.waiting, running=engine.running, cancelled=engine.cancelled, superseded=engine.superseded
@@ -128,13 +143,10 @@ class Looking:
     # --------------------------------------------------------------------------------------------------------- tokens
 
     async def tokenize(self, request: Request) -> Response:
+        """The ids of a text."""
         fields = await self._service.fields(request)
         model = self._service.model
-        content = fields.string("content")
-        if content is None:
-            raise fields.refuse("content", '"content" is required')
-        bos, special = fields.boolean("add_special"), fields.boolean("parse_special", True)
-        pieces = fields.boolean("with_pieces")
+        content, bos, special, pieces = read_tokenize(fields, self._service)
         headers = self._service.headers(fields)
 
         def work() -> list[Any]:
@@ -144,11 +156,10 @@ class Looking:
         return reply({"tokens": await self._service.text(work)}, headers)
 
     async def detokenize(self, request: Request) -> Response:
+        """The text of ids."""
         fields = await self._service.fields(request)
         model = self._service.model
-        ids = token_ids(fields, "tokens", model.config.n_vocab)
-        if ids is None:
-            raise fields.refuse("tokens", '"tokens" is required')
+        ids = read_detokenize(fields, self._service)
         headers = self._service.headers(fields)
         return reply({"content": await self._service.text(model.detokenize, ids)}, headers)
 
@@ -156,8 +167,7 @@ class Looking:
         """The prompt that a conversation becomes, as text."""
         fields = await self._service.fields(request)
         model = self._service.model
-        options = chat_options(fields)
-        messages = messages_of(fields)
+        messages, options = read_template(fields, self._service)
         headers = self._service.headers(fields)
 
         def work() -> str:
@@ -166,66 +176,87 @@ class Looking:
         return reply({"prompt": await self._service.text(work)}, headers)
 
 
+def read_tokenize(fields: Fields, service: Service) -> tuple[str, bool, bool, bool]:
+    """The text; whether a beginning is put before it, markers are read, pieces are wanted."""
+    fields.need("content")
+    return (
+        fields.string("content") or "",
+        fields.boolean("add_special"),
+        fields.boolean("parse_special", True),
+        fields.boolean("with_pieces"),
+    )
+
+
+def read_detokenize(fields: Fields, service: Service) -> list[int]:
+    """Token ids."""
+    fields.need("tokens")
+    ids: list[int] = fields.items("tokens", 0, MAX_IDS, of=IDS["items"])
+    check_ids(fields, "tokens", ids, service.model.config.n_vocab)
+    return ids
+
+
+def read_template(fields: Fields, service: Service) -> tuple[list[Any], dict[str, Any]]:
+    """A conversation, and the options that its prompt depends on."""
+    options = chat_options(fields)
+    return messages_of(fields), options
+
+
 def scales_of(items: list[Any], n: int) -> dict[int, float]:
     """Scales by an adapter's number, of ``[{"id":0,"scale":0.5}]``."""
     scales: dict[int, float] = {}
     for i, item in enumerate(items):
-        given = Fields(item if isinstance(item, dict) else {}, f"[{i}].")
-        number, scale = given.integer("id", 0, 2**31), given.number("scale")
-        if number is None or scale is None:
-            raise given.wrong("id", 'beside a "scale"', item)
+        where = f"[{i}]."
+        number, scale = scale_of(Fields(item if isinstance(item, dict) else {}, where))
         if number >= n:
             raise ApiError(400, f"no LoRA adapter with id {number}", param="id")
-        if abs(scale) > MAX_SCALE:
-            raise given.wrong("scale", f"at most {MAX_SCALE:g} in size", scale)
-        scales[number] = float(scale)
+        scales[number] = scale
     return scales
+
+
+def scale_of(fields: Fields) -> tuple[int, float]:
+    """One of them: the adapter's number, and its scale."""
+    fields.need("id", "scale")
+    number, scale = fields.integer("id", 0, 2**31), fields.number("scale")
+    assert number is not None and scale is not None
+    return number, float(scale)
+
+
+#: What `scale_of` reads.
+SCALE = described(scale_of, {"id": 0, "scale": 1.0})
 
 
 def lora_options(fields: Fields, model: DiffusionModel) -> dict[str, Any]:
     """The adapters of one request, which other adapters do not act on; nothing where it does not say, or the model has
     none: editors send the field to whatever answers."""
     names = list(model.adapters)
-    if not names or "lora" not in fields:
+    if not names:
         return {}
-    scales = scales_of(fields.items("lora") or [], len(names))
-    return {"lora": {names[i]: scale for i, scale in scales.items()}}
+    items = fields.items("lora", of=SCALE)
+    if items is None:
+        return {}
+    return {"lora": {names[i]: scale for i, scale in scales_of(items, len(names)).items()}}
 
 
 def messages_of(fields: Fields) -> list[Any]:
     """A conversation, whose messages are looked at where they become a prompt."""
-    messages = fields.items("messages")
-    if messages is None:
-        raise fields.refuse("messages", '"messages" is required')
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise fields.wrong("messages", f"a list of 1 to {MAX_MESSAGES} messages", f"{len(messages)} messages")
+    fields.need("messages")
+    messages: list[Any] = fields.items("messages", 1, MAX_MESSAGES, of={"type": "object"})
     return messages
 
 
 def chat_options(fields: Fields) -> dict[str, Any]:
     """The options that a conversation's prompt depends on: thoughts and tools."""
-    given = Fields(fields.object("chat_template_kwargs") or {}, "chat_template_kwargs.")
+    given = fields.inside("chat_template_kwargs")
     effort = fields.string("reasoning_effort")
     thinking = given.boolean("enable_thinking") or effort not in (None, "none", "minimal")
     options: dict[str, Any] = {"thinking": thinking}
-    tools = fields.items("tools")
+    tools = fields.items("tools", of={"type": "object"})
     choice = fields.take("tool_choice")
     if tools:
         options["tools"] = tools
         if choice is not None:
             options["tool_choice"] = choice
     return options
-
-
-def token_ids(fields: Fields, name: str, n_vocab: int) -> list[int] | None:
-    """A list of token ids; None without the field."""
-    ids = fields.items(name)
-    if ids is None:
-        return None
-    if len(ids) > MAX_IDS:
-        raise fields.wrong(name, f"at most {MAX_IDS} ids", f"{len(ids)} ids")
-    check_ids(fields, name, ids, n_vocab)
-    return ids
 
 
 def check_ids(fields: Fields, name: str, ids: list[Any], n_vocab: int) -> None:

@@ -22,7 +22,7 @@ from pydiffgguf.server.engine import Job, Kind, Mailbox
 from pydiffgguf.server.fields import Fields
 from pydiffgguf.server.service import EventStream, Service, client_of, count, reply
 
-__all__ = ["Native"]
+__all__ = ["Native", "read_infill", "read_native"]
 
 
 class Native:
@@ -32,34 +32,13 @@ class Native:
         self._service = service
 
     async def infill(self, request: Request) -> Response:
+        """Text between two sides, as editors ask for it."""
         service = self._service
-        settings = service.settings
         service.check_loaded()
         fields = await service.fields(request)
-        fields.take("model")
-        sides = {name: fields.string(name) for name in ("input_prefix", "input_suffix")}
-        for name, text in sides.items():
-            if text is None:
-                raise fields.refuse(name, f'"{name}" is required')
-        prefix, suffix = str(sides["input_prefix"]), str(sides["input_suffix"])
-        # llama-server puts the line before the cursor behind the prefix, whatever its manual says.
-        prefix += fields.string("prompt") or ""
-        form = _Form.read(service, fields)
-        n_predict = fields.integer("n_predict", -1, 2**31 - 1)
-        asked = Asked(
-            gap=fim.Gap(prefix, suffix, _extra(fields)),
-            max_gap=min(DEFAULT_GAP if n_predict in (None, -1, 0) else n_predict, settings.infill_max),
-            n=_candidates(fields),
-            seed=seed_of(fields, default=0),
-            stop=fields.strings("stop", MAX_STOPS, MAX_STOP),
-            n_indent=fields.integer("n_indent", 0, 2**16) or 0,
-            ends=suffix.count("\n") < CUT_SUFFIX,
-            diffusion=Diffusion.read(fields, settings.infill_time_limit, "mode", "heal", "min_gap"),
-            lora=lora_options(fields, service.model),
-        )
-        stream = fields.boolean("stream")
+        asked, form, stream, warm_up = read_infill(fields, service)
         headers = service.headers(fields)
-        if n_predict == 0:
+        if warm_up:
             return await self._warm_up(request, asked, form, headers)
         return await self._fill(request, asked, form, stream, headers, supersedes=True)
 
@@ -69,19 +48,12 @@ class Native:
         service = self._service
         model, settings = service.model, service.settings
         fields = await service.fields(request)
-        fields.take("model")
-        prompts = prompts_of(fields, model.config.n_vocab)
-        if len(prompts) != 1:
-            raise fields.refuse("prompt", "prompt: one at a time is answered here; /v1/completions takes several")
-        gap = fim.split(prompts[0]) if isinstance(prompts[0], str) else None
-        how = How.read(fields, settings, model, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
-        form = _Form.read(service, fields)
-        refuse_completion(fields, how)
+        prompt, gap, how, form = read_native(fields, service)
         headers = service.headers(fields)
         if gap is not None:
             return await self._fill(request, Asked.of(gap, how, settings), form, how.stream, headers, supersedes=False)
         with service.engine.place(Kind.CHAT):
-            series = await service.text(plain_series, model, prompts, how, settings.time_limit)
+            series = await service.text(plain_series, model, [prompt], how, settings.time_limit)
         job = Job(
             series.work(),
             Kind.CHAT,
@@ -257,9 +229,55 @@ class _Form:
 # ------------------------------------------------------------------------------------------------------------ fields
 
 
+def read_infill(fields: Fields, service: Service) -> tuple[Asked, _Form, bool, bool]:
+    """The gap, how its reply is worded, whether it is streamed, and whether only its prompt is wanted in the cache."""
+    settings = service.settings
+    fields.take("model")
+    fields.need("input_prefix", "input_suffix")
+    prefix, suffix = fields.string("input_prefix") or "", fields.string("input_suffix") or ""
+    # llama-server puts the line before the cursor behind the prefix, whatever its manual says.
+    prefix += fields.string("prompt") or ""
+    form = _Form.read(service, fields)
+    n_predict = fields.integer("n_predict", -1, 2**31 - 1)
+    asked = Asked(
+        gap=fim.Gap(prefix, suffix, _extra(fields)),
+        max_gap=min(DEFAULT_GAP if n_predict in (None, -1, 0) else n_predict, settings.infill_max),
+        n=_candidates(fields),
+        seed=seed_of(fields, default=0),
+        stop=fields.strings("stop", MAX_STOPS, MAX_STOP),
+        n_indent=fields.integer("n_indent", 0, 2**16) or 0,
+        ends=suffix.count("\n") < CUT_SUFFIX,
+        diffusion=Diffusion.read(fields, settings.infill_time_limit, _gap_options),
+        lora=lora_options(fields, service.model),
+    )
+    return asked, form, fields.boolean("stream"), n_predict == 0
+
+
+def read_native(fields: Fields, service: Service) -> tuple[Any, fim.Gap | None, How, _Form]:
+    """The prompt, or the gap that it is, how to go on, and how the reply is worded."""
+    model = service.model
+    fields.take("model")
+    prompts = prompts_of(fields, model.config.n_vocab)
+    if len(prompts) != 1:
+        raise fields.refuse("prompt", "prompt: one at a time is answered here; /v1/completions takes several")
+    gap = fim.split(prompts[0]) if isinstance(prompts[0], str) else None
+    how = How.read(fields, service, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
+    form = _Form.read(service, fields)
+    refuse_completion(fields, how)
+    return prompts[0], gap, how, form
+
+
+def _gap_options(fields: Fields) -> dict[str, Any]:
+    return {
+        "mode": fields.string("mode"),
+        "heal": fields.boolean("heal", True),
+        "min_gap": fields.integer("min_gap", 0, 2**31 - 1),
+    }
+
+
 def _candidates(fields: Fields) -> int:
     """The message's head is what llama.vscode looks for."""
-    given = {name: fields.take(name) for name in ("n_cmpl", "n")}
+    given = {name: fields.take(name, type="integer", minimum=1, maximum=4) for name in ("n_cmpl", "n")}
     for name, value in given.items():
         if value is None:
             continue
@@ -270,9 +288,17 @@ def _candidates(fields: Fields) -> int:
     return given["n_cmpl"] or given["n"] or 1
 
 
+#: Another file around a gap, as `_extra` checks it.
+FILE = {
+    "type": "object",
+    "properties": {"text": {"type": "string"}, "filename": {"type": ["string", "null"]}},
+    "required": ["text"],
+}
+
+
 def _extra(fields: Fields) -> tuple[tuple[str, str], ...]:
     files = []
-    for i, item in enumerate(fields.items("input_extra") or []):
+    for i, item in enumerate(fields.items("input_extra", of=FILE) or []):
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
             raise fields.wrong(f"input_extra[{i}]", 'an object with a string "text"', item)
         name = item.get("filename")
@@ -283,10 +309,8 @@ def _extra(fields: Fields) -> tuple[tuple[str, str], ...]:
 
 
 def _response_fields(fields: Fields) -> list[str] | None:
-    names = fields.items("response_fields")
-    if names is None:
-        return None
-    for i, name in enumerate(names):
+    names: list[str] | None = fields.items("response_fields", of={"type": "string"})
+    for i, name in enumerate(names or []):
         if not isinstance(name, str):
             raise fields.wrong(f"response_fields[{i}]", "a string", name)
     return names

@@ -16,7 +16,7 @@ from pydiffgguf.server.endpoints import fim
 from pydiffgguf.server.endpoints.frames import Frames, wanted
 from pydiffgguf.server.endpoints.gaps import DEFAULT_GAP, Asked
 from pydiffgguf.server.endpoints.generations import How, Series
-from pydiffgguf.server.endpoints.looking import MAX_IDS, chat_options, check_ids, messages_of
+from pydiffgguf.server.endpoints.looking import IDS, MAX_IDS, check_ids, read_template
 from pydiffgguf.server.engine import Job, Kind, Mailbox
 from pydiffgguf.server.errors import overflow
 from pydiffgguf.server.fields import Fields
@@ -25,7 +25,7 @@ from pydiffgguf.server.service import EventStream, Service, client_of, count, re
 if TYPE_CHECKING:
     from pydiffgguf import DiffusionModel
 
-__all__ = ["OpenAI", "plain_series", "prompts_of", "refuse_completion"]
+__all__ = ["OpenAI", "plain_series", "prompts_of", "read_chat", "read_completion", "refuse_completion"]
 
 
 class _FimReply(TextReply):
@@ -59,13 +59,11 @@ class OpenAI:
     # ----------------------------------------------------------------------------------------------------------- chat
 
     async def chat(self, request: Request) -> Response:
+        """A chat's next turn."""
         service = self._service
         model = service.model
         fields = await service.fields(request)
-        fields.take("model")
-        messages, options = messages_of(fields), chat_options(fields)
-        how = How.read(fields, service.settings, model, ("n_predict", "max_completion_tokens", "max_tokens"), 2**31)
-        _refuse_chat(fields)
+        messages, options, how = read_chat(fields, service)
         headers = service.headers(fields)
 
         def prepare() -> Series:
@@ -96,21 +94,18 @@ class OpenAI:
     # ---------------------------------------------------------------------------------------------------- completions
 
     async def completions(self, request: Request) -> Response:
+        """Text behind a prompt, or in the gap before a suffix."""
         return await self._complete(request, both=False)
 
     async def fim_completions(self, request: Request) -> Response:
+        """The same, also in the form of Mistral's interface."""
         return await self._complete(request, both=True)
 
     async def _complete(self, request: Request, both: bool) -> Response:
         service = self._service
-        fields = await service.fields(request)
-        fields.take("model")
         model, settings = service.model, service.settings
-        prompts = prompts_of(fields, model.config.n_vocab)
-        gap = _gap(fields, prompts)
-        how = How.read(fields, settings, model, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
-        echo = fields.boolean("echo")
-        refuse_completion(fields, how)
+        fields = await service.fields(request)
+        prompts, gap, how, echo = read_completion(fields, service)
         headers = service.headers(fields)
         echoed: list[tuple[str, str]] = []
         if echo and gap is not None:
@@ -244,6 +239,33 @@ def _gap_stream(model: DiffusionModel, asked: Asked, left: float) -> Any:
 # ------------------------------------------------------------------------------------------------------------ fields
 
 
+def read_chat(fields: Fields, service: Service) -> tuple[list[Any], dict[str, Any], How]:
+    """A chat's messages, the options that its prompt depends on, and how to go on."""
+    fields.take("model")
+    messages, options = read_template(fields, service)
+    how = How.read(fields, service, ("n_predict", "max_completion_tokens", "max_tokens"), 2**31)
+    if fields.boolean("logprobs"):
+        raise fields.refuse("logprobs", "logprobs: a diffusion model has no next-token probabilities")
+    if fields.integer("top_logprobs", 0, 2**31):
+        raise fields.refuse("top_logprobs", "top_logprobs: a diffusion model has no next-token probabilities")
+    modalities = fields.items("modalities", of={"const": "text"})
+    if modalities and modalities != ["text"]:
+        raise fields.refuse("modalities", "modalities beyond text is not offered")
+    fields.not_offered("logit_bias", "functions", "grammar", "audio")
+    return messages, options, how
+
+
+def read_completion(fields: Fields, service: Service) -> tuple[list[Any], fim.Gap | None, How, bool]:
+    """The prompts, or the gap that they are, how to go on, and whether to repeat them."""
+    fields.take("model")
+    prompts = prompts_of(fields, service.model.config.n_vocab)
+    gap = _gap(fields, prompts)
+    how = How.read(fields, service, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
+    echo = fields.boolean("echo")
+    refuse_completion(fields, how)
+    return prompts, gap, how, echo
+
+
 def _gap(fields: Fields, prompts: list[Any]) -> fim.Gap | None:
     """The gap that a completion asks for, by a suffix or by markers in its prompt."""
     suffix = fields.string("suffix")
@@ -257,9 +279,9 @@ def _gap(fields: Fields, prompts: list[Any]) -> fim.Gap | None:
 
 def prompts_of(fields: Fields, n_vocab: int) -> list[Any]:
     """Strings or lists of ids."""
-    prompt = fields.take("prompt")
-    if prompt is None:
-        raise fields.refuse("prompt", '"prompt" is required')
+    fields.need("prompt")
+    one = ({"type": "string"}, IDS)
+    prompt = fields.take("prompt", anyOf=[*one, {"type": "array", "minItems": 1, "items": {"anyOf": [*one]}}])
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
@@ -277,19 +299,8 @@ def prompts_of(fields: Fields, n_vocab: int) -> list[Any]:
     return [prompt]
 
 
-def _refuse_chat(fields: Fields) -> None:
-    if fields.boolean("logprobs"):
-        raise fields.refuse("logprobs", "logprobs: a diffusion model has no next-token probabilities")
-    if fields.integer("top_logprobs", 0, 2**31):
-        raise fields.refuse("top_logprobs", "top_logprobs: a diffusion model has no next-token probabilities")
-    modalities = fields.items("modalities")
-    if modalities and modalities != ["text"]:
-        raise fields.refuse("modalities", "modalities beyond text is not offered")
-    fields.not_offered("logit_bias", "functions", "grammar", "audio")
-
-
 def refuse_completion(fields: Fields, how: How) -> None:
-    logprobs = fields.take("logprobs")
+    logprobs = fields.take("logprobs", enum=[None, False])
     if logprobs is not None and logprobs is not False:
         raise fields.refuse("logprobs", "logprobs: a diffusion model has no next-token probabilities")
     best_of = fields.integer("best_of", 1, 2**31)

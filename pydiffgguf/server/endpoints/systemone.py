@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from pydiffgguf.server.engine import Job, Kind, Mailbox
 from pydiffgguf.server.errors import ApiError
-from pydiffgguf.server.fields import Fields
+from pydiffgguf.server.fields import NOTHING, Fields
 from pydiffgguf.server.guard import note_of
 from pydiffgguf.server.service import Service, client_of, count, reply
 from pydiffgguf.server.wire import dump
@@ -22,7 +22,7 @@ from pydiffgguf.server.wire import dump
 if TYPE_CHECKING:
     from pydiffgguf import Answer
 
-__all__ = ["SystemOne"]
+__all__ = ["SystemOne", "read_questions"]
 
 #: Names that clients of this interface send for whatever model there is.
 NAMES = ("jev-latest", "jev-preview", "openjev-latest", "openjev-0.1")
@@ -30,6 +30,27 @@ TYPES = ("noul", "choice", "score")
 MAX_QUESTIONS, MAX_CHOICES, MAX_LEVELS = 256, 255, 10
 #: Characters of a wrong value that come back.
 MAX_INPUT = 80
+#: Questions as `_shape` and `_question` check them.
+QUESTIONS: dict[str, Any] = {
+    "type": "object",
+    "minProperties": 1,
+    "maxProperties": MAX_QUESTIONS,
+    "additionalProperties": {
+        "type": "object",
+        "properties": {
+            "type": {"enum": [*TYPES]},
+            "instructions": {},
+            "criteria": {
+                "anyOf": [
+                    {"type": "object", "maxProperties": MAX_CHOICES},
+                    {"type": "array", "minItems": 1, "maxItems": MAX_LEVELS},
+                    {"type": "null"},
+                ]
+            },
+        },
+        "required": ["type"],
+    },
+}
 
 
 class SystemOne:
@@ -39,24 +60,13 @@ class SystemOne:
         self._service = service
 
     async def read(self, request: Request) -> Response:
+        """Typed questions about a text, answered with probabilities."""
         began = time.monotonic()
         service = self._service
         model = service.model
         fields = await service.fields(request)
-        state, questions = _shape(fields)
-        name = fields.string("model")
-        if name not in (*service.settings.aliases, *NAMES):
-            raise _usage(f"Unknown model: {str(name)[:MAX_INPUT]}")
-        if any(fields.take(key) for key in ("images", "assets")):
-            raise _meaning("images are not supported")
-        asked = {id_: _question(id_, question) for id_, question in questions.items()}
+        state, asked, options = read_questions(fields, service)
         cancelled = threading.Event()
-        options: dict[str, Any] = {
-            key: value
-            for key, low, high in (("steps", 1, 8), ("samples", 1, 32), ("think", 0, 4096))
-            if (value := fields.integer(key, low, high)) is not None
-        }
-        options["sequential"] = fields.boolean("sequential")
         # The same request has the same draws, and so the same answer.
         options["seed"] = int.from_bytes(hashlib.sha256(dump([state, asked])).digest()[:8], "big")
         headers = service.headers(fields)
@@ -71,6 +81,25 @@ class SystemOne:
         answers = {id_: _words(answer, asked[id_]) for id_, answer in found.items()}
         usage = {"input_tokens": stats.prompt_tokens, "output_tokens": stats.generated_tokens}
         return reply({"model": service.name, "answers": answers, "usage": usage}, headers)
+
+
+def read_questions(fields: Fields, service: Service) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """What is asked of, the questions as the Python interface takes them, and its options."""
+    state, questions = _shape(fields)
+    names = (*service.settings.aliases, *NAMES)
+    name = fields.take("model", enum=[*names])
+    if name not in names:
+        raise _usage(f"Unknown model: {str(name)[:MAX_INPUT]}")
+    if any([fields.take(key, enum=NOTHING) for key in ("images", "assets")]):
+        raise _meaning("images are not supported")
+    asked = {id_: _question(id_, question) for id_, question in questions.items()}
+    numbers = {
+        "steps": fields.integer("steps", 1, 8),
+        "samples": fields.integer("samples", 1, 32),
+        "think": fields.integer("think", 0, 4096),
+    }
+    options: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+    return state, asked, {**options, "sequential": fields.boolean("sequential")}
 
 
 def _one_turn(work: Any) -> Generator[Any, None, Any]:
@@ -96,12 +125,14 @@ def _shape(fields: Fields) -> tuple[Any, Mapping[str, Any]]:
         shown = value if value is None or isinstance(value, (bool, int, float)) else str(value)[:MAX_INPUT]
         faults.append({"type": kind, "loc": ["body", *place], "msg": message, "input": shown})
 
-    state, questions = fields.take("state"), fields.take("questions")
-    if state is None:
+    missing = [name for name in ("state", "questions") if fields.lacks(name)]
+    state = fields.take("state", type=["string", "object", "array"])
+    questions = fields.take("questions", **QUESTIONS)
+    if "state" in missing:
         fault("missing", ["state"], "Field required", None)
     elif not isinstance(state, (str, dict, list)):
         fault("type_error", ["state"], "Input should be a string, an object or a list", state)
-    if questions is None:
+    if "questions" in missing:
         fault("missing", ["questions"], "Field required", None)
     elif not isinstance(questions, dict):
         fault("type_error", ["questions"], "Input should be an object", questions)
