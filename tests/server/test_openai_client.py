@@ -366,13 +366,22 @@ def test_an_answer_obeys_a_schema(client: openai.OpenAI) -> None:
         pytest.skip("this build's Python interface has no constraints")
 
     class Digit(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")
         digit: int
-        sure: bool
 
     schema = {"name": "Digit", "schema": Digit.model_json_schema()}
     form: Any = {"type": "json_schema", "json_schema": schema}
     answer = client.chat.completions.create(model="", messages=QUESTION, response_format=form, seed=1)
-    Digit.model_validate_json(answer.choices[0].message.content or "")
+    expected = Digit.model_validate_json(answer.choices[0].message.content or "")
+    # The package's own helpers, which make the schema strict and the answer an object.
+    for parse in (client.chat.completions.parse, client.beta.chat.completions.parse):
+        parsed = parse(model="", messages=QUESTION, response_format=Digit, seed=1).choices[0].message.parsed
+        assert parsed == expected
+    with client.chat.completions.stream(model="", messages=QUESTION, response_format=Digit, seed=1) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == expected
+    with pytest.raises(openai.InternalServerError) as refused:
+        client.responses.create(model="", input="x")
+    assert refused.value.status_code == 501
     anything = client.chat.completions.create(
         model="", messages=QUESTION, response_format={"type": "json_object"}, seed=1, max_tokens=60
     )
