@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pydiffgguf._arguments import flag, int32
+from pydiffgguf._binding.records import BoolArray
 from pydiffgguf.chat import chat_prompt
 from pydiffgguf.engine.call import Stream, drain
 from pydiffgguf.engine.core import Engine
@@ -196,9 +197,13 @@ def total(parts: Sequence[Stats]) -> Stats:
     return Stats(seed=parts[0].seed, steps=[n for part in parts for n in part.steps], **sums)
 
 
-def frame(step: DenoiseStep) -> Dictionary:
-    """A draft, as a chunk has it beside its empty choice."""
-    return {
+def frame(step: DenoiseStep, piece: Callable[[int], str] | None = None) -> Dictionary:
+    """A draft, as a chunk has it beside its empty choice.
+
+    Args:
+        piece: what a token looks like; with it the canvas too, an entry for each row.
+    """
+    words: Dictionary = {
         "type": "diffusion_frame",
         "block": step.canvas,
         "step": step.step + 1,
@@ -206,6 +211,20 @@ def frame(step: DenoiseStep) -> Dictionary:
         "text": step.text,
         "reasoning": step.reasoning,
     }
+    if piece is not None:
+        words["diffusion"] = {
+            "tokens": [piece(token) for token in step.tokens.tolist()],
+            "accepted": _bits(step.accepted),
+            "entropy": [round(value, 4) for value in step.entropy.tolist()],
+            "elapsed_s": round(step.elapsed_s, 4),
+        }
+        if step.pinned is not None:
+            words["diffusion"]["pinned"] = _bits(step.pinned)
+    return words
+
+
+def _bits(values: BoolArray) -> str:
+    return "".join("1" if value else "0" for value in values.tolist())
 
 
 class _Growing:
@@ -255,6 +274,10 @@ class Reply:
 
     def first(self) -> list[Dictionary]:
         """The chunks before any event."""
+        raise NotImplementedError
+
+    def draft(self, words: Dictionary) -> Dictionary:
+        """A chunk that adds nothing, with a draft, from `frame`, beside its choices."""
         raise NotImplementedError
 
     def of(self, event: Event) -> list[Dictionary]:
@@ -366,8 +389,11 @@ class ChatReply(Reply):
 
     def of(self, event: Event) -> list[Dictionary]:
         if isinstance(event, DenoiseStep) and self._frames:
-            return [{**self.chunk({}), **frame(event)}]
+            return [self.draft(frame(event))]
         return super().of(event)
+
+    def draft(self, words: Dictionary) -> Dictionary:
+        return {**self.chunk({}), **words}
 
     def chunk(self, delta: Dictionary) -> Dictionary:
         """A chunk that is not the last."""
@@ -425,6 +451,9 @@ class TextReply(Reply):
 
     def first(self) -> list[Dictionary]:
         return self._pieces(self._echo, "")
+
+    def draft(self, words: Dictionary) -> Dictionary:
+        return {**self.chunk(""), **words}
 
     def chunk(self, text: str) -> Dictionary:
         """A chunk that is not the last."""

@@ -23,7 +23,7 @@ def wanted(item: Any, frames: bool) -> bool | None:
 
 
 class Frames:
-    """Chooses the drafts that go out, and words them.
+    """Chooses the drafts that go out.
 
     Args:
         kind: None for no drafts, "text", or "tokens" for the canvas itself too.
@@ -52,19 +52,4 @@ class Frames:
         return None if held is None else self._words(held)
 
     def _words(self, step: DenoiseStep) -> dict[str, Any]:
-        words = frame(step)
-        if self._kind == "tokens":
-            piece = self._model.tokenizer.piece
-            words["diffusion"] = {
-                "tokens": [piece(token) for token in step.tokens.tolist()],
-                "accepted": _bits(step.accepted),
-                "entropy": [round(value, 4) for value in step.entropy.tolist()],
-                "elapsed_s": round(step.elapsed_s, 4),
-            }
-            if step.pinned is not None:
-                words["diffusion"]["pinned"] = _bits(step.pinned)
-        return words
-
-
-def _bits(values: Any) -> str:
-    return "".join("1" if value else "0" for value in values.tolist())
+        return frame(step, self._model.tokenizer.piece if self._kind == "tokens" else None)

@@ -173,7 +173,7 @@ class OpenAI:
         begun: set[int] = set()
 
         def draft(index: int, words: dict[str, Any] | None) -> list[dict[str, Any]]:
-            return [] if words is None else [{**_empty(replies[index]), **words}]
+            return [] if words is None else [replies[index].draft(words)]
 
         def opening(index: int) -> list[dict[str, Any]]:
             if index in begun:
@@ -197,14 +197,6 @@ class OpenAI:
             words = frames.take(event) if isinstance(event, DenoiseStep) else frames.flush()
             for chunk in [*opening(index), *draft(index, words), *replies[index].of(event)]:
                 yield chunk
-
-
-def _empty(one: Reply) -> dict[str, Any]:
-    """A chunk that adds nothing, to carry a draft."""
-    if isinstance(one, ChatReply):
-        return one.chunk({})
-    assert isinstance(one, TextReply)
-    return one.chunk("")
 
 
 def check_room(model: DiffusionModel, n_prompt: int) -> None:
