@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import once
 import pytest
 import torch
 from demo_tasks import Demo
@@ -38,6 +40,16 @@ def report(request: pytest.FixtureRequest) -> Report:
     callspec = getattr(request.node, "callspec", None)
     place = callspec.params.get("place", "cpu") if callspec else "cpu"
     return lines.append if place == "cpu" else lambda line: lines.append(f"{place}: {line}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def results_are_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Between the processes of pytest-xdist, whose folders lie side by side in one of this run."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        once.shared = tmp_path_factory.getbasetemp().parent / "references"
+        once.shared.mkdir(exist_ok=True)
+    yield
+    once.shared = None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,13 +7,13 @@ suffix pinned. The CPU takes all tasks, every other place ten of each kind.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 from demo_tasks import Demo, tasks
 from nets import Report
+from once import once
 from places import Place
 from reference import HandedNoise, Ids, Model, ReferencePrefix, Sampling, attention, pinned_loop
 
@@ -25,7 +25,7 @@ Setting = Callable[[dict[str, Any]], tuple[list[int], Ids | None]]
 """The prompt and the pinned rows of a task."""
 
 
-@cache
+@once
 def _reference(
     model: Model, prompt: tuple[int, ...], pinned: tuple[int, ...] | None, seed: int, sampling: Sampling, attn: str
 ) -> Ids:

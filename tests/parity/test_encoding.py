@@ -6,12 +6,12 @@ Nothing is sampled here, so the places are those that differ in where the model 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from nets import Net, Report, relative_error
+from once import once
 from places import DEVICES, Place
 from reference import Ids, reference_logits
 
@@ -41,7 +41,7 @@ def logits_behind(session: Session, net: Net) -> npt.NDArray[np.float32]:
     return session.denoise(net.ids(5, net.canvas_length))
 
 
-@cache
+@once
 def _reference(net: Net, prompt: tuple[int, ...], finished: tuple[int, ...] | None) -> npt.NDArray[np.float32]:
     return reference_logits(net.model, prompt, net.ids(5, net.canvas_length), prompt2=finished)
 

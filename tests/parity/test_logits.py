@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType, dequantize, quants
 from levels import LEVELS
 from nets import SHAPES, Net, Report, relative_error
+from once import once
 from places import DEVICES, Place
 from rebuild import model_from_gguf, read_tensors, tensor_names
 from reference import Ids, reference_logits
@@ -48,7 +48,7 @@ class Case:
     expected: Logits
 
 
-@cache
+@once
 def agreed_cases(net: Net, gguf_kind: str) -> list[Case]:
     """For each prompt a pass without self-conditioning and one with the first pass's logits at t = 0.6, and one whose
     conditioning rows are one-hots, as pinned rows are. Asserts that nearly all of them count.

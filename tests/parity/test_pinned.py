@@ -18,6 +18,7 @@ import torch
 from canvas_batches import own_steps
 from demo_tasks import Demo, tasks
 from nets import Net, Report, relative_error
+from once import once
 from places import Place
 from reference import (
     HandedNoise,
@@ -97,7 +98,7 @@ Allowed = tuple[tuple[int, tuple[int, ...]], ...]
 """Rows that may take some ids only, and which."""
 
 
-@cache
+@once
 def _path(
     model: Model,
     prompt: tuple[int, ...],

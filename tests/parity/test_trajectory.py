@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from demo_tasks import Demo, tasks
 from nets import Net, Report, relative_error
+from once import once
 from places import Place
 from reference import (
     HandedNoise,
@@ -95,7 +96,7 @@ def noise_for(model: Model, seed: int) -> HandedNoise:
     return HandedNoise(seed, model.config.canvas_length, model.config.text_config.vocab_size)
 
 
-@cache
+@once
 def path_of(model: Model, prompt: tuple[int, ...], seed: int, sampling: Sampling, attn: str) -> list[ReferenceCanvas]:
     """The reference's path, once for all places."""
     return reference_generate(model, prompt, noise_for(model, seed), CANVASES, sampling, attn=attn)
