@@ -53,7 +53,7 @@
 
 /* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
  * run time compares it with dg_abi_version(). */
-#define DG_ABI_VERSION 8
+#define DG_ABI_VERSION 9
 
 #ifdef __cplusplus
 extern "C" {
@@ -418,9 +418,11 @@ DG_API dg_status dg_session_score(dg_session *session, const int32_t *ids, const
 /* Decoder mode, once: canvas [n_rows] ids (1 .. C) -> logits [n_rows, V] float32, softcapped, before temperature. The
  * cache is read, not changed. `self_conditioning` [n_rows, V]: the *processed* logits of the step before, or NULL for a
  * zero signal; a row of it that holds NaN or has no finite maximum: DG_ERROR_ARGUMENT. A canvas that was under way is
- * dropped. */
+ * dropped. `rows`: the n_out rows (1 .. n_rows of them) whose logits are wanted, logits being [n_out, V] then; the head
+ * is spared for the others. NULL: all. */
 DG_API dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t n_rows,
-                                    const float *self_conditioning, float *logits, char *err, size_t err_size);
+                                    const float *self_conditioning, const int32_t *rows, int32_t n_out, float *logits,
+                                    char *err, size_t err_size);
 
 /* ------------------------------------------------------------------------------------------------ adapters */
 

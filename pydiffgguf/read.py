@@ -95,7 +95,7 @@ def log_probabilities(
             seed=seed, canvas_index=draw, pinned=fixed, n_rows=n, max_steps=steps - 1, trace=True, canvas=canvas
         )
         canvas = run.trace[-1].canvas
-    z = session.denoise(canvas.astype(np.int32), n_rows=n)[list(rows)].astype(np.float64)
+    z = session.denoise(canvas.astype(np.int32), n_rows=n, rows=list(rows)).astype(np.float64)
     z -= z.max(axis=-1, keepdims=True)
     z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
     stats.denoise_s += time.monotonic() - began

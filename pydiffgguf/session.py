@@ -256,18 +256,25 @@ class Session:
     # ------------------------------------------------------------------------------------------------- the canvas
 
     def denoise(
-        self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None, *, n_rows: int | None = None
+        self,
+        canvas: npt.ArrayLike,
+        self_conditioning: Float32Array | None = None,
+        *,
+        n_rows: int | None = None,
+        rows: npt.ArrayLike | None = None,
     ) -> Float32Array:
         """One decoder pass: canvas int32 [n_rows] -> logits float32 [n_rows, V], softcapped, before temperature.
 
         Args:
             n_rows: 1 to C; None for C.
+            rows: int32, 1 to n_rows rows of the canvas: the logits of these alone, [len(rows), V], without the time
+                that the others' take; None for all.
             self_conditioning: float32 [n_rows, V], the *processed* logits (divided by the temperature) of the step
                 before; None for a zero signal, as on the first step.
 
         Raises ValueError when nothing is encoded yet, or for arrays of another shape.
         """
-        return self._native.denoise(canvas, self_conditioning, n_rows)
+        return self._native.denoise(canvas, self_conditioning, n_rows, rows)
 
     def sample(
         self,

@@ -169,7 +169,7 @@ dg_status dg_session_score(dg_session *session, const int32_t *ids, const int32_
 }
 
 dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t n_rows, const float *self_conditioning,
-                             float *logits, char *err, size_t err_size) {
+                             const int32_t *rows, int32_t n_out, float *logits, char *err, size_t err_size) {
     return inside(session, err, err_size, [&] {
         require(canvas, "canvas");
         require(logits, "logits");
@@ -179,12 +179,21 @@ dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t
                                                           n_rows, s.model().config().canvas_length));
         }
         s.check_ids("canvas", canvas, n_rows);
+        if (rows && (n_out < 1 || n_out > n_rows)) {
+            throw dg::Error(DG_ERROR_ARGUMENT, dg::format("n_out is %d: it must be from 1 to n_rows, %d", n_out, n_rows));
+        }
+        for (int32_t i = 0; rows && i < n_out; ++i) {
+            if (rows[i] < 0 || rows[i] >= n_rows) {
+                throw dg::Error(DG_ERROR_ARGUMENT,
+                                dg::format("rows[%d] is %d: it must be from 0 to %d", i, rows[i], n_rows - 1));
+            }
+        }
         if (self_conditioning) {
             dg::check_logits("self_conditioning", self_conditioning, n_rows, s.model().config().n_vocab,
                              dg::RowRules());
         }
         session->loop.drop();
-        s.stepper().denoise(canvas, n_rows, self_conditioning, logits);
+        s.stepper().denoise(canvas, n_rows, self_conditioning, rows, n_out, logits);
     });
 }
 

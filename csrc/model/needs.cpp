@@ -48,7 +48,7 @@ class Needs {
     const SessionFigures figures_;
     const bool with_kernels_; // the sampler's, or nobody knows
 
-    // Positions, slots, masks of half precision, ids, several segments' outputs, the signal.
+    // Positions, slots, masks of half precision, ids, several segments' outputs, rows that get logits, the signal.
     int64_t inputs() const {
         int64_t widest = 0;
         for (const dg_layer_config &layer : layers_) {
@@ -56,7 +56,7 @@ class Needs {
         }
         const int64_t pass = figures_.largest_pass();
         const int64_t masks = pass * (int64_t{figures_.slots(false)} + figures_.slots(true)) / 2;
-        return 4 * std::max<int64_t>(pass, figures_.n_rows) + masks + widest * figures_.pass_rows +
+        return 4 * std::max<int64_t>(pass, figures_.n_rows) + masks + (widest + 1) * figures_.pass_rows +
                int64_t{figures_.n_rows} * c_.n_embd;
     }
 

@@ -266,7 +266,10 @@ class PassBuilder {
     // The product is placed in StepIo::logits and softcapped there: a canvas of logits exists once (268 MB at the
     // released shape).
     void head(ggml_tensor *x) {
-        Operand h = {ops_->norm(x, model_.weights().output_norm), n_, nullptr, nullptr};
+        if (!pass_.logit_rows.empty()) {
+            x = ops_->rows(x, ggml_view_1d(ctx_, io_.logit_rows, pass_.n_logits(), 0));
+        }
+        Operand h = {ops_->norm(x, model_.weights().output_norm), pass_.n_logits(), nullptr, nullptr};
         ggml_tensor *logits = ops_->multiply(model_.weights().token_embd, h, pass_.uncapped ? 0.0f : c_.logit_softcap);
         ggml_tensor *product = mark(logits->view_src ? logits->view_src : logits, Part::HEAD);
         product->data = static_cast<char *>(io_.step->logits->data) +

@@ -7,6 +7,26 @@ namespace dg {
 
 int32_t Pass::rows() const { return std::accumulate(segments.begin(), segments.end(), 0); }
 
+int32_t Pass::n_logits() const { return logit_rows.empty() ? rows() : static_cast<int32_t>(logit_rows.size()); }
+
 int32_t Pass::end() const { return end(*std::max_element(segments.begin(), segments.end())); }
+
+std::vector<int32_t> rows_with_logits(const uint8_t *wanted, int32_t n) {
+    constexpr int32_t BLOCK = 16;
+    const auto n_wanted = static_cast<int32_t>(std::count(wanted, wanted + n, 1));
+    const int32_t n_all = std::max(1, n_wanted) + (BLOCK - 1);
+    int32_t others = n_all - n_all % BLOCK - n_wanted;
+    std::vector<int32_t> rows;
+    if (n_wanted + others >= n) {
+        return rows;
+    }
+    for (int32_t row = 0; row < n; ++row) {
+        if (wanted[row] || others > 0) {
+            others -= wanted[row] ? 0 : 1;
+            rows.push_back(row);
+        }
+    }
+    return rows;
+}
 
 } // namespace dg

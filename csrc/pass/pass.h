@@ -37,10 +37,11 @@ struct StepIo {
 
 // Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
 struct GraphIo {
-    std::vector<DeviceIo> devices; // empty ones where no layer is; the CPU's is last
-    ggml_tensor *ids = nullptr;    // I32 [pass], or R where that is more
-    ggml_tensor *signal = nullptr; // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
-    const StepIo *step = nullptr;  // not owned
+    std::vector<DeviceIo> devices;     // empty ones where no layer is; the CPU's is last
+    ggml_tensor *ids = nullptr;        // I32 [pass], or R where that is more
+    ggml_tensor *logit_rows = nullptr; // I32 [pass_rows]: Pass::logit_rows, where there are any
+    ggml_tensor *signal = nullptr;     // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
+    const StepIo *step = nullptr;      // not owned
     // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
     // without it, the graph is made of ggml's, which every device has.
     ggml_tensor *scratch = nullptr; // F32 [floats of a thread, threads]
@@ -62,6 +63,8 @@ struct Pass {
     bool sampled = false;          // ids are drawn, and the next step's signal is made, where the logits are
     bool watched = false;          // probabilities of the ids in SampleIo::watched are reported
     bool uncapped = false;         // logits are left as the product makes them: the kernels softcap
+    // Its rows that get logits, ascending; they stand one after the other in the logits. Empty: all rows.
+    std::vector<int32_t> logit_rows;
 
     bool causal() const { return mode != Mode::DENOISE; }
     bool has_logits() const { return mode != Mode::ENCODE; }
@@ -69,17 +72,25 @@ struct Pass {
     // again, and what it would write goes where nothing looks.
     int32_t first_position() const { return mode == Mode::SCORE ? n_past - 1 : n_past; }
     int32_t rows() const;                                               // of all segments
+    int32_t n_logits() const;                                           // rows of logits
     int32_t end(int32_t rows) const { return first_position() + rows; } // of a segment
     int32_t end() const;                                                // of the longest segment
     // Positions, slots and masks are the same.
     bool has_inputs_of(const Pass &other) const {
         return mode == other.mode && n_past == other.n_past && segments == other.segments;
     }
+    // Which rows get logits is an input: their number alone makes another graph.
     bool operator==(const Pass &other) const {
         return has_inputs_of(other) && first_row == other.first_row && first_logit == other.first_logit &&
-               sampled == other.sampled && watched == other.watched && uncapped == other.uncapped;
+               logit_rows.size() == other.logit_rows.size() && sampled == other.sampled && watched == other.watched &&
+               uncapped == other.uncapped;
     }
 };
+
+// Which of a pass's n rows get logits (Pass::logit_rows): those that are wanted, and the first others until there are a
+// multiple of 16. That costs nothing, since a product takes its columns 8 to 32 at a time, and pins that come and go
+// between steps make few graphs. At least one row does.
+std::vector<int32_t> rows_with_logits(const uint8_t *wanted, int32_t n);
 
 // On full layers the canvas sees everything there is, so only causal passes need a mask; on sliding layers the canvas
 // needs one only when the cache holds more than the window.

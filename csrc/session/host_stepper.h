@@ -48,6 +48,8 @@ class HostStepper : public Stepper {
     void close_up(const std::vector<int32_t> &which) override;
     // Of the placed canvases, one after the other.
     std::vector<int32_t> ids() const;
+    // Of each row: 1 where it is free. A pinned row's logits are known.
+    std::vector<uint8_t> free_rows() const;
 };
 
 } // namespace dg

@@ -67,7 +67,7 @@ void KernelStepper::pass(const dg_noise *) {
     }
     Pass kind;
     kind.uncapped = true;
-    passes_.each_pass(next_ids_ ? ids.data() : nullptr, segments(), kind,
+    passes_.each_pass(next_ids_ ? ids.data() : nullptr, segments(), nullptr, kind,
                       [&](const Pass &) { passes_.compute_pass(); });
 }
 

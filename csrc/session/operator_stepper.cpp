@@ -61,7 +61,7 @@ void OperatorStepper::pass(const dg_noise *noise) {
         ggml_backend_tensor_set(tensor, values.data() + pass.first_row, 0,
                                 static_cast<size_t>(pass.rows()) * sizeof values[0]);
     };
-    passes_.each_pass(ids().data(), segments(), kind, [&](const Pass &pass) {
+    passes_.each_pass(ids().data(), segments(), nullptr, kind, [&](const Pass &pass) {
         set(io.temperature, in.temperature, pass);
         set(io.uniform, in.uniform, pass);
         set(io.pinned, in.pinned, pass);

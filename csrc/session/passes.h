@@ -20,8 +20,9 @@ class Passes {
 
     // Decoder passes over canvases side by side, as many as it takes; `segments` holds the rows of each. `ids`: of all
     // rows; null: they are in io().ids. Of `kind` counts what happens to the logits. For each pass that is ready, `run`
-    // is called, which calls compute_pass() between writing what it reads and reading what it leaves.
-    virtual void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass kind,
+    // is called, which calls compute_pass() between writing what it reads and reading what it leaves. `wanted`: of each
+    // row, whether somebody reads its logits; null: somebody reads all.
+    virtual void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted, Pass kind,
                            const std::function<void(const Pass &)> &run) = 0;
     virtual void compute_pass() = 0;
     // n_rows of logits (processed), from first_logit on -> those of the signal from first_row on.

@@ -461,7 +461,7 @@ void Session::check_canvases(const std::vector<int32_t> &segments) const {
 
 // Calls `run` for one pass after the other, each with its graph ready and its ids in place, where they are not already:
 // `ids` is null then.
-void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass pass,
+void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted, Pass pass,
                         const std::function<void(const Pass &)> &run) {
     check_canvases(segments);
     renew_in_fork();
@@ -475,7 +475,11 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
             continue;
         }
         pass.first_logit = io_.step->logits->ne[1] == figures_.n_rows ? pass.first_row : 0;
+        if (wanted && !importance_) { // which counts all rows
+            pass.logit_rows = rows_with_logits(wanted + pass.first_row, rows);
+        }
         prepare(pass);
+        upload(io_.logit_rows, pass.logit_rows);
         if (ids) {
             ggml_backend_tensor_set(io_.ids, ids + pass.first_row, static_cast<size_t>(pass.first_row) * sizeof *ids,
                                     static_cast<size_t>(rows) * sizeof *ids);

@@ -146,7 +146,7 @@ class Session final : private Passes {
     void check_canvases(const std::vector<int32_t> &segments) const;
     const SessionFigures &figures() const override { return figures_; }
     const GraphIo &io() const override { return io_; }
-    void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, Pass kind,
+    void each_pass(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted, Pass kind,
                    const std::function<void(const Pass &)> &run) override;
     void compute_pass() override { compute(*passes_, pass_graphs_.back().second); }
     void compute_signal(int32_t first_row, int32_t first_logit, int32_t n_rows) override;

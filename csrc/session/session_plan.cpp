@@ -139,6 +139,7 @@ void Session::make_io(bool allocate) {
         }
     }
     io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, std::max<int64_t>(pass, figures_.n_rows));
+    io_.logit_rows = ggml_new_tensor_1d(on(placement.head), GGML_TYPE_I32, figures_.pass_rows);
     io_.signal = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, figures_.n_rows);
     if (own_operators_) {
         io_.scratch =

@@ -5,6 +5,16 @@
 #include <algorithm>
 
 namespace dg {
+namespace {
+
+// Rows of logits that stand one after the other go where they belong, from the last one on: no place is further ahead.
+void spread(float *logits, const std::vector<int32_t> &places, int64_t n_vocab) {
+    for (auto i = static_cast<int64_t>(places.size()) - 1; i >= 0 && places[static_cast<size_t>(i)] != i; --i) {
+        std::copy_n(logits + i * n_vocab, n_vocab, logits + places[static_cast<size_t>(i)] * n_vocab);
+    }
+}
+
+} // namespace
 
 void StepLogits::declare(ggml_context *head, bool whole) {
     const Placement &placement = passes_.model().placement();
@@ -26,16 +36,17 @@ size_t StepLogits::bytes(int32_t n_rows) const { return static_cast<size_t>(n_ro
 
 float *StepLogits::rows() { return are_here() ? static_cast<float *>(io_.logits->data) : copy_.data(); }
 
-void StepLogits::denoise(const int32_t *ids, const std::vector<int32_t> &segments) {
+void StepLogits::denoise(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted) {
     if (!are_here()) {
         copy_.resize(static_cast<size_t>(passes_.figures().n_rows) * static_cast<size_t>(n_vocab()));
     }
-    passes_.each_pass(ids, segments, Pass(), [&](const Pass &pass) {
+    passes_.each_pass(ids, segments, wanted, Pass(), [&](const Pass &pass) {
         passes_.compute_pass();
+        float *logits = rows() + int64_t{pass.first_row} * n_vocab();
         if (!are_here()) {
-            ggml_backend_tensor_get(io_.logits, copy_.data() + int64_t{pass.first_row} * n_vocab(),
-                                    bytes(pass.first_logit), bytes(pass.rows()));
+            ggml_backend_tensor_get(io_.logits, logits, bytes(pass.first_logit), bytes(pass.n_logits()));
         }
+        spread(logits, pass.logit_rows, n_vocab());
     });
 }
 

@@ -18,8 +18,8 @@ class StepLogits {
     // context of the head's device. `whole`: with room for all rows, else for those of a pass.
     void declare(ggml_context *head, bool whole);
 
-    // Passes over canvases; the raw logits of all rows [R, V] are in rows() then.
-    void denoise(const int32_t *ids, const std::vector<int32_t> &segments);
+    // Passes over canvases; the raw logits of all rows [R, V], or of those that are wanted, are in rows() then.
+    void denoise(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted);
     // In place: raw after denoise; the sampler turns them into the processed ones.
     float *rows();
     // Processed ones of a caller: the first n_rows.

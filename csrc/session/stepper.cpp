@@ -43,15 +43,27 @@ bool Stepper::is_placed(int32_t index) const {
     return std::find(placed_.begin(), placed_.end(), index) != placed_.end();
 }
 
-void Stepper::denoise(const int32_t *canvas, int32_t n_rows, const float *processed, float *logits) {
+void Stepper::denoise(const int32_t *canvas, int32_t n_rows, const float *processed, const int32_t *out, int32_t n_out,
+                      float *logits) {
     if (processed) {
         logits_.set(processed, n_rows);
         logits_.make_signal(n_rows);
     } else {
         logits_.clear_signal();
     }
-    logits_.denoise(canvas, {n_rows});
-    std::copy_n(logits_.rows(), int64_t{n_rows} * n_vocab(), logits);
+    if (!out) {
+        logits_.denoise(canvas, {n_rows}, nullptr);
+        std::copy_n(logits_.rows(), int64_t{n_rows} * n_vocab(), logits);
+        return;
+    }
+    std::vector<uint8_t> wanted(static_cast<size_t>(n_rows));
+    for (int32_t i = 0; i < n_out; ++i) {
+        wanted[static_cast<size_t>(out[i])] = 1;
+    }
+    logits_.denoise(canvas, {n_rows}, wanted.data());
+    for (int32_t i = 0; i < n_out; ++i) {
+        logits = std::copy_n(logits_.rows() + int64_t{out[i]} * n_vocab(), n_vocab(), logits);
+    }
 }
 
 } // namespace dg

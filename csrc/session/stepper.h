@@ -48,9 +48,10 @@ class Stepper {
     virtual CanvasDecision decision(int32_t index) const = 0;
     virtual void read(int32_t index, const CanvasRows &out) = 0;
 
-    // One pass over one canvas, alone: raw logits [n_rows, V]. `processed` [n_rows, V]: the logits that its signal is
-    // made of; null: it has none.
-    void denoise(const int32_t *canvas, int32_t n_rows, const float *processed, float *logits);
+    // One pass over one canvas, alone: raw logits [n_out, V] of its rows `out`; null: of all. `processed` [n_rows, V]:
+    // the logits that its signal is made of; null: it has none.
+    void denoise(const int32_t *canvas, int32_t n_rows, const float *processed, const int32_t *out, int32_t n_out,
+                 float *logits);
 
   protected:
     Passes &passes_;

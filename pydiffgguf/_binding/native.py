@@ -305,26 +305,35 @@ class NativeSession:
         return squares, counts
 
     def denoise(
-        self, canvas: npt.ArrayLike, self_conditioning: Float32Array | None = None, n_rows: int | None = None
+        self,
+        canvas: npt.ArrayLike,
+        self_conditioning: Float32Array | None = None,
+        n_rows: int | None = None,
+        rows: npt.ArrayLike | None = None,
     ) -> Float32Array:
         """One decoder pass: canvas [n_rows] ids -> logits float32 [n_rows, V], softcapped, before temperature.
 
         `n_rows`: 1 to C, None for C. `self_conditioning` float32 [n_rows, V]: the processed logits of the step before,
-        None for a zero signal. The prefix is read, not changed.
+        None for a zero signal. `rows`: those whose logits are wanted, [len(rows), V] then. The prefix is read, not
+        changed.
         """
-        rows = self._canvas_length if n_rows is None else integer("n_rows", n_rows, 1, self._canvas_length)
-        ids = id_array("canvas", canvas, rows)
-        shape = (rows, self._n_vocab)
+        n = self._canvas_length if n_rows is None else integer("n_rows", n_rows, 1, self._canvas_length)
+        ids = id_array("canvas", canvas, n)
+        shape = (n, self._n_vocab)
         signal = None
         if self_conditioning is not None:
             signal = float_array("self_conditioning", self_conditioning, np.float32, shape)
-        logits = np.empty(shape, dtype=np.float32)
+        wanted = None if rows is None else id_array("rows", rows)
+        n_out = n if wanted is None else wanted.size
+        logits = np.empty((n_out, self._n_vocab), dtype=np.float32)
         call(
             lib.dg_session_denoise,
             self._open_pointer(),
             pointer_to("int32_t[]", ids),
             ids.size,
             pointer_to("float[]", signal),
+            pointer_to("int32_t[]", wanted),
+            n_out,
             pointer_to("float[]", logits),
         )
         return logits

@@ -268,8 +268,9 @@ class Calls {
         std::vector<float> signal(size, 0.5f);
         signal[input_.byte()] = static_cast<float>(input_.byte() % 4 == 0 ? input_.real() : 1.0);
         std::vector<float> logits(size);
-        check(dg_session_denoise(session_, canvas.data(), n, input_.byte() % 2 ? signal.data() : nullptr, logits.data(),
-                                 err_, sizeof err_),
+        const int32_t row = input_.byte() % 4 == 0 ? input_.number() : 0;
+        check(dg_session_denoise(session_, canvas.data(), n, input_.byte() % 2 ? signal.data() : nullptr,
+                                 input_.byte() % 2 ? &row : nullptr, 1, logits.data(), err_, sizeof err_),
               {DG_ERROR_ARGUMENT, DG_ERROR_CONTEXT, DG_ERROR_CANCELLED, DG_ERROR_INTERNAL});
         check_tokens(n_past);
     }
@@ -433,7 +434,7 @@ class Calls {
         expect(dg_session_encode(session_, nullptr, 1, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_encode(nullptr, &id, 1, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_score(session_, nullptr, &id, 1, &real, e, n) == DG_ERROR_ARGUMENT, "NULL");
-        expect(dg_session_denoise(session_, nullptr, 1, nullptr, &logit, e, n) == DG_ERROR_ARGUMENT, "NULL");
+        expect(dg_session_denoise(session_, nullptr, 1, nullptr, nullptr, 0, &logit, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_canvas_begin(session_, nullptr, 1, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_canvas_step(session_, nullptr, nullptr, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_save(session_, nullptr, e, n) == DG_ERROR_ARGUMENT, "NULL");
