@@ -13,9 +13,11 @@
 
 namespace dg {
 
-// What a custom operator needs besides its tensors. Threads take tasks from `next`, which is 0 when a graph begins.
+// What a custom operator needs besides its tensors. Threads take tasks from `next`. Both are as here when a graph
+// begins.
 struct Work {
     std::atomic<int32_t> next{0};
+    std::atomic<bool> unsound{false}; // it met NaN or infinity where they would vanish
     virtual ~Work() = default;
 };
 using WorkList = std::vector<std::unique_ptr<Work>>;

@@ -30,6 +30,7 @@ ggml_tensor *GgmlOps::norm(ggml_tensor *x, ggml_tensor *weight, ggml_tensor *add
 
 ggml_tensor *GgmlOps::multiply(ggml_tensor *weight, Operand &x, float softcap) {
     watch(weight, x.rows, nullptr);
+    to_.rounds(x.rows, weight->type);
     const LowRank *low = beside(weight);
     ggml_tensor *product = mark(ggml_mul_mat(to_.ctx, weight, x.rows), Part::PRODUCTS);
     if (low) {
@@ -57,6 +58,7 @@ ggml_tensor *GgmlOps::low_experts(const LowRank &low, ggml_tensor *x, ggml_tenso
 
 ggml_tensor *GgmlOps::multiply_experts(ggml_tensor *weights, ggml_tensor *x, ggml_tensor *selected) const {
     watch(weights, x, selected);
+    to_.rounds(x, weights->type);
     return mark(ggml_mul_mat_id(to_.ctx, weights, x, selected), Part::EXPERTS);
 }
 
@@ -133,6 +135,7 @@ ggml_tensor *GgmlOps::attend(const Segment &s, const LayerWeights &l, const Cach
         const size_t first = static_cast<size_t>(s.first) * to_.cache.slots(l.sliding) * ggml_type_size(input->type);
         mask = ggml_view_2d(to_.ctx, input, rows, s.n, ggml_row_size(input->type, rows), first);
     }
+    to_.rounds(q, k->type);
     q = ggml_permute(to_.ctx, q, 0, 2, 1, 3);
     if (k->type == GGML_TYPE_F32) {
         // A cache in single precision is for those who want no less. Vulkan copies strided factors in half

@@ -170,7 +170,8 @@ class PassBuilder {
                                         static_cast<size_t>(s.first) * x->nb[2]);
     }
 
-    void write_cache(const Segment &s, ggml_tensor *cache, ggml_tensor *rows, bool sliding) const {
+    void write_cache(const Segment &s, ggml_tensor *cache, ggml_tensor *rows, bool sliding) {
+        to_.rounds(rows, cache->type);
         ggml_tensor *input = sliding ? to_.inputs().slots_sliding : to_.inputs().slots_full;
         ggml_tensor *slots = ggml_view_1d(ctx_, input, s.n, static_cast<size_t>(s.first) * input->nb[0]);
         ggml_tensor *flat = ggml_reshape_2d(ctx_, rows_of(s, rows), cache->ne[0], s.n);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "adapter/adapter.h"
+#include "cpu/finite.h"
 #include "cpu/product.h"
 #include "pass/cache.h"
 #include "pass/importance.h"
@@ -26,10 +27,19 @@ struct Building {
     int64_t n;                      // rows of all segments
     Graph &graph;
     ggml_context *ctx;
-    int32_t device = 0; // of what is being built
+    int32_t device = 0;                   // of what is being built
+    const ggml_tensor *checked = nullptr; // the last that finite() looked at
 
     const DeviceIo &inputs() const { return io.devices[static_cast<size_t>(device)]; }
     bool is_on_cpu() const { return device == model.devices().cpu(); }
+    // Called before ggml rounds x [., .] to the integers of a quantized type, in which NaN and infinity would vanish.
+    // A graph for a device has no such look: it would cost two launches for each matrix there.
+    void rounds(ggml_tensor *x, ggml_type type) {
+        if (is_on_cpu() && ggml_is_quantized(type) && x != checked) {
+            finite_op(ctx, graph.nodes, graph.work, x);
+            checked = x;
+        }
+    }
 };
 
 // One segment of the pass: rows first .. first + n - 1.

@@ -290,6 +290,7 @@ void Session::compute(Executor &executor, const Graph &graph) {
     model_->files().check_unchanged();
     for (const std::unique_ptr<Work> &work : graph.work) {
         work->next.store(0, std::memory_order_relaxed);
+        work->unsound.store(false, std::memory_order_relaxed);
     }
     if (profiled_) {
         run_timed(graph);
@@ -299,6 +300,10 @@ void Session::compute(Executor &executor, const Graph &graph) {
             return model_->devices().empty() ? ggml_backend_graph_compute(backends_.back().get(), graph.nodes)
                                              : executor.compute(graph);
         });
+    }
+    if (std::any_of(graph.work.begin(), graph.work.end(),
+                    [](const auto &work) { return work->unsound.load(std::memory_order_relaxed); })) {
+        throw Error(DG_ERROR_INTERNAL, "an activation is NaN or infinite: the weights hold such numbers, or lead to them");
     }
 }
 
