@@ -95,8 +95,8 @@ def silent_about(tmp_path: Path, name: str, value: float, ggml: bool, **options:
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 @pytest.mark.parametrize("level", [*LEVELS, "ggml"])
 def test_a_number_that_is_none_ends_in_an_error(tmp_path: Path, level: str, value: float) -> None:
-    """In a weight or a scale of any kind of tensor: the error of the step that meets it, and never a text. At every level,
-    and with ggml's operators."""
+    """In a weight or a scale of any kind of tensor: the error of the step that meets it, and never a text. At every
+    level, and with ggml's operators."""
     options = {} if level == "ggml" else {"cpu": level}
     assert not [name for name in TENSORS if silent_about(tmp_path, name, value, level == "ggml", **options)]
 

@@ -180,7 +180,8 @@ dg_status dg_session_denoise(dg_session *session, const int32_t *canvas, int32_t
         }
         s.check_ids("canvas", canvas, n_rows);
         if (rows && (n_out < 1 || n_out > n_rows)) {
-            throw dg::Error(DG_ERROR_ARGUMENT, dg::format("n_out is %d: it must be from 1 to n_rows, %d", n_out, n_rows));
+            throw dg::Error(DG_ERROR_ARGUMENT,
+                            dg::format("n_out is %d: it must be from 1 to n_rows, %d", n_out, n_rows));
         }
         for (int32_t i = 0; rows && i < n_out; ++i) {
             if (rows[i] < 0 || rows[i] >= n_rows) {

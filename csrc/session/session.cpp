@@ -303,7 +303,8 @@ void Session::compute(Executor &executor, const Graph &graph) {
     }
     if (std::any_of(graph.work.begin(), graph.work.end(),
                     [](const auto &work) { return work->unsound.load(std::memory_order_relaxed); })) {
-        throw Error(DG_ERROR_INTERNAL, "an activation is NaN or infinite: the weights hold such numbers, or lead to them");
+        throw Error(DG_ERROR_INTERNAL,
+                    "an activation is NaN or infinite: the weights hold such numbers, or lead to them");
     }
 }
 

@@ -434,7 +434,8 @@ class Calls {
         expect(dg_session_encode(session_, nullptr, 1, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_encode(nullptr, &id, 1, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_score(session_, nullptr, &id, 1, &real, e, n) == DG_ERROR_ARGUMENT, "NULL");
-        expect(dg_session_denoise(session_, nullptr, 1, nullptr, nullptr, 0, &logit, e, n) == DG_ERROR_ARGUMENT, "NULL");
+        expect(dg_session_denoise(session_, nullptr, 1, nullptr, nullptr, 0, &logit, e, n) == DG_ERROR_ARGUMENT,
+               "NULL");
         expect(dg_session_canvas_begin(session_, nullptr, 1, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_canvas_step(session_, nullptr, nullptr, e, n) == DG_ERROR_ARGUMENT, "NULL");
         expect(dg_session_save(session_, nullptr, e, n) == DG_ERROR_ARGUMENT, "NULL");
