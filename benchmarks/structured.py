@@ -1,7 +1,7 @@
 """Constrained answers: whether all are valid, and what that costs.
 
     python benchmarks/structured.py                      # 1,000 schemas on the demo model and two nets, and tasks
-    python benchmarks/structured.py --schemas 100 --out structured.json
+    python benchmarks/structured.py --schemas 100 --net "untrained, canvas 256" --out structured.json
     python benchmarks/structured.py --vocabulary         # the grammar engine with Gemma's 262,144 tokens
 
 Schemas are drawn by tests/schemas.py, the same every time. Each is answered at its shortest budget, one token more,
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=12, help="steps of a canvas at most, of the schemas and expressions"
     )
+    parser.add_argument("--net", action="append", help="one of the nets; may be given again (all of them)")
     parser.add_argument("--vocabulary", action="store_true", help="the grammar engine alone, with Gemma's vocabulary")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -212,13 +213,16 @@ def main() -> None:
         regexes = [regex_item(regex) for regex in REGEXES for _ in range(5)]
         with nets() as models:
             for name, model in models.items():
+                if args.net and name not in args.net:
+                    continue
                 found[name] = {
                     "schemas": run(model, schemas, args.steps),
                     "fixed schemas": run(model, fixed, args.steps),
                     "expressions": run(model, regexes, args.steps),
                 }
                 print(name, json.dumps(found[name]), flush=True)
-            found["tasks"] = tasks(models["demo, canvas 64"])
+            if not args.net:
+                found["tasks"] = tasks(models["demo, canvas 64"])
     print(json.dumps(found, indent=1))
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

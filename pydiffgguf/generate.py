@@ -28,7 +28,7 @@ from pydiffgguf.engine.call import Call, OutOfTime, Stream
 from pydiffgguf.engine.core import Engine
 from pydiffgguf.engine.options import Noise
 from pydiffgguf.engine.pool import common_head
-from pydiffgguf.errors import CancelledError, ContextOverflowError, UnsupportedError
+from pydiffgguf.errors import CancelledError, ContextOverflowError
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session, resolve_sampling
 from pydiffgguf.structured.constraint import Constraint, Grammar, read_constraint
 from pydiffgguf.structured.steering import ConstraintStats, Steering
@@ -235,10 +235,6 @@ def stream_ids(
         constraint = Constraint("calls", list(forced))
     if constraint is not None and stop.stops:
         raise ValueError("stop cannot be given beside a constraint, which says where the text ends")
-    if constraint is not None and thought_tokens is not None:
-        raise UnsupportedError(
-            "thinking: a constraint and a limit of thoughts cannot be had together; use True or False"
-        )
     request = _Request(
         prompt=prompt,
         max_tokens=most,
@@ -249,7 +245,7 @@ def stream_ids(
         n_rows=n_rows,
         thought_tokens=thought_tokens,
         logprobs=logprobs,
-        steering=None if constraint is None else _steering(engine, prompt, constraint, most, n_rows),
+        steering=None if constraint is None else _steering(engine, prompt, constraint, most, n_rows, thought_tokens),
         watched=watched,
     )
     call = engine.call(options, time_limit)
@@ -265,7 +261,14 @@ def _check_noise(noise: Noise | None) -> Noise | None:
     return noise
 
 
-def _steering(engine: Engine, prompt: Sequence[int], constraint: Constraint, max_tokens: int, canvas: int) -> Steering:
+def _steering(
+    engine: Engine,
+    prompt: Sequence[int],
+    constraint: Constraint,
+    max_tokens: int,
+    canvas: int,
+    thought_tokens: int | None,
+) -> Steering:
     """Raises ValueError where no answer fits the tokens that there are."""
     room = max(1, 1 + (engine.n_ctx - len(prompt) - engine.config.canvas_length) // canvas) * canvas
     view = engine.view.behind(prompt)
@@ -275,6 +278,7 @@ def _steering(engine: Engine, prompt: Sequence[int], constraint: Constraint, max
         canvas,
         markers=view.channel_ids,
         open_thought=view.in_thought,
+        thought_tokens=thought_tokens,
     )
 
 
@@ -286,7 +290,7 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
     logprobs: list[float] = []
     turn = Turn()
     reason: FinishReason = "length"
-    limit = request.thought_tokens
+    limit = request.thought_tokens if request.steering is None else None  # steering closes thoughts itself
     try:
         with engine.pool.take(request.prompt, call) as session:
             yield from encode_prompt(session, request.prompt, stats, call)

@@ -37,6 +37,9 @@ def script(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> Script:
                 accepted = np.ones(n, dtype=np.bool_)
                 self._step = RawStep(rows, rows, accepted, np.zeros(n), 0, 1, True, True, 0.0, None)
 
+            def rules(self, *_: Any) -> None:
+                """What is written obeys them."""
+
             def step(self) -> list[RawStep]:
                 return [self._step]
 
@@ -78,10 +81,11 @@ def test_a_stream_has_thought_and_answer_apart(model: DiffusionModel, script: Sc
     assert 0 < stats.reasoning_tokens < stats.generated_tokens
 
 
-def test_a_thought_is_closed_at_its_limit(model: DiffusionModel, script: Script) -> None:
-    """The rest of the canvas is forgotten, and the answer begins on the next."""
+@pytest.mark.parametrize("constraint", [{}, {"regex": "(Red|Blue)[.]"}])
+def test_a_thought_is_closed_at_its_limit(model: DiffusionModel, script: Script, constraint: Any) -> None:
+    """The rest of the canvas is forgotten, and the answer begins on the next; also one that must obey."""
     script(canvas_of(model, "<|channel>thought\n" + LONG), "Blue.")
-    result = model.chat(ASK, thinking=12)
+    result = model.chat(ASK, thinking=12, **constraint)
     closing = result.tokens.index(model.tokenizer.token_id("<channel|>"))
     assert closing == 12
     assert result.text == "Blue."
@@ -91,10 +95,11 @@ def test_a_thought_is_closed_at_its_limit(model: DiffusionModel, script: Script)
     assert [*model.chat_tokens(ASK, thinking=12), *result.tokens[:13]] in cached
 
 
-def test_a_limit_does_not_touch_shorter_thoughts(model: DiffusionModel, script: Script) -> None:
+@pytest.mark.parametrize("constraint", [{}, {"regex": "(Red|Blue)[.]"}])
+def test_a_limit_does_not_touch_shorter_thoughts(model: DiffusionModel, script: Script, constraint: Any) -> None:
     for thinking in (12, True, False, 0):
         script("<|channel>thought\nHm.<channel|>Blue.")
-        result = model.chat(ASK, thinking=thinking)
+        result = model.chat(ASK, thinking=thinking, **constraint)
         assert (result.text, result.reasoning, len(result.stats.steps)) == ("Blue.", "Hm.", 1)
 
 

@@ -73,8 +73,9 @@ class Steering:
         grammar: what it must be.
         n_tokens: the most tokens that it may have, over all canvases.
         n_rows: rows of a canvas.
-        thinks: a thought may come first, of tokens that the grammar does not know: its opening and closing markers, or
-            None; `open`: the prompt has opened it.
+        markers: those that open and close a thought, which may come first, of tokens that the grammar does not know;
+            None where there are none. `open_thought`: the prompt has opened it.
+        thought_tokens: the most that it may have before it is closed; None for any number.
 
     Raises ValueError where no answer fits n_tokens, UnsupportedError where no ending is known.
     """
@@ -87,6 +88,7 @@ class Steering:
         *,
         markers: tuple[int, int] | None = None,
         open_thought: bool = False,
+        thought_tokens: int | None = None,
     ) -> None:
         self._grammar = grammar
         self._tables = grammar.tables
@@ -96,6 +98,7 @@ class Steering:
         self._left = n_tokens
         self._markers = markers
         self._thinks = open_thought
+        self._thought_left = thought_tokens
         self._began = False
         self.stats = ConstraintStats(engine=engine().get_version())
         shortest = self._ending([])
@@ -278,6 +281,11 @@ class Steering:
         with _Timed(self.stats):
             path = self._path
             self._began = True
+            closed = self._cut_thought(path.tokens)
+            if closed is not None and self._may_go_on(closed):
+                self._take(closed)
+                self._begin_canvas()
+                return closed, False
             if path.ended and len(path.tokens) <= self._left:
                 self._take(path.tokens)
                 self.finished = True
@@ -292,6 +300,15 @@ class Steering:
         """The tokens that make the answer whole at once, behind what was committed."""
         with _Timed(self.stats):
             return self._close([])
+
+    def _cut_thought(self, tokens: list[int]) -> list[int] | None:
+        """The canvas's first tokens with a thought that is closed at its limit; None where it keeps within it. What is
+        behind the thought belongs to one that was longer, and is forgotten."""
+        limit, n = self._thought_left, self._thought(tokens)
+        if limit is None or n < limit or (n == limit and not self._thought_goes_on(tokens)):
+            return None
+        assert self._markers is not None
+        return [*tokens[:limit], self._markers[1]]
 
     def _may_go_on(self, tokens: Sequence[int]) -> bool:
         ending = self._ending(tokens)
@@ -326,6 +343,8 @@ class Steering:
             raise DiffGGUFError("the grammar refuses what it took before")
         self._symbols += self._symbols_of(answer)
         self._thinks = thought == len(tokens) and self._thought_goes_on(tokens)
+        if self._thought_left is not None:
+            self._thought_left = self._thought_left - thought if self._thinks else None
         self._left -= len(tokens)
 
     # ------------------------------------------------------------------------------------------------- the grammar
