@@ -23,7 +23,8 @@ from streams import as_stream
 import pydiffgguf
 from pydiffgguf import DiffusionModel, Stream, cli, demo_model_path
 from pydiffgguf.cli import arguments as cli_arguments
-from pydiffgguf.cli import bench, talk
+from pydiffgguf.cli import bench, chat, talk
+from pydiffgguf.engine.conversation import read_messages
 from pydiffgguf.errors import ContextOverflowError, ModelFormatError
 from pydiffgguf.generate import Block, DenoiseStep, Event, Generation, Stats
 from pydiffgguf.text.tokenizer import Tokenizer
@@ -59,6 +60,13 @@ class FakeModel:
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Stream[Event, Generation]:
         self.calls.append(("stream_chat", [dict(message) for message in messages], options))
         return as_stream(self._play)
+
+    def save_conversation(self, path: str, messages: list[dict[str, str]], *, thinking: bool) -> bool:
+        Path(path).write_text(json.dumps({"messages": messages}), encoding="utf-8")
+        return False
+
+    def load_conversation(self, path: str, *, thinking: bool) -> list[dict[str, Any]]:
+        return read_messages(path)
 
     def _play(self) -> Generator[Event, None, Generation]:
         text = ""
@@ -208,7 +216,9 @@ def test_a_terminal_shows_the_canvas_and_a_summary(
 # ----------------------------------------------------------------------------------------------------------- chat
 
 
-def play_chat(monkeypatch: pytest.MonkeyPatch, lines: list[str | BaseException], *arguments: str) -> int:
+def play_chat(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str | BaseException], *arguments: str, model: str = "m.gguf"
+) -> int:
     """An interactive chat: what is typed at each prompt, then Ctrl-D."""
 
     class Keyboard(io.StringIO):
@@ -225,7 +235,7 @@ def play_chat(monkeypatch: pytest.MonkeyPatch, lines: list[str | BaseException],
 
     monkeypatch.setattr(sys, "stdin", Keyboard())
     monkeypatch.setattr(builtins, "input", read)
-    return cli.main(["chat", "m.gguf", *arguments])
+    return cli.main(["chat", model, *arguments])
 
 
 def test_chat_keeps_the_conversation(fake: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,8 +295,33 @@ def test_a_conversation_is_saved_and_goes_on(
     assert play_chat(monkeypatch, [f"/load {tmp_path / 'other.json'}", f"/load {path}", "two"]) == 0
     assert fake.calls[-1][1] == [*saved, {"role": "user", "content": "two"}]
     out = " ".join(capsys.readouterr().out.split())
-    for text in ("/save needs a file's name", "File exists", "it is not a saved conversation"):
+    for text in ("/save needs a file's name", "File exists", "it holds tool calls"):
         assert text in out
+
+
+def test_a_saved_conversation_is_not_read_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the real model: /save writes the cache beside the messages, and after /load only the new turn is read."""
+    path, seen = tmp_path / "talk.json", []
+    summarize = chat.summary
+
+    def watched(result: Generation) -> str:
+        seen.append(result.stats)
+        return summarize(result)
+
+    monkeypatch.setattr(chat, "summary", watched)
+    options = ("--seed", "1", "--steps", "2", "-n", "8")
+    words = "Put in order: 9 7 1. " * 12
+    assert play_chat(monkeypatch, [words, f"/save {path}"], *options, model="demo") == 0
+    assert play_chat(monkeypatch, [f"/load {path}", "And now?"], *options, model="demo") == 0
+    first, later = seen
+    assert later.prompt_tokens > first.prompt_tokens > 100
+    assert later.reused_tokens >= first.prompt_tokens - 8
+    (tmp_path / "talk.json").unlink()
+    assert play_chat(monkeypatch, ["One", f"/save {path}"], *options, model="demo") == 0
+    assert "talk.json.cache: File exists" in "".join(capsys.readouterr().out.split("\n"))
+    assert not path.exists()
 
 
 def test_a_full_conversation_says_what_to_do(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydiffgguf.cli.talk import aside, follow, make_output
 from pydiffgguf.cli.terminal import Output, summary
+from pydiffgguf.engine.conversation import CACHE
 from pydiffgguf.errors import ContextOverflowError, DiffGGUFError
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ HELP = '''\
 /undo         take back the last message and its answer
 /system TEXT  set the system message; without TEXT, show it
 /clear        forget the conversation, keep the system message
-/save FILE    write the conversation as JSON
-/load FILE    go on with a conversation that was saved
+/save FILE    write the conversation as JSON, and the model's cache of it to FILE.cache
+/load FILE    go on with a conversation that was saved; with its cache it is not read again
 /help         this
 /exit         leave; so does Ctrl-D. Ctrl-C stops an answer
 A message of several lines can be pasted, or typed between two lines of """'''
@@ -125,24 +125,25 @@ class Chat:
             return
         try:
             if name == "/save":
-                with open(path, "x", encoding="utf-8") as file:  # nobody's file is overwritten
-                    json.dump({"messages": self._messages()}, file, ensure_ascii=False, indent=1)
-                aside(f"{len(self._turns)} messages are in {path}")
+                cache = path + CACHE
+                for file in (path, cache):  # nobody's file is overwritten
+                    if os.path.lexists(file):
+                        raise FileExistsError(f"{file}: File exists")
+                cached = self._model.save_conversation(path, self._messages(), thinking=self._thinking)
+                read = f", what the model has read of them in {cache}" if cached else ""
+                aside(f"{len(self._turns)} messages are in {path}{read}")
             else:
-                self._load(json.loads(Path(path).read_text(encoding="utf-8")))
+                self._load(self._model.load_conversation(path, thinking=self._thinking))
                 aside(f"{len(self._turns)} messages from {path}")
-        except (OSError, ValueError) as error:
+        except (DiffGGUFError, OSError, ValueError) as error:
             print(f"error: {' '.join(str(error).split())}")
 
-    def _load(self, value: Any) -> None:
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict)
-            and message.get("role") in ("system", "user", "assistant")
-            and isinstance(message.get("content"), str)
+    def _load(self, messages: list[dict[str, Any]]) -> None:
+        if not all(
+            message.get("role") in ("system", "user", "assistant") and isinstance(message.get("content"), str)
             for message in messages
         ):
-            raise ValueError('it is not a saved conversation: {"messages": [{"role": ..., "content": ...}]}')
+            raise ValueError("it holds tool calls, or messages that are no plain text: `chat` has no tools")
         systems = [message["content"] for message in messages if message["role"] == "system"]
         self._system = systems[0] if systems else None
         self._turns = [message for message in messages if message["role"] != "system"]

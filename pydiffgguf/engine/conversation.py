@@ -16,7 +16,7 @@ from pydiffgguf.engine.pool import common_head
 from pydiffgguf.errors import DiffGGUFError
 from pydiffgguf.text.files import replace_file
 
-__all__ = ["load_cache", "read_messages", "save_conversation"]
+__all__ = ["CACHE", "load_cache", "read_messages", "save_conversation"]
 
 #: The cache's name is the conversation's with this behind it.
 CACHE = ".cache"

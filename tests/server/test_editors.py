@@ -96,6 +96,24 @@ def test_llama_vscode_gets_a_list_of_candidates(server: Running) -> None:
     assert {"predicted_ms", "prompt_ms", "prompt_per_second", "predicted_per_second"} <= set(one["timings"])
 
 
+@pytest.mark.parametrize("suffix", ["", "\n"])
+def test_at_the_end_of_a_file_the_block_is_finished(server: Running, model: DiffusionModel, suffix: str) -> None:
+    """Editors send the rest of the line, a newline or nothing; `until` asks for the line, or for all that comes."""
+    head = 'def mul_width_price(width, price):\n    """Multiply width and price."""\n'
+    body = {"input_prefix": head, "input_suffix": suffix, "prompt": "", "n_predict": 60}
+    texts = {}
+    for until in ("line", "block", "end"):
+        answer = server.post("/infill", {**body, "diffusion": {"until": until}})
+        texts[until] = answer.json()["content"]
+        assert texts[until] == model.infill(head, suffix, max_gap=60, until=until).text  # type: ignore[arg-type]
+    assert texts["end"].startswith(texts["block"] + "\n") and texts["block"] == "    return width * price"
+    assert server.post("/infill", body).json()["content"] == texts["block"]
+    fim = {"prompt": f"<|fim_prefix|>{head}<|fim_suffix|>{suffix}<|fim_middle|>", "max_tokens": 60, "seed": 0}
+    assert server.post("/v1/completions", fim).json()["choices"][0]["text"] == texts["block"]
+    wrong = server.post("/infill", {**body, "diffusion": {"until": "word"}})
+    assert wrong.status_code == 400 and "until is 'word'" in wrong.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("name", ["n_cmpl", "n"])
 def test_too_many_candidates_are_refused_in_the_words_it_looks_for(server: Running, name: str) -> None:
     """llama.vscode falls back to one where the message begins so."""

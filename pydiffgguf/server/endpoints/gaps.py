@@ -20,6 +20,8 @@ __all__ = ["CUT_SUFFIX", "DEFAULT_GAP", "Asked", "Trimmed", "trim"]
 #: Editors send the rest of the line, at most this many lines and a newline: a suffix with more newlines was cut.
 CUT_SUFFIX = 65
 DEFAULT_GAP = 128
+#: Where a text that nothing follows ends, unless the request says: an editor shows a block, not the rest of a file.
+UNTIL = "block"
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class Asked:
         """The events of the filling, at most `left` seconds of them."""
         options = dict(self.diffusion.sampling)
         extra = self.diffusion.extra
+        if not self.gap.suffix.strip():  # the end of a text: editors send the rest of the line, a newline
+            options["until"] = extra.get("until", UNTIL)
         return model.stream_infill(
             self.gap.prefix,
-            self.gap.suffix or "\n",
+            self.gap.suffix,
             max_gap=self.max_gap,
             min_gap=min(extra.get("min_gap", 0), self.max_gap),
             n=self.n,
