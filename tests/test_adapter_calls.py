@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from adapter_folders import Array, pair, write_folder
+from canvas_batches import own_steps
 
 from pydiffgguf import DiffusionModel, ModelFormatError, UnsupportedError, demo_model_path
 from pydiffgguf.cli import main
 from pydiffgguf.convert import convert
+from pydiffgguf.session import CanvasSpec
 
 FAST: dict[str, Any] = {"seed": 3, "max_tokens": 40, "steps": 4}
 PROMPT = [2, *range(20, 60)]
@@ -183,13 +186,37 @@ def test_a_stack_of_adapters_is_their_sum(model: DiffusionModel, folders: dict[s
     assert np.linalg.norm(both - logits(model, {})) / np.linalg.norm(expected) > 0.01
 
 
-def test_threads_and_company_change_no_bit(tiny_gguf: Path, folders: dict[str, Path]) -> None:
-    """1, 2 and 5 threads; four canvases side by side and each alone."""
+def test_threads_change_no_bit(tiny_gguf: Path, folders: dict[str, Path]) -> None:
+    """1, 2 and 5 threads."""
     texts = []
     for n_threads in (1, 2, 5):
         with DiffusionModel(tiny_gguf, n_threads=n_threads, lora=[folders["both"], folders["other"]]) as model:
             texts.append((tokens(model), logits(model, {"both": 1.0, "other": 0.5}).tobytes()))
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_adapted_canvases_side_by_side_are_what_each_is_alone(model: DiffusionModel, folders: dict[str, Path]) -> None:
+    """Four of several lengths with pins and seeds of their own, under two adapters, step by step to the bit."""
+    model.load_lora(folders["both"])
+    model.load_lora(folders["other"])
+    specs = [
+        CanvasSpec(seed=1),
+        CanvasSpec(n_rows=9, pinned=[-1, -1, 7, -1, 8, 8, 8, -1, -1], seed=2),
+        CanvasSpec(n_rows=20, seed=3, canvas_index=4),
+        CanvasSpec(n_rows=31, canvas=[9] * 31, seed=5),
+    ]
+    sampling = replace(model.sampling, steps=4)
+
+    def steps_of(some: list[CanvasSpec], lora: dict[str, float]) -> list[list[bytes]]:
+        with model.session(n_rows=96, lora=lora) as session:
+            session.encode(PROMPT)
+            steps = own_steps(session, some, sampling)
+            return [[step.argmax.tobytes() + step.entropy.tobytes() for step in own] for own in steps]
+
+    both = {"both": 1.0, "other": 0.5}
+    together = steps_of(specs, both)
+    assert together == [steps_of([spec], both)[0] for spec in specs]
+    assert all(a != b for a, b in zip(together, steps_of(specs, {}), strict=True))
 
 
 def test_adapted_experts_run_beside_either_spelling(model: DiffusionModel, tmp_path: Path) -> None:

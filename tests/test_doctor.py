@@ -71,7 +71,9 @@ def test_doctor_names_the_cure_when_the_extension_is_broken(
     monkeypatch.delattr(pydiffgguf._binding, "functions", raising=False)
     assert cli.main(["doctor"]) == 1
     out, _ = capsys.readouterr()
-    assert re.search(r"problem: +the compiled extension cannot be loaded: .+\ncure: +pip install ", out)
+    assert re.search(
+        r"problem: +the compiled extension cannot be loaded: .+\ncure: +in the source folder, pip install ", out
+    )
     assert "numpy" in out
 
 

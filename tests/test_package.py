@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -46,6 +47,48 @@ def test_one_version() -> None:
     assert pydiffgguf.__version__ == declared
     assert importlib.metadata.version("pydiffgguf") == declared
     assert functions.build_info()["version"] == declared
+
+
+def test_the_page_on_an_index_has_no_link_that_leads_nowhere() -> None:
+    """README's relative links become text there, or lead to the repository once there is one."""
+    page = str(importlib.metadata.metadata("pydiffgguf").get_payload())
+    targets = re.findall(r"\]\(([^()\s]+)\)", page)
+    assert len(targets) > 1 and all(re.match("https?:|#", target) for target in targets)
+    assert "- docs/API.md: the Python API on one page" in page
+    spec = importlib.util.spec_from_file_location("index_page", ROOT / "cmake" / "index_page.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "![a](docs/a.svg)\n[b](docs/b.md#c) [d](https://d) [e](#e) [f [1]](f)"
+    found = module.index_page(text, "https://host/one", "1.2")
+    assert found.splitlines() == [
+        "![a](https://host/one/raw/v1.2/docs/a.svg)",
+        "[b](https://host/one/blob/v1.2/docs/b.md#c) [d](https://d) [e](#e) [f [1]](https://host/one/blob/v1.2/f)",
+    ]
+    assert module.index_page(text, None, "1.2") == "\nb (docs/b.md#c) [d](https://d) [e](#e) f [1]"
+
+
+def test_development_has_groups_and_users_have_extras() -> None:
+    """What only development needs is in no metadata; what README's commands install with any pip is an extra."""
+    metadata = importlib.metadata.metadata("pydiffgguf")
+    extras = set(metadata.get_all("Provides-Extra") or ())
+    assert extras == {"bench", "server", "structured", "test", "test-light"}
+    required = "\n".join(importlib.metadata.requires("pydiffgguf") or ())
+    assert "torch" in required and "ruff" not in required and "mypy" not in required
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    groups = declared.split("[dependency-groups]\n", 1)[1].split("\n[", 1)[0]
+    assert set(re.findall(r"^([\w-]+) = ", groups, re.MULTILINE)) == {"dev", "lint", "test", "test-light"}
+    assert set(re.findall(r"pydiffgguf\[([\w-]+)\]", groups)) <= extras
+    assert {"Model files", "ggml"} == {url.split(",")[0] for url in metadata.get_all("Project-URL") or ()}
+
+
+def test_no_cure_installs_a_strangers_package() -> None:
+    """pydiffgguf is on no index: what tells somebody to install it there gets them nothing, or somebody else's."""
+    files = [path for top in ("pydiffgguf", "convert", "csrc", "cmake", "docs") for path in (ROOT / top).rglob("*.*")]
+    texts = [*files, ROOT / "README.md", ROOT / "CMakeLists.txt"]
+    by_name = re.compile(r"(?:pip|pipx|uv\w*) (?:tool )?install\b[^\n`]*[ \"']pydiffgguf\b")
+    suffixes = {".py", ".cpp", ".h", ".cmake", ".md", ".txt"}
+    assert [str(p) for p in texts if p.suffix in suffixes and by_name.search(p.read_text(encoding="utf-8"))] == []
 
 
 def test_the_changelog_knows_this_version() -> None:

@@ -41,6 +41,7 @@ GLOBAL_MODULES: dict[str, str] = {
 }
 REGION_OF = {"decoder.": "decoder", "encoder.language_model.": "encoder", "language_model.": "both", "": "both"}
 
+MOST_NUMBER = 2.0**53
 MAX_PATTERN = 1000
 MAX_REPEATS = 8
 
@@ -176,7 +177,7 @@ def read_config(folder: Path, name: str) -> Config:
 
     def checked(key: str, value: Any, whole: bool) -> Any:
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(float(value)):
+        if not number or not abs(value) <= MOST_NUMBER:  # NaN is not, either
             raise ModelFormatError(f"{name}: {key} is {value!r:.60}: expected a {'whole ' if whole else ''}number")
         if value == 0 or (whole and value < 0):
             raise ModelFormatError(f"{name}: {key} is {value}")

@@ -21,8 +21,8 @@ void *rpc_function(const char *name) {
     void *function = rpc ? ggml_backend_reg_get_proc_address(rpc, name) : nullptr;
     if (!function) {
         throw Error(DG_ERROR_UNSUPPORTED,
-                    "this build has no RPC backend; install one with CMAKE_ARGS=\"-DGGML_RPC=on\" pip install "
-                    "--no-binary pydiffgguf pydiffgguf");
+                    "this build has no RPC backend; in the source folder, CMAKE_ARGS=\"-DGGML_RPC=ON\" pip install . "
+                    "makes one that has it");
     }
     return function;
 }

@@ -16,9 +16,8 @@ namespace {
 // by reports; more is taken by a desktop on the same card.
 constexpr size_t RESERVE = 500'000'000;
 
-constexpr const char *INSTALL = "install a build that has one: CMAKE_ARGS=\"-DGGML_CUDA=on\" (or -DGGML_METAL, "
-                                "-DGGML_VULKAN, -DGGML_HIP) pip install --no-binary pydiffgguf pydiffgguf; or name "
-                                "RPC servers";
+constexpr const char *INSTALL = "make a build that has one, in the source folder: CMAKE_ARGS=\"-DGGML_CUDA=ON\" (or "
+                                "-DGGML_METAL, -DGGML_VULKAN, -DGGML_HIP) pip install .; or name RPC servers";
 
 // Looks for the plan with the most on devices that has room.
 class Planner {

@@ -38,8 +38,7 @@ except ModuleNotFoundError as error:
 if _missing := ffi.string(lib.dg_cpu_missing()).decode():
     raise ImportError(
         f"pydiffgguf was built for a processor with {_missing}, which this one lacks. Build it for any processor: "
-        "pip install --force-reinstall --no-cache-dir --no-binary pydiffgguf pydiffgguf, without GGML_NATIVE=ON in "
-        "CMAKE_ARGS"
+        "in the source folder, pip install --force-reinstall --no-cache-dir ., without GGML_NATIVE=ON in CMAKE_ARGS"
     )
 
 __all__ = [

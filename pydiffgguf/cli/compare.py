@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Reference"]
+__all__ = ["Reference", "cache_keyword"]
+
+
+def cache_keyword() -> str:
+    """transformers' name for the argument that is the cache. From 5.24 on it warns of the older one."""
+    from transformers import __version__
+
+    major, minor = __version__.split(".")[:2]
+    return "cache" if (int(major), int(minor)) >= (5, 24) else "past_key_values"
 
 
 class Reference:
@@ -31,6 +39,7 @@ class Reference:
         load: Any = DiffusionGemmaForBlockDiffusion.from_pretrained
         self.model = load(checkpoint, dtype=torch.float32)
         self.cache: Any = None
+        self.cache_keyword = cache_keyword()
         self.n_vocab = int(self.model.config.text_config.vocab_size)
         self.canvas = torch.arange(int(self.model.config.canvas_length))[None] % self.n_vocab
         self.signal: Any = None
@@ -41,16 +50,17 @@ class Reference:
         tokens = torch.tensor([ids])
         positions = torch.arange(tokens.shape[1])[None]
         self.cache = self.cache_type(config=self.model.config.get_text_config(decoder=True))
+        cache: dict[str, Any] = {self.cache_keyword: self.cache}
         began = time.perf_counter()
         with torch.inference_mode():
             masks = encoder.create_masks_for_generate(
                 config=self.model.config,
                 inputs_embeds=torch.empty((1, tokens.shape[1], 0), dtype=self.model.dtype),
                 attention_mask=torch.ones_like(tokens, dtype=torch.bool),
-                past_key_values=self.cache,
                 position_ids=positions,
+                **cache,
             )
-            encoder(input_ids=tokens, attention_mask=masks, past_key_values=self.cache, position_ids=positions)
+            encoder(input_ids=tokens, attention_mask=masks, position_ids=positions, **cache)
         return time.perf_counter() - began
 
     def step(self) -> float:
@@ -59,7 +69,8 @@ class Reference:
         if self.signal is None:
             shape = (1, self.canvas.shape[1], self.n_vocab)
             self.signal = torch.from_numpy(np.random.default_rng(1).standard_normal(shape, np.float32))
+        cache: dict[str, Any] = {self.cache_keyword: self.cache}
         began = time.perf_counter()
         with torch.inference_mode():
-            self.model(decoder_input_ids=self.canvas, past_key_values=self.cache, self_conditioning_logits=self.signal)
+            self.model(decoder_input_ids=self.canvas, self_conditioning_logits=self.signal, **cache)
         return time.perf_counter() - began

@@ -38,7 +38,8 @@ OPTIONAL = ("llguidance",)
 #: Backends of ggml that compute on a GPU, and the switch that builds each.
 GPU_BACKENDS = {"CUDA": "GGML_CUDA", "ROCm": "GGML_HIP", "Vulkan": "GGML_VULKAN", "MTL": "GGML_METAL"}
 
-REINSTALL = "pip install --force-reinstall --no-cache-dir pydiffgguf"
+#: The package is on no index: a cure that named it there would install a stranger's.
+REINSTALL = "in the source folder, pip install --force-reinstall --no-cache-dir ."
 
 
 def examine() -> dict[str, Any]:
@@ -158,14 +159,15 @@ def _off(build: dict[str, Any]) -> list[dict[str, str]]:
     levels = build["cpu_levels"]
     if not levels:
         what = f"{build['compiler']} compiles no kernels for the CPU: ggml's operators do the work, slower"
-        off.append({"what": what, "cure": f"build with Clang or GCC: {REINSTALL} --no-binary pydiffgguf"})
+        off.append({"what": what, "cure": f"build with Clang or GCC: {REINSTALL}"})
     left_out = [level["name"] for level in levels if level["offered"] and not level["compiled"]]
     if left_out:
         what = f"this CPU has {', '.join(left_out)}, which {build['compiler']} could not compile"
-        off.append({"what": what, "cure": f"build with a newer compiler: {REINSTALL} --no-binary pydiffgguf"})
+        off.append({"what": what, "cure": f"build with a newer compiler: {REINSTALL}"})
     if not any(backend in GPU_BACKENDS for backend in build["backends"]):
         switches = ", ".join(f"-D{switch}=ON ({name})" for name, switch in GPU_BACKENDS.items())
-        off.append({"what": "no GPU backend is built in", "cure": f"with a GPU, build with one of {switches}"})
+        cure = f"with a GPU, build with one of {switches} in CMAKE_ARGS"
+        off.append({"what": "no GPU backend is built in", "cure": cure})
     elif [device["name"] for device in build["devices"]] == ["CPU"]:
         found = ", ".join(backend for backend in build["backends"] if backend in GPU_BACKENDS)
         cure = "install the GPU's driver, and see that its own tool (nvidia-smi, rocminfo, vulkaninfo) lists the card"

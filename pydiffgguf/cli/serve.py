@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-INSTALL = 'the server is an extra: pip install "pydiffgguf[server]"'
+INSTALL = "the server is an extra: in the source folder, pip install '.[server]'"
 
 
 def add_arguments(sub: Any) -> None:

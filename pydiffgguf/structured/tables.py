@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Symbols", "Tables", "engine"]
 
-INSTALL = 'pip install "pydiffgguf[structured]"'
+INSTALL = "in the source folder, pip install '.[structured]'"
 
 
 def engine() -> Any:

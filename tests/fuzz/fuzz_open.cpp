@@ -1,5 +1,5 @@
-// The whole open path on mutated GGUF files: whatever they say, the file opens or is refused in one line, and what
-// opens can be looked at and computed with.
+// The whole open path on mutated GGUF files, as models and as adapters for a small model: whatever they say, the file
+// opens or is refused in one line, and what opens can be looked at and computed with.
 #include "diffgguf.h"
 
 #include "gguf_spans.h"
@@ -129,7 +129,7 @@ void expect_status(dg_status status, const char *err, std::initializer_list<dg_s
     }
 }
 
-void compute(dg_model *model) {
+void compute(dg_model *model, dg_adapter *adapter = nullptr) {
     char err[512];
     const dg_config config = dg_model_config(model);
     dg_session_options options = dg_session_options_default();
@@ -150,6 +150,11 @@ void compute(dg_model *model) {
     expect_status(status, err, {DG_ERROR_MEMORY});
     if (status != DG_OK) {
         return;
+    }
+    if (adapter) {
+        const float scale = 1.0f;
+        status = dg_session_set_adapters(session, &adapter, &scale, 1, nullptr, err, sizeof err);
+        expect_status(status, err, {DG_ERROR_MEMORY});
     }
     std::vector<int32_t> ids;
     for (int32_t i = 0; i < std::min(6, config.n_vocab); ++i) {
@@ -173,6 +178,37 @@ void compute(dg_model *model) {
         }
     }
     dg_session_free(session);
+}
+
+// The same bytes as an adapter, from memory or from a file.
+void adapt(const uint8_t *data, size_t size, const char *path, uint64_t choice) {
+    static dg_model *const model = [] {
+        const dg_model_options options = dg_model_options_default();
+        char err[512];
+        dg_model *opened = nullptr;
+        expect(dg_model_open(&opened, DG_FUZZ_MODEL, &options, err, sizeof err) == DG_OK, err);
+        return opened;
+    }();
+    char err[512];
+    dg_adapter *adapter = nullptr;
+    const auto region = static_cast<int32_t>(choice / 2 % 4);
+    const void *bytes = choice % 2 ? data : nullptr;
+    const dg_status status = dg_adapter_open(&adapter, model, path, bytes, size, "it", region, err, sizeof err);
+    expect((status == DG_OK) == (adapter != nullptr), "an adapter comes with DG_OK and with nothing else");
+    expect_status(status, err, {DG_ERROR_FORMAT, DG_ERROR_UNSUPPORTED, DG_ERROR_MEMORY, DG_ERROR_ARGUMENT});
+    expect(status != DG_ERROR_ARGUMENT || region != DG_REGION_OF_FILE, "an argument that can be wrong");
+    if (adapter) {
+        const dg_adapter_info info = dg_adapter_get_info(adapter);
+        expect(info.n_pairs > 0 && info.n_bytes > 0, "an adapter that opens does something");
+        for (int32_t i = -1; i <= info.n_ranks; ++i) {
+            expect((dg_adapter_rank(adapter, i) > 0) == (i >= 0 && i < info.n_ranks), "ranks are above 0");
+        }
+        expect(dg_adapter_base(adapter) != nullptr, "a base has a name, or an empty one");
+        if (choice / 8 % 4 == 0) {
+            compute(model, adapter);
+        }
+        dg_adapter_free(adapter);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------- the mutator
@@ -484,6 +520,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
             compute(model);
         }
         dg_model_free(model);
+    } else if (first == size) {
+        adapt(data, size, path.c_str(), sum / 16);
     }
     return 0;
 }

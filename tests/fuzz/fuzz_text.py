@@ -1,10 +1,10 @@
-"""Fuzzes what a file's strings do in Python: the chat template and the tokenizer.
+"""Fuzzes what a stranger's files do in Python: the chat template, the tokenizer, PEFT's adapters.
 
     python tests/fuzz/fuzz_text.py [--seconds N] [--seed N] [--found FOLDER]
 
-Templates are put together from pieces of Jinja and changed character by character; vocabularies start from a small
-whole one. Either is refused with ModelFormatError (or UnsupportedError), or it works, within 2 s of processor time and
-with bounded output. Anything else ends the run with exit status 1 and the input in FOLDER.
+Templates are put together from pieces of Jinja and changed character by character; vocabularies and adapters start
+from a small whole one. Each is refused with ModelFormatError (or UnsupportedError), or it works, within 2 s of
+processor time and with bounded output. Anything else ends the run with exit status 1 and the input in FOLDER.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import struct
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydiffgguf.convert.adapter.opening import read_adapter
 from pydiffgguf.errors import ModelFormatError, UnsupportedError
 from pydiffgguf.text.template import BASE_UNITS, UNITS_PER_CHARACTER, ChatTemplate, TemplateRefusal
 from pydiffgguf.text.tokenizer import Tokenizer
@@ -194,6 +200,76 @@ def try_vocabulary(v: dict[str, Any]) -> bool:
     return True
 
 
+NAMES = (
+    "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight",
+    "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_B.weight",
+    "base_model.model.model.encoder.language_model.layers.1.mlp.up_proj.lora_A.weight",
+    "base_model.model.model.encoder.language_model.layers.1.mlp.up_proj.lora_B.weight",
+    "base_model.model.model.decoder.layers.0.experts.lora_A.weight", "base_model.model.lm_head.lora_A.default.weight",
+    "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_magnitude_vector.weight", "__metadata__", "",
+    "base_model.model.model.decoder.embed_tokens.lora_embedding_A", "layers.9999999.router.proj.lora_B.weight",
+)  # fmt: skip
+VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 1, 2, 3, 4, 8, 2**31, 2**53, 2**63, -(2**70), 0.5, 1e300, "", "4", "F32", "BF16", "I8", "F64",
+    [], {}, [0], [4, 8], [8, 4], [2**40, 2**40], [-4, 8], [4, 8, 1], [0, 128], [128, 256], [0, 2**60], [None], "\0",
+    {"q_proj": 2}, {"(": 1}, {"([a-z.]+)+!": 4}, "rslora", "\ud800",
+)  # fmt: skip
+CONFIG_KEYS = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "peft_version",
+    "init_lora_weights", "target_modules", "target_parameters", "modules_to_save", "bias", "lora_bias",
+    "base_model_name_or_path", "layer_replication",
+)  # fmt: skip
+
+
+class Adapters:
+    """PEFT folders, as text for the config and for the header: a whole one with some values replaced."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def make(self) -> dict[str, Any]:
+        rng = self.rng
+        config: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "peft_version": "0.21.2"}
+        header: dict[str, Any] = {}
+        for i, name in enumerate(NAMES[:4]):
+            shape, begin = [[4, 8], [8, 4]][i % 2], 128 * i
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, begin + 128]}
+        for _ in range(rng.randrange(1, 4)):
+            pick = rng.random()
+            if pick < 0.4:
+                config[rng.choice(CONFIG_KEYS)] = deepcopy(rng.choice(VALUES))
+            elif pick < 0.5:
+                header[rng.choice(NAMES)] = deepcopy(rng.choice((*VALUES, *header.values())))
+            elif pick < 0.6 and header:
+                del header[rng.choice(list(header))]
+            elif entries := [entry for entry in header.values() if isinstance(entry, dict)]:
+                entry = rng.choice(entries)
+                entry[rng.choice(("dtype", "shape", "data_offsets", "other"))] = deepcopy(rng.choice(VALUES))
+        texts = [json.dumps(config), json.dumps(header)]
+        for i in range(2):
+            if rng.random() < 0.2:
+                at = rng.randrange(len(texts[i]) + 1)
+                texts[i] = texts[i][:at] + rng.choice((*BROKEN, "", "9" * 400, "[" * 3000)) + texts[i][at + 1 :]
+        size = rng.choice((None,) * 9 + (0, 2**63, 2**64 - 1, 10))
+        return {"config": texts[0], "header": texts[1], "size": size, "data": rng.choice((512,) * 9 + (0, 511, 513))}
+
+
+def try_adapter(folder: Path, value: dict[str, Any]) -> bool:
+    """Whether it is read; raises AssertionError for a broken promise."""
+    header = value["header"].encode("utf-8", "surrogatepass")
+    size = len(header) if value["size"] is None else value["size"]
+    data = b"\0\0\x80\x3f" * (value["data"] // 4) + b"x" * (value["data"] % 4)
+    (folder / "adapter_config.json").write_bytes(value["config"].encode("utf-8", "surrogatepass"))
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", size) + header + data)
+    try:
+        adapter = read_adapter(folder)
+    except (ModelFormatError, UnsupportedError) as error:
+        assert "\n" not in str(error), "a message is one line"
+        return False
+    assert adapter.pairs, "an adapter that is read does something"
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=15.0)
@@ -201,10 +277,13 @@ def main() -> int:
     parser.add_argument("--found", type=Path, default=Path())
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    templates, vocabularies = Templates(rng), Vocabularies(rng)
+    templates, vocabularies, adapters = Templates(rng), Vocabularies(rng), Adapters(rng)
+    scratch = tempfile.TemporaryDirectory()
+    warnings.simplefilter("ignore")  # what is odd about an adapter
     kinds: tuple[tuple[str, Callable[[], Any], Callable[[Any], bool]], ...] = (
         ("template", templates.make, try_template),
         ("vocabulary", vocabularies.make, try_vocabulary),
+        ("adapter", adapters.make, partial(try_adapter, Path(scratch.name))),
     )
     runs = {name: 0 for name, _, _ in kinds}
     good = dict(runs)

@@ -93,6 +93,56 @@ void check_rows(ggml_type type) {
     }
 }
 
+// What a low-rank pair adds to the product `bare`, whatever type the matrix has and however the activations are rounded
+// for it: B (scales * (A x)) of x itself.
+void check_low(const dg::Kernels &k, ggml_tensor *x, const ggml_tensor *bare, bool int8) {
+    const ggml_context_ptr context = make_context();
+    ggml_context *ctx = context.get();
+    const int64_t rank = 5;
+    const int64_t depth = x->ne[0];
+    ggml_tensor *w = bare->src[0];
+    ggml_tensor *a = random_tensor(ctx, GGML_TYPE_F32, depth, rank);
+    ggml_tensor *b = random_tensor(ctx, GGML_TYPE_F32, rank, bare->ne[0]);
+    ggml_tensor *scales = random_tensor(ctx, GGML_TYPE_F32, rank, 1);
+    ggml_tensor *blocks = output(ctx, k.block_floats(depth, false), k.column_blocks(x->ne[1]), {x});
+    dg::PackWork pack;
+    k.pack(blocks, 0, 1, &pack);
+    ggml_tensor *scratch = scratch_for(ctx, k.product_scratch(depth, bare->ne[0]));
+    ggml_tensor *low = output(ctx, rank * k.columns, k.column_blocks(x->ne[1]), {a, blocks, scratch});
+    dg::LowWork low_work;
+    low_work.scales = scales;
+    low_work.n = x->ne[1];
+    k.low(low, 0, 1, &low_work);
+    ggml_tensor *dst = output(ctx, bare->ne[0], bare->ne[1], {w, bare->src[1], scratch, b, low});
+    dg::MultiplyWork work;
+    work.int8 = int8;
+    k.multiply(dst, 0, 1, &work);
+    std::vector<double> expected;
+    for (int64_t j = 0; j < x->ne[1]; ++j) {
+        const Floats column = row_of(x, j);
+        std::vector<double> inner;
+        for (int64_t i = 0; i < rank; ++i) {
+            const Floats row = row_of(a, i);
+            double sum = 0.0;
+            for (size_t d = 0; d < row.size(); ++d) {
+                sum += static_cast<double>(row[d]) * static_cast<double>(column[d]);
+            }
+            inner.push_back(sum * static_cast<double>(row_of(scales, 0)[static_cast<size_t>(i)]));
+        }
+        for (int64_t r = 0; r < bare->ne[0]; ++r) {
+            const Floats row = row_of(b, r);
+            double sum = 0.0;
+            for (size_t i = 0; i < row.size(); ++i) {
+                sum += static_cast<double>(row[i]) * inner[i];
+            }
+            const float base = static_cast<const float *>(bare->data)[expected.size()];
+            expected.push_back(static_cast<double>(base) + sum);
+        }
+    }
+    const double error = error_of(dst, expected);
+    check(error < 1e-6, "a low-rank pair is off", ggml_type_name(w->type), error);
+}
+
 // w [depth, n_out] times x [depth, n]; integers round activations to 8 bits.
 void check_product(const dg::Kernels &k, ggml_type type, int64_t depth, int64_t n_out, int64_t n, float poison) {
     const ggml_context_ptr context = make_context();
@@ -136,6 +186,7 @@ void check_product(const dg::Kernels &k, ggml_type type, int64_t depth, int64_t 
     // which is 3.8e-3; of 61 outputs at a time up to 5.1e-3 was seen. A misread bit costs ten times that.
     check(error < (int8 ? 7e-3 : 1e-6), "a product is off", ggml_type_name(type), error);
     check(!int8 || error > 1e-4, "a product of integers is too good to be one", ggml_type_name(type), error);
+    check_low(k, x, dst, int8);
 }
 
 void check_norm(const dg::Kernels &k) {

@@ -30,6 +30,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
+from pydiffgguf.cli.compare import cache_keyword
+
 Ids = npt.NDArray[np.int32]
 Model = DiffusionGemmaForBlockDiffusion
 
@@ -165,6 +167,7 @@ class ReferencePrefix:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cached: dict[str, Any] = {cache_keyword(): self.cache}
 
     @property
     def n_past(self) -> int:
@@ -181,10 +184,10 @@ class ReferencePrefix:
             config=self.model.config,
             inputs_embeds=torch.empty((1, tokens.shape[1], 0), dtype=self.model.dtype),
             attention_mask=torch.ones((1, total), dtype=torch.bool),
-            past_key_values=self.cache,
             position_ids=positions,
+            **self.cached,
         )
-        out = encoder(input_ids=tokens, attention_mask=masks, past_key_values=self.cache, position_ids=positions)
+        out = encoder(input_ids=tokens, attention_mask=masks, position_ids=positions, **self.cached)
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -193,7 +196,7 @@ class ReferencePrefix:
         """canvas [C] -> softcapped logits float32 [C, V]; self_conditioning: processed logits [C, V] or None."""
         out = self.model(
             decoder_input_ids=ids_tensor(canvas),
-            past_key_values=self.cache,
+            **self.cached,
             self_conditioning_logits=None if self_conditioning is None else self_conditioning[None],
         )
         logits: torch.Tensor = out.logits[0]

@@ -115,7 +115,7 @@ def test_without_the_extra_it_says_how_to_install_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
-    assert done.stderr == 'pydiffgguf: error: the server is an extra: pip install "pydiffgguf[server]"\n'
+    assert done.stderr == "pydiffgguf: error: the server is an extra: in the source folder, pip install '.[server]'\n"
 
 
 def test_other_commands_import_nothing_of_the_server() -> None:
