@@ -194,6 +194,8 @@ typedef struct dg_model_options {
     const char *cpu; /* the level of instructions that the CPU's own operators use, by its name (dg_local_cpu_level);
                         NULL (default): the best that is compiled in and that this processor has. Any other that is
                         not both: DG_ERROR_UNSUPPORTED */
+    size_t adapters; /* bytes of adapters (dg_adapter_info.n_bytes) that "as many as fit" makes room for, shared out
+                        evenly to the layers */
 } dg_model_options;
 
 DG_API dg_model_options dg_model_options_default(void);

@@ -21,7 +21,8 @@ from pydiffgguf._log import logger
 from pydiffgguf.chat import chat_prompt
 from pydiffgguf.completions import CompletionStream, create_chat_completion, create_completion
 from pydiffgguf.edit import Choice, Edit, choose, edit
-from pydiffgguf.engine.adapters import Adapter, AdapterSource, Region, load_all
+from pydiffgguf.engine.adapters import Adapter, AdapterSource, Region, bytes_of, find_all
+from pydiffgguf.engine.adapters import find as find_adapter
 from pydiffgguf.engine.call import Stream, drain
 from pydiffgguf.engine.conversation import load_cache, read_messages, save_conversation
 from pydiffgguf.engine.core import Engine
@@ -134,11 +135,15 @@ class DiffusionModel:
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be a function of one argument, but is {progress!r:.60}")
         self.path = find(path, progress)
+        adapters = find_all(lora)
+        if n_gpu_layers == "auto":
+            placing["adapters"] = bytes_of(adapters)
         native = open_native(self.path, placing, options, progress)
         name = self.path.name
         self._predicted = native.memory(**options)
         self._engine = Engine(native, name, options, n_sessions=n_sessions, verbose=verbose)
-        load_all(self._engine.adapters, lora)
+        for adapter in adapters:
+            self._engine.adapters.load(adapter)
         logger.info("opened %s", self.path)
         for line in describe(name, native, self._predicted, automatic=n_gpu_layers == "auto"):
             logger.info("%s", line)
@@ -556,7 +561,7 @@ class DiffusionModel:
             ValueError: a name that is taken; a region for an adapter with a set for each mode.
         """
         self._engine.check_open()
-        return self._engine.adapters.load(path, name, scale, region)
+        return self._engine.adapters.load(find_adapter(path, name, scale), region)
 
     def unload_lora(self, name: str) -> None:
         """Forgets an adapter. Calls under way keep it. Raises ValueError for a name that is not loaded."""

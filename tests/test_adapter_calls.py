@@ -16,6 +16,7 @@ from canvas_batches import own_steps
 from pydiffgguf import DiffusionModel, ModelFormatError, UnsupportedError, demo_model_path
 from pydiffgguf.cli import main
 from pydiffgguf.convert import convert
+from pydiffgguf.engine.adapters import bytes_of, find
 from pydiffgguf.session import CanvasSpec
 
 FAST: dict[str, Any] = {"seed": 3, "max_tokens": 40, "steps": 4}
@@ -104,6 +105,28 @@ def test_opening_takes_paths_and_scales(tiny_gguf: Path, folders: dict[str, Path
     with DiffusionModel(tiny_gguf, n_threads=1, lora=[folders["decoder"], (folders["other"], 0.25)]) as model:
         assert {name: a.scale for name, a in model.adapters.items()} == {"decoder": 1.0, "other": 0.25}
         assert model.memory().adapters == sum(a.n_bytes for a in model.adapters.values()) > 0
+
+
+def test_an_adapters_memory_is_told_before_it_is_loaded(
+    model: DiffusionModel, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the headers of both forms, within 3 % of what it then takes; `inspect --fit` counts it among the rest."""
+    convert(folders["both"], folders["both"].with_suffix(".gguf"), type="f16")
+    for path in (*folders.values(), folders["both"].with_suffix(".gguf")):
+        predicted = bytes_of([find(path)])
+        with DiffusionModel(model.path, n_threads=1, lora=[path]) as other, other.session() as session:
+            assert predicted == pytest.approx(other.memory().adapters, rel=0.03)
+            assert predicted == pytest.approx(session.memory.adapters, rel=0.03)
+    fit = []
+    for lora in ([], ["--lora", str(folders["both"])]):
+        assert main(["inspect", str(model.path), "--fit", "4GB", "--json", *lora]) == 0
+        fit.append(json.loads(capsys.readouterr().out)["fit"])
+    bare, adapted = fit
+    [share] = [share for share in adapted["shares"] if share["what"] == "adapters"]
+    assert share["device"] == pytest.approx(bytes_of([find(folders["both"])]), rel=0.03)
+    assert bare["free"] - adapted["free"] == share["device"]
+    with pytest.raises(SystemExit):
+        main(["inspect", str(model.path), "--lora", "x"])
 
 
 def test_a_gguf_and_its_folder_are_the_same_adapter(model: DiffusionModel, folders: dict[str, Path]) -> None:

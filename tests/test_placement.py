@@ -62,6 +62,18 @@ def test_a_cache_on_the_cpu_leaves_room() -> None:
     assert plan_layers(LAYERS, HEAD, NEEDS, [(free, HERE)]).n_cpu_moe == 1
 
 
+def test_adapters_take_room_with_their_layers() -> None:
+    """The same for each layer: with a byte less than all of them need, something stays on the CPU."""
+    free = MAIN + taken(range(6), 0)
+    assert plan_layers(LAYERS, HEAD, NEEDS, [(free + 600, HERE)], adapters=600).n_cpu_moe == 0
+    assert plan_layers(LAYERS, HEAD, NEEDS, [(free + 599, HERE)], adapters=600).n_cpu_moe == 1
+    without_experts = MAIN + taken(range(3, 6), 6)
+    assert plan_layers(LAYERS, HEAD, NEEDS, [(without_experts + 300, HERE)], adapters=600).n_gpu_layers == 3
+    assert plan_layers(LAYERS, HEAD, NEEDS, [(without_experts + 299, HERE)], adapters=600).n_gpu_layers == 2
+    with pytest.raises(ValueError, match="adapters is -1"):
+        plan_layers(LAYERS, HEAD, NEEDS, [(free, HERE)], adapters=-1)
+
+
 def test_a_number_of_layers_is_done_as_asked_for() -> None:
     """Whatever fits; also with no device at all."""
     p = plan_layers(LAYERS, HEAD, NEEDS, [(1, HERE)], n_gpu_layers=4, n_cpu_moe=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 import warnings
 from pathlib import Path
@@ -11,10 +13,11 @@ from gguf import GGMLQuantizationType
 from pydiffgguf.errors import ModelFormatError
 
 from ..inspection.gguf_file import GGUFHead, read_head
+from ..source.shards import Shard
 from ..writing import ConversionReport
 from .gguf_adapter import TYPES, is_adapter, naming, read_gguf, to_gguf, write
 from .pairs import Adapter, only_region
-from .peft import CONFIG, BaseShape, read_peft
+from .peft import CONFIG, WEIGHTS, BaseShape, read_peft
 
 # What a folder holds that is an adapter, or means to be one.
 SIGNS = (CONFIG, "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
@@ -55,6 +58,20 @@ def read_adapter(path: Path, *, name: str | None = None, base: BaseShape | None 
         if str(error).startswith(name):
             raise
         raise ModelFormatError(f"{name}: {error}") from None
+
+
+def bytes_in_memory(path: Path) -> int:
+    """What the adapter at `path` takes beside a model's matrices, at most, by its header alone: its factors in float32.
+    0 for what is none; opening it says why."""
+    try:
+        if path.is_dir():
+            with Shard(path / WEIGHTS) as shard:
+                sizes = {tensor.name: math.prod(tensor.shape) for tensor in shard.tensors.values()}
+        else:
+            sizes = {tensor.name: math.prod(tensor.shape) for tensor in read_head(path).tensors.values()}
+    except (OSError, ModelFormatError):
+        return 0
+    return 4 * sum(size for name, size in sizes.items() if re.search(r"lora_[abAB](\.|$)", name))
 
 
 def base_shape(head: GGUFHead) -> BaseShape:

@@ -93,10 +93,11 @@ def parse_size(text: str) -> int:
     return size
 
 
-def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None) -> FitPlan:
+def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None, adapter_bytes: int = 0) -> FitPlan:
     """The plan for a device with `device_bytes` free, at the context and cache type that the report is for.
 
-    `n_rows`: rows that are denoised together, by default the file's canvas. Raises ValueError for options out of range,
+    `n_rows`: rows that are denoised together, by default the file's canvas. `adapter_bytes`: of adapters that will run
+    beside the weights, as the engine counts them: the same for each layer. Raises ValueError for options out of range,
     ModelFormatError when the file's keys do not tell its shape.
     """
     if device_bytes < 1:
@@ -111,7 +112,9 @@ def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None) ->
         needs = figures.needs(n_ctx=needs.n_ctx, type_kv=memory.type_kv, n_rows=n_rows)
     n = len(figures.layers)
     head, dense, experts = sum_tensors(report, n)
-    placed = plan_layers(list(zip(dense, experts, strict=True)), head, needs, [(device_bytes, "")])
+    placed = plan_layers(
+        list(zip(dense, experts, strict=True)), head, needs, [(device_bytes, "")], adapters=adapter_bytes
+    )
     used = placed.n_gpu_layers > 0
     first_dense, first_expert = n - placed.n_gpu_layers, max(placed.n_cpu_moe, n - placed.n_gpu_layers)
 
@@ -138,18 +141,20 @@ def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None) ->
             split(f"layers without experts, {placed.n_gpu_layers} of {n}", dense, first_dense),
             split(f"KV cache, {needs.n_ctx} positions in {memory.type_kv}", needs.cache, first_dense),
             split(f"experts, {n - first_expert} of {n} layers", experts, first_expert),
+            *([split("adapters", [adapter_bytes // n] * n, first_dense)] if adapter_bytes else ()),
         ),
     )
 
 
-def in_memory(report: FileReport) -> tuple[str, dict[str, Any]]:
+def in_memory(report: FileReport, adapter_bytes: int = 0) -> tuple[str, dict[str, Any]]:
     """Whether this machine's memory holds the model and a session, in a sentence and in JSON types."""
     available, total = memory_available(), report.memory.total_bytes
     if total is None:
         raise ModelFormatError(f"{report.path}: the keys do not tell its layers (see inspect's findings)")
+    total += adapter_bytes
     if available is None:
         text = f"It needs {human(total)}; the system does not tell what is available."
-    elif large := report.too_large(available):
+    elif large := report.too_large(available - adapter_bytes):
         text = f"It does not fit: {large}."
     else:
         text = f"It fits: it needs {human(total)}, and {human(available)} are available."

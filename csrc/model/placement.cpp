@@ -98,7 +98,8 @@ class Planner {
         const dg_layer_bytes &l = sizes_.layers[layer];
         const bool experts_too = layer >= static_cast<size_t>(n_cpu_moe);
         return static_cast<double>(l.weights) + (experts_too ? static_cast<double>(l.experts) : 0.0) +
-               (options_.offload_kv ? static_cast<double>(l.cache) : 0.0);
+               (options_.offload_kv ? static_cast<double>(l.cache) : 0.0) +
+               static_cast<double>(options_.adapters) / static_cast<double>(sizes_.layers.size());
     }
 
     // Cuts the last `n` layers into stretches whose sizes are as the shares; device of each of them.

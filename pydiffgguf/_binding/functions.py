@@ -72,6 +72,7 @@ def plan_layers(
     tensor_split: Sequence[float] = (),
     main_gpu: int = -1,
     offload_kv: bool = True,
+    adapters: int = 0,
 ) -> LayerPlan:
     """Where NativeModel puts layers: dg_plan_layers in csrc/diffgguf.h, which has the policy.
 
@@ -87,7 +88,7 @@ def plan_layers(
     endpoints = [ffi.new("char[]", endpoint.encode()) for _, endpoint in devices]
     for out, (free, _), text in zip(given, devices, endpoints, strict=True):
         out.memory_free, out.endpoint = _size(free), text
-    options, _split = placing_options(n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv)
+    options, _split = placing_options(n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv, adapters)
     plan = ffi.new("dg_plan *")
     device_of = ffi.new("int32_t[]", len(layers))
     n_layers, n_devices = len(layers), len(devices)

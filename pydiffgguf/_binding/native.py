@@ -87,10 +87,11 @@ class NativeModel:
         tensor_split: Sequence[float] = (),
         main_gpu: int = -1,
         offload_kv: bool = True,
+        adapters: int = 0,
         rpc: Sequence[str] = (),
         expected: Mapping[str, Any] | None = None,
     ) -> None:
-        options, _split = placing_options(n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv)
+        options, _split = placing_options(n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv, adapters)
         options.use_mmap = bool(use_mmap)
         level = ffi.new("char[]", cpu.encode())
         options.cpu = level

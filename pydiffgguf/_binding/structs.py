@@ -56,7 +56,12 @@ def fill_sampling(sampling: Sampling, out: Any) -> None:
 
 
 def placing_options(
-    n_gpu_layers: int, n_cpu_moe: int, tensor_split: Sequence[float], main_gpu: int, offload_kv: bool
+    n_gpu_layers: int,
+    n_cpu_moe: int,
+    tensor_split: Sequence[float],
+    main_gpu: int,
+    offload_kv: bool,
+    adapters: int = 0,
 ) -> tuple[Any, object]:
     """A dg_model_options, and what must outlive its use."""
     options = ffi.new("dg_model_options *", lib.dg_model_options_default())
@@ -64,6 +69,7 @@ def placing_options(
     options.n_cpu_moe = int32("n_cpu_moe", n_cpu_moe)
     options.main_gpu = int32("main_gpu", main_gpu, low=-1)
     options.offload_kv = bool(offload_kv)
+    options.adapters = integer("adapters", adapters, 0, 2**62)
     split = ffi.new("float[]", [real("a part of tensor_split", part) for part in tensor_split])
     options.tensor_split, options.n_tensor_split = split, len(tensor_split)
     return options, split

@@ -375,6 +375,13 @@ def _add_inspect(subparsers: Any) -> None:
         help="show what goes onto a device with this much free memory, and what does not (GB: 10^9 bytes, GiB: 2^30); "
         "RAM: whether it fits into this machine's memory",
     )
+    sub.add_argument(
+        "--lora",
+        action="append",
+        type=adapter,
+        metavar="PATH",
+        help="with --fit: make room for this adapter, too; repeatable",
+    )
 
 
 def _add_rpc_server(subparsers: Any) -> None:

@@ -322,9 +322,16 @@ def inspect(args: argparse.Namespace) -> int:
     in_memory = args.fit is not None and args.fit.upper() == "RAM"
     device = None if args.fit is None or in_memory else fit.parse_size(args.fit)
     report = inspect_file(path, n_ctx=args.ctx, type_kv=args.type_kv or "f16", source=source)
-    plan = None if device is None else fit.plan(report, device)
+    adapters = 0
+    if args.lora:
+        if args.fit is None:
+            args.command.error("--lora goes with --fit")
+        from pydiffgguf.engine.adapters import bytes_of, find_all
+
+        adapters = bytes_of(find_all(args.lora))
+    plan = None if device is None else fit.plan(report, device, adapter_bytes=adapters)
     if in_memory:
-        text, found = fit.in_memory(report)
+        text, found = fit.in_memory(report, adapters)
         if args.json:
             _print_json({**to_dict(report, tensors=args.tensors), "fit": found})
         else:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from pydiffgguf._arguments import real
 from pydiffgguf._binding.adapters import NativeAdapter, encoder_key
@@ -16,7 +16,18 @@ from pydiffgguf._binding.library import StrPath
 from pydiffgguf._binding.native import NativeModel
 from pydiffgguf._log import logger
 
-__all__ = ["NONE", "Adapter", "AdapterSource", "Adapters", "Chosen", "Region"]
+__all__ = [
+    "NONE",
+    "Adapter",
+    "AdapterSource",
+    "Adapters",
+    "Chosen",
+    "Found",
+    "Region",
+    "bytes_of",
+    "find",
+    "find_all",
+]
 
 #: In which passes an adapter's layers act.
 Region: TypeAlias = Literal["decoder", "encoder", "both"]
@@ -36,6 +47,14 @@ class Chosen:
 
 
 NONE = Chosen()
+
+
+class Found(NamedTuple):
+    """An adapter that is on this machine, not yet loaded."""
+
+    path: Path
+    name: str
+    scale: float
 
 
 class Adapter:
@@ -104,16 +123,9 @@ class Adapters(Mapping[str, Adapter]):
     def n_bytes(self) -> int:
         return sum(adapter.n_bytes for adapter in tuple(self._loaded.values()))
 
-    def load(self, source: StrPath, name: str | None, scale: float, region: Region | None) -> Adapter:
+    def load(self, found: Found, region: Region | None = None) -> Adapter:
         """See `DiffusionModel.load_lora`."""
-        from pydiffgguf.convert.adapter.opening import adapter_name
-        from pydiffgguf.hub import resolve_adapter
-
-        check_scale("scale", scale)
-        if name == "":
-            raise ValueError("name is empty")
-        path, default = resolve_adapter(source)
-        name = name or default or adapter_name(path)
+        path, name, scale = found
         self._check_free(name)
         made = self._open(path, name, scale, region)
         with self._lock:
@@ -197,10 +209,27 @@ def split_source(source: object) -> tuple[StrPath, float]:
     return source, 1.0  # type: ignore[return-value]  # what is no path is refused where it is opened
 
 
-def load_all(adapters: Adapters, sources: Sequence[AdapterSource]) -> None:
-    """Loads them in order."""
+def find(source: StrPath, name: str | None = None, scale: float = 1.0) -> Found:
+    """The adapter that a caller names; one on a hub is downloaded when it is not in the cache."""
+    from pydiffgguf.convert.adapter.opening import adapter_name
+    from pydiffgguf.hub import resolve_adapter
+
+    check_scale("scale", scale)
+    if name == "":
+        raise ValueError("name is empty")
+    path, default = resolve_adapter(source)
+    return Found(path, name or default or adapter_name(path), scale)
+
+
+def find_all(sources: Sequence[AdapterSource]) -> list[Found]:
+    """The adapters of the constructor's argument, in order."""
     if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence):
         raise TypeError("lora must be a list of paths, or of (path, scale)")
-    for source in sources:
-        path, scale = split_source(source)
-        adapters.load(path, None, scale, None)
+    return [find(path, None, scale) for path, scale in map(split_source, sources)]
+
+
+def bytes_of(found: Sequence[Found]) -> int:
+    """What they will take in memory at most, by their headers."""
+    from pydiffgguf.convert.adapter.opening import bytes_in_memory
+
+    return sum(bytes_in_memory(adapter.path) for adapter in found)
