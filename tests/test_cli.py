@@ -501,11 +501,12 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> 
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """The package's own."""
+    """The package's own, with another flag beside it or alone."""
+    assert cli.main(["--version"]) == 0
     with pytest.raises(SystemExit) as info:
-        cli.main(["--version"])
+        cli.main(["--debug", "--version"])
     assert info.value.code == 0
-    assert capsys.readouterr().out == f"pydiffgguf {pydiffgguf.__version__}\n"
+    assert capsys.readouterr().out == f"pydiffgguf {pydiffgguf.__version__}\n" * 2
 
 
 # ---------------------------------------------------------------------------------------------- over a real model
@@ -658,11 +659,13 @@ def test_the_command_imports_little() -> None:
     """--help and --version load no numpy, no rich, no tokenizers, and not the engine."""
     code = (
         "import sys\nfrom pydiffgguf import cli\n"
+        "cli.main(['--version'])\nprint('argparse' in sys.modules)\n"
         "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
         "print([m for m in ('numpy', 'rich', 'jinja2', 'tokenizers', 'huggingface_hub', 'gguf',"
         " 'pydiffgguf._binding.native') if m in sys.modules])"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stdout.splitlines()[1] == "False"
     assert process.stdout.splitlines()[-1] == "[]"
 
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["main"]
+import sys
+
+__all__ = ["main", "version"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line on `argv` (None: sys.argv) and returns the exit code."""
+    if (sys.argv[1:] if argv is None else argv) == ["--version"]:
+        print(version())  # editors ask at every start: they need not wait for a parser
+        return 0
     from pydiffgguf.cli.arguments import main as run
 
     return run(argv)
+
+
+def version() -> str:
+    """What `--version` prints."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"pydiffgguf {version('pydiffgguf')}"
+    except PackageNotFoundError:  # run from a source folder; doctor says what to do
+        return "pydiffgguf (not installed)"

@@ -13,9 +13,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-from pydiffgguf.cli import commands, serve
+from pydiffgguf.cli import commands, serve, version
 from pydiffgguf.cli.commands import SAMPLING
 from pydiffgguf.cli.parser import (
     Parser,
@@ -38,6 +38,13 @@ DESCRIPTION = (
 MODEL_HELP = (
     "a GGUF file, demo, or hf:OWNER/REPO[@REVISION][:PATTERN] such as hf:unsloth/diffusiongemma-26B-A4B-it-GGUF:Q4_K_M"
 )
+
+
+Run: TypeAlias = Callable[[argparse.Namespace], int]
+Fill: TypeAlias = Callable[[Parser], None]
+
+#: In the order of --help: name, summary, what runs it, examples, and what adds its arguments.
+_COMMANDS: list[tuple[str, str, Run, tuple[str, ...], Fill]] = []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,64 +104,61 @@ def _plain_warnings() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that takes a third of a start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(version())
+        parser.exit()
+
+
 def _parser() -> Parser:
     parser = Parser(prog="pydiffgguf", description=DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"pydiffgguf {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the package's version")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (
-        _add_demo,
-        _add_generate,
-        _add_infill,
-        _add_chat,
-        _add_serve,
-        _add_convert,
-        _add_imatrix,
-        _add_inspect,
-        _add_rpc_server,
-        _add_bench,
-        _add_doctor,
-    ):
-        add(subparsers)
+    for name, summary, run, examples, fill in _COMMANDS:
+        sub: Parser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            fill=fill,
+        )
+        sub.set_defaults(run=run, command=sub)
     return parser
 
 
-def _command(
-    subparsers: Any, name: str, summary: str, run: Callable[[argparse.Namespace], int], *examples: str
-) -> Parser:
-    sub: Parser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
-    sub.set_defaults(run=run, command=sub)
-    return sub
+def _command(name: str, summary: str, run: Run, *examples: str) -> Callable[[Fill], Fill]:
+    """Makes a function that adds a command's arguments into that command."""
+
+    def add(fill: Fill) -> Fill:
+        _COMMANDS.append((name, summary, run, examples, fill))
+        return fill
+
+    return add
 
 
-def _add_demo(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "demo",
-        "run the bundled demo model; needs no network and no arguments",
-        commands.demo,
-        "pydiffgguf demo",
-    )
+@_command(
+    "demo",
+    "run the bundled demo model; needs no network and no arguments",
+    commands.demo,
+    "pydiffgguf demo",
+)
+def _demo(sub: Parser) -> None:
     sub.add_argument("--no-live", action="store_true", help="print the results only")
 
 
-def _add_generate(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "generate",
-        "text from a prompt",
-        commands.generate,
-        'pydiffgguf generate model.gguf -p "Why is the sky blue?"',
-        "pydiffgguf generate model.gguf -f question.txt -n 1024 --seed 7 > answer.txt",
-        "echo 'Once upon a time' | pydiffgguf generate model.gguf --raw --json",
-    )
+@_command(
+    "generate",
+    "text from a prompt",
+    commands.generate,
+    'pydiffgguf generate model.gguf -p "Why is the sky blue?"',
+    "pydiffgguf generate model.gguf -f question.txt -n 1024 --seed 7 > answer.txt",
+    "echo 'Once upon a time' | pydiffgguf generate model.gguf --raw --json",
+)
+def _generate(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     where = sub.add_mutually_exclusive_group()
     where.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; without -p and -f it is read from stdin")
@@ -175,18 +179,17 @@ def _add_generate(subparsers: Any) -> None:
     add_model_options(sub)
 
 
-def _add_infill(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "infill",
-        "fill a gap in a text: write what is missing between the text before it and the text behind it",
-        commands.infill,
-        "pydiffgguf infill model.gguf main.py --at 12:5",
-        "pydiffgguf infill model.gguf main.py --at 12 --gap 20 --in-place",
-        "pydiffgguf infill model.gguf --prefix-file before.txt --suffix-file behind.txt -n 3 --json",
-        'pydiffgguf infill model.gguf --template "The quick <gap/> fox jumps over the <gap len=2/> dog."',
-        "pydiffgguf infill --stdio model.gguf",
-    )
+@_command(
+    "infill",
+    "fill a gap in a text: write what is missing between the text before it and the text behind it",
+    commands.infill,
+    "pydiffgguf infill model.gguf main.py --at 12:5",
+    "pydiffgguf infill model.gguf main.py --at 12 --gap 20 --in-place",
+    "pydiffgguf infill model.gguf --prefix-file before.txt --suffix-file behind.txt -n 3 --json",
+    'pydiffgguf infill model.gguf --template "The quick <gap/> fox jumps over the <gap len=2/> dog."',
+    "pydiffgguf infill --stdio model.gguf",
+)
+def _infill(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     group = sub.add_argument_group("where the gap is", "One of the three. Files must be UTF-8; - reads standard input.")
     group.add_argument("file", metavar="FILE", nargs="?", help="a text file; with --at")
@@ -242,15 +245,14 @@ def _add_infill(subparsers: Any) -> None:
     add_model_options(sub)
 
 
-def _add_chat(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "chat",
-        "talk to a model",
-        commands.chat,
-        "pydiffgguf chat model.gguf",
-        'pydiffgguf chat model.gguf --system "Answer in French." --thinking',
-    )
+@_command(
+    "chat",
+    "talk to a model",
+    commands.chat,
+    "pydiffgguf chat model.gguf",
+    'pydiffgguf chat model.gguf --system "Answer in French." --thinking',
+)
+def _chat(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--system", metavar="TEXT", help="the system turn")
     sub.add_argument("--thinking", action="store_true", help="let the model write down its thoughts first")
@@ -259,33 +261,31 @@ def _add_chat(subparsers: Any) -> None:
     add_model_options(sub)
 
 
-def _add_serve(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "serve",
-        "answer programs over HTTP, as the servers of OpenAI and llama.cpp do, and show a page in the browser",
-        serve.run,
-        "pydiffgguf serve model.gguf",
-        "pydiffgguf serve demo --port 8012",
-        "PYDIFFGGUF_API_KEY=secret pydiffgguf serve model.gguf --host 0.0.0.0 --allowed-host desk.lan",
-    )
+@_command(
+    "serve",
+    "answer programs over HTTP, as the servers of OpenAI and llama.cpp do, and show a page in the browser",
+    serve.run,
+    "pydiffgguf serve model.gguf",
+    "pydiffgguf serve demo --port 8012",
+    "PYDIFFGGUF_API_KEY=secret pydiffgguf serve model.gguf --host 0.0.0.0 --allowed-host desk.lan",
+)
+def _serve(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     serve.add_arguments(sub)
     add_model_options(sub)
 
 
-def _add_convert(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "convert",
-        "make a GGUF file from a checkpoint or an adapter, or give a GGUF file other types",
-        commands.convert,
-        "pydiffgguf convert diffusiongemma-26B-A4B-it -o model.gguf",
-        "pydiffgguf convert hf:google/diffusiongemma-26B-A4B-it -o model.gguf --type dg4",
-        "pydiffgguf convert model-bf16.gguf -o small.gguf --type q4_k_m --imatrix imatrix.gguf",
-        "pydiffgguf convert my-lora/ -o my-lora.gguf",
-        "pydiffgguf convert model-bf16.gguf -o mine.gguf --type q4_k_m --tensor-type 'ffn_.*_exps=iq4_nl'",
-    )
+@_command(
+    "convert",
+    "make a GGUF file from a checkpoint or an adapter, or give a GGUF file other types",
+    commands.convert,
+    "pydiffgguf convert diffusiongemma-26B-A4B-it -o model.gguf",
+    "pydiffgguf convert hf:google/diffusiongemma-26B-A4B-it -o model.gguf --type dg4",
+    "pydiffgguf convert model-bf16.gguf -o small.gguf --type q4_k_m --imatrix imatrix.gguf",
+    "pydiffgguf convert my-lora/ -o my-lora.gguf",
+    "pydiffgguf convert model-bf16.gguf -o mine.gguf --type q4_k_m --tensor-type 'ffn_.*_exps=iq4_nl'",
+)
+def _convert(sub: Parser) -> None:
     sub.add_argument(
         "source",
         metavar="SRC",
@@ -330,15 +330,14 @@ def _add_convert(subparsers: Any) -> None:
     )
 
 
-def _add_imatrix(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "imatrix",
-        "learn from a text which weights matter, so that convert can spend bits where they help",
-        commands.imatrix,
-        "pydiffgguf imatrix model-bf16.gguf -f text.txt -o imatrix.gguf",
-        "pydiffgguf convert model-bf16.gguf -o small.gguf --type dg4 --imatrix imatrix.gguf",
-    )
+@_command(
+    "imatrix",
+    "learn from a text which weights matter, so that convert can spend bits where they help",
+    commands.imatrix,
+    "pydiffgguf imatrix model-bf16.gguf -f text.txt -o imatrix.gguf",
+    "pydiffgguf convert model-bf16.gguf -o small.gguf --type dg4 --imatrix imatrix.gguf",
+)
+def _imatrix(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument(
         "-f", "--file", metavar="FILE", required=True, help="UTF-8 text like what the model will write; - is stdin"
@@ -349,18 +348,17 @@ def _add_imatrix(subparsers: Any) -> None:
     add_model_options(sub)
 
 
-def _add_inspect(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "inspect",
-        "show what a GGUF file holds, how much memory it needs and what it lacks; or how two files differ",
-        commands.inspect,
-        "pydiffgguf inspect model.gguf",
-        "pydiffgguf inspect model.gguf --tensors --json",
-        "pydiffgguf inspect model.gguf --fit 16GB --ctx 32768",
-        "pydiffgguf inspect --diff a.gguf b.gguf --data",
-        "pydiffgguf inspect my-lora/ --base model.gguf",
-    )
+@_command(
+    "inspect",
+    "show what a GGUF file holds, how much memory it needs and what it lacks; or how two files differ",
+    commands.inspect,
+    "pydiffgguf inspect model.gguf",
+    "pydiffgguf inspect model.gguf --tensors --json",
+    "pydiffgguf inspect model.gguf --fit 16GB --ctx 32768",
+    "pydiffgguf inspect --diff a.gguf b.gguf --data",
+    "pydiffgguf inspect my-lora/ --base model.gguf",
+)
+def _inspect(sub: Parser) -> None:
     sub.add_argument("file", metavar="FILE", nargs="?", help=f"{MODEL_HELP}; an adapter's folder or file")
     sub.add_argument("--base", metavar="MODEL", help="for an adapter: say what in it does not fit this model")
     sub.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare the keys and tensors of two files")
@@ -384,15 +382,14 @@ def _add_inspect(subparsers: Any) -> None:
     )
 
 
-def _add_rpc_server(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "rpc-server",
-        "offer this machine's GPUs, or its CPU, to models on other machines",
-        commands.rpc_server,
-        "pydiffgguf rpc-server --port 50052",
-        "pydiffgguf generate model.gguf --rpc 127.0.0.1:50052 -p Hello",
-    )
+@_command(
+    "rpc-server",
+    "offer this machine's GPUs, or its CPU, to models on other machines",
+    commands.rpc_server,
+    "pydiffgguf rpc-server --port 50052",
+    "pydiffgguf generate model.gguf --rpc 127.0.0.1:50052 -p Hello",
+)
+def _rpc_server(sub: Parser) -> None:
     sub.add_argument(
         "--host",
         metavar="ADDRESS",
@@ -403,16 +400,15 @@ def _add_rpc_server(subparsers: Any) -> None:
     sub.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (as many as there are)")
 
 
-def _add_bench(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "bench",
-        "measure prefill and denoise step times, steps per canvas, tokens per second, peak memory",
-        commands.bench,
-        "pydiffgguf bench model.gguf",
-        "pydiffgguf bench model.gguf --prefill 2048 --repeat 9 --threads 4 --json",
-        "pydiffgguf bench model.gguf --compare transformers diffusiongemma-26B-A4B-it",
-    )
+@_command(
+    "bench",
+    "measure prefill and denoise step times, steps per canvas, tokens per second, peak memory",
+    commands.bench,
+    "pydiffgguf bench model.gguf",
+    "pydiffgguf bench model.gguf --prefill 2048 --repeat 9 --threads 4 --json",
+    "pydiffgguf bench model.gguf --compare transformers diffusiongemma-26B-A4B-it",
+)
+def _bench(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--prefill", type=int, metavar="N", default=512, help="tokens of the prompt to encode (512)")
     sub.add_argument("--repeat", type=int, metavar="N", default=5, help="number of runs; times are their medians (5)")
@@ -428,15 +424,14 @@ def _add_bench(subparsers: Any) -> None:
     add_model_options(sub)
 
 
-def _add_doctor(subparsers: Any) -> None:
-    sub = _command(
-        subparsers,
-        "doctor",
-        "check the installation; exit code 1, and the cure, when something is off",
-        commands.doctor,
-        "pydiffgguf doctor",
-        "pydiffgguf doctor --json",
-    )
+@_command(
+    "doctor",
+    "check the installation; exit code 1, and the cure, when something is off",
+    commands.doctor,
+    "pydiffgguf doctor",
+    "pydiffgguf doctor --json",
+)
+def _doctor(sub: Parser) -> None:
     sub.add_argument("--json", action="store_true", help="print one object")
 
 
@@ -515,12 +510,3 @@ def add_model_options(sub: Any) -> None:
     group.add_argument(
         "--verbose", action="store_true", help="say on stderr what was opened and how much memory it takes"
     )
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("pydiffgguf")
-    except PackageNotFoundError:  # run from a source folder; doctor says what to do
-        return "(not installed)"

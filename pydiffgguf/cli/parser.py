@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -70,10 +69,24 @@ def flag_of_option(message: str, known: Sequence[str]) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says what is wrong on one line, and what to write instead. Exit code 2."""
+    """An ArgumentParser that says what is wrong on one line, and what to write instead. Exit code 2.
 
-    def __init__(self, **options: Any) -> None:
+    `fill`, for the parser of a command, adds its arguments when the command is asked for: those of all commands take as
+    long as the rest of a start.
+    """
+
+    def __init__(self, *, fill: Callable[[Parser], None] | None = None, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self._fill = fill
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        fill, self._fill = self._fill, None
+        if fill is not None:
+            self.add_argument(
+                "--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback"
+            )
+            fill(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         match = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
@@ -96,6 +109,8 @@ class Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
     def _hint(self, word: str) -> str:
+        import difflib
+
         name = word.split("=", 1)[0]
         if name in HINTS:
             return f": {HINTS[name]}"
@@ -103,6 +118,8 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {close[0]}?" if close else ""
 
     def _nearest_command(self, word: str) -> str:
+        import difflib
+
         if word in COMMAND_HINTS:
             return f"; did you mean {COMMAND_HINTS[word]}?"
         commands: list[str] = []
