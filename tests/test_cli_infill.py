@@ -255,6 +255,15 @@ def test_in_place_changes_nothing_else(
     assert os.listdir(tmp_path) == ["text.txt"]
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give a file away")
+def test_in_place_keeps_the_owner(file: Path, expected: str) -> None:
+    """Whoever runs it."""
+    os.chown(file, 12345, 54321)
+    assert run(str(file), *at(), *QUICK, "--in-place") == 0
+    assert (file.stat().st_uid, file.stat().st_gid) == (12345, 54321)
+    assert file.read_text() == BEFORE + expected + BEHIND
+
+
 def test_in_place_with_json_prints_the_object(file: Path, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both: the file for the text, the object for the rest."""
     assert run(str(file), *at(), *QUICK, "--in-place", "--json") == 0

@@ -206,6 +206,17 @@ def test_saving_leaves_the_draft_out(driver: Driver, tmp_path: Path) -> None:
     assert driver.text.edit_modified()
 
 
+def test_saving_keeps_mixed_line_ends(driver: Driver, tmp_path: Path) -> None:
+    """Each line has the end that it had."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\r\ntwo\nthree\n")
+    driver.editor.open(path)
+    driver.ready()
+    driver.type("A ")
+    driver.press("Control-s")
+    assert path.read_bytes() == b"A one\r\ntwo\nthree\n"
+
+
 def test_a_file_that_cannot_be_opened_changes_nothing(driver: Driver, tmp_path: Path) -> None:
     """The status line says why."""
     driver.type("kept")
