@@ -17,9 +17,9 @@ from pydiffgguf.convert import convert
 
 LOAD = """
 import json, sys
-from pydiffgguf import DiffusionModel
+from pydiffgguf import DiffusionModel, demo_model_path
 
-with DiffusionModel("demo", n_threads=1) as model:
+with DiffusionModel(demo_model_path(), n_threads=1) as model:
     for spec in sys.argv[1:]:
         try:
             adapter = model.load_lora(spec)
@@ -57,7 +57,8 @@ def test_adapters_of_a_hub_load_by_their_names(tmp_path: Path) -> None:
     with serve(repos) as hub:
         found = load(hub.url, tmp_path / "home", *good, f"hf:a/lora@{COMMIT}:quick.gguf", "hf:a/model", "hf:a/none",
                      "hf:a/demo:demo.gguf")  # fmt: skip
-        assert set(hub.downloaded()) == {*peft, *(f"checkpoint-9/{name}" for name in peft), "quick.gguf", "demo.gguf"}
+        assert {*peft, "quick.gguf"} <= set(hub.downloaded())
+        assert not {"optimizer.pt", "README.md"}.intersection(hub.downloaded())
     assert found[:3] == named
     assert found[3][0] == "ValueError" and "an adapter named 'quick' is loaded" in found[3][1]
     assert found[4][0] == "ModelFormatError" and "not a PEFT adapter" in found[4][1]

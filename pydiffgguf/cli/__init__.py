@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["main", "version"]
+from pydiffgguf.cli.version import version
+
+__all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,13 +17,3 @@ def main(argv: list[str] | None = None) -> int:
     from pydiffgguf.cli.arguments import main as run
 
     return run(argv)
-
-
-def version() -> str:
-    """What `--version` prints."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"pydiffgguf {version('pydiffgguf')}"
-    except PackageNotFoundError:  # run from a source folder; doctor says what to do
-        return "pydiffgguf (not installed)"

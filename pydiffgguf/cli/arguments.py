@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from pydiffgguf.cli import commands, serve, version
+from pydiffgguf.cli import commands, serve
 from pydiffgguf.cli.commands import SAMPLING
 from pydiffgguf.cli.parser import (
     Parser,
@@ -29,6 +29,7 @@ from pydiffgguf.cli.parser import (
     position,
     words,
 )
+from pydiffgguf.cli.version import version
 
 __all__ = ["MODEL_HELP", "add_model_options", "main"]
 
