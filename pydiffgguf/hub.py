@@ -133,6 +133,9 @@ def resolve_adapter(source: StrPath) -> tuple[Path, str | None]:
         return _fetch(repo_id, inner, access, False), name[: -len(".gguf")]
     prefix = f"{inner}/" if inner else ""
     folder = _snapshot(repo_id, access, [prefix + file for file in _ADAPTER_FILES])
+    if not any((folder / prefix / file).is_file() for file in _ADAPTER_FILES):
+        where = f"{PREFIX}{repo_id}{':' if inner else ''}{inner}"
+        raise FileNotFoundError(f"{where} holds no {_ADAPTER_FILES[0]}: name a folder that has one, or a .gguf file")
     return (folder / inner if inner else folder), name
 
 

@@ -77,7 +77,7 @@ def map_of_the_source() -> set[Path]:
             part = ROOT / bold[1]
             continue
         folder = part
-        for name in re.findall(r"`([\w./]+)`", cell):
+        for name in re.findall(r"`([\w./-]+)`", cell):
             path = part / name if (part / name).exists() else folder / name
             assert path.exists(), f"the map's {name} is not in {folder.relative_to(ROOT)}"
             files.add(path)
