@@ -272,6 +272,7 @@ def _gap_options(fields: Fields) -> dict[str, Any]:
         "mode": fields.string("mode"),
         "heal": fields.boolean("heal", True),
         "min_gap": fields.integer("min_gap", 0, 2**31 - 1),
+        "until": fields.string("until"),
     }
 
 
