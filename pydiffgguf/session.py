@@ -411,6 +411,7 @@ class CanvasBatch:
             ]
         self._specs = specs
         self._live = [True] * len(specs)
+        self._rows = [spec.rows(self._canvas_length) for spec in specs]
         self._session.canvas_begin(specs, sampling)
 
     @property
@@ -423,15 +424,18 @@ class CanvasBatch:
         CancelledError it may be repeated. Raises ValueError when all are finished."""
         draws = None
         if self._noise is not None:
-            n = self._step
-            draws = [
-                (self._noise.uniform(spec.canvas_index, n), self._noise.renoise(spec.canvas_index, n)) if live else None
-                for spec, live in zip(self._specs, self._live, strict=True)
-            ]
+            draws = [self._draws(self._noise, i) if live else None for i, live in enumerate(self._live)]
         steps = self._session.canvas_step(draws)
         self._step += 1
         self._live = [live and not step.finished for live, step in zip(self._live, steps, strict=True)]
         return steps
+
+    def _draws(self, noise: Noise, index: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
+        spec, rows = self._specs[index], self._rows[index]
+        uniform, renoise = noise.uniform(spec.canvas_index, self._step), noise.renoise(spec.canvas_index, self._step)
+        if rows == spec.rows(self._canvas_length):
+            return uniform, renoise
+        return np.asarray(uniform)[:rows], np.asarray(renoise)[:rows]
 
     def rows(self, index: int) -> RawStep:
         """The last step of canvas `index` again, with its arrays even where it is quiet."""
@@ -449,8 +453,17 @@ class CanvasBatch:
         Raises ValueError, with nothing changed, for an empty mask, a pin outside of its mask, and a canvas that makes
         no further step.
         """
-        n_rows = self._specs[index].rows(self._canvas_length)
-        self._session.canvas_rules(index, n_rows, pinned, masks)
+        self._session.canvas_rules(index, self._rows[index], pinned, masks)
+
+    def narrow(self, index: int, n_rows: int) -> None:
+        """Rows n_rows and after leave canvas `index` for the rest of its steps, which cost less then. The other rows keep
+        what they have: draws, signal, what the test for stability has seen of them.
+
+        Raises ValueError, with nothing changed, for n_rows outside of 1 to the canvas's rows and a canvas that makes no
+        further step; UnsupportedError where the sampler is "kernels".
+        """
+        self._session.canvas_narrow(index, n_rows)
+        self._rows[index] = n_rows
         self._live[index] = True
 
     def drop(self, index: int) -> None:

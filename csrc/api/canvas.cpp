@@ -50,6 +50,10 @@ dg_status dg_session_canvas_rules(dg_session *session, int32_t index, const dg_c
     });
 }
 
+dg_status dg_session_canvas_narrow(dg_session *session, int32_t index, int32_t n_rows, char *err, size_t err_size) {
+    return inside(session, err, err_size, [&] { session->loop.narrow(index, n_rows); });
+}
+
 dg_status dg_sample(const float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling *sampling, int32_t step,
                     const dg_noise *noise, const int32_t *pinned, bool ggml_operators, int32_t *argmax, int32_t *canvas,
                     uint8_t *accepted, double *entropy, char *err, size_t err_size) {

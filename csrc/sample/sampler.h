@@ -4,6 +4,7 @@
 
 #include "sample/sampling.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -124,6 +125,8 @@ class StabilityHistory {
         equal_ = 0;
         last_.clear();
     }
+    // Rows n and after leave the canvas; those before them go on being compared.
+    void shorten(int32_t n) { last_.resize(std::min(last_.size(), static_cast<size_t>(n))); }
     // Whether `argmax` is stable; then remembers it.
     bool observe(const int32_t *argmax, int32_t n_rows);
 

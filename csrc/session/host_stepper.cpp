@@ -30,6 +30,19 @@ dg_noise HostStepper::Live::noise(const dg_noise *handed_in, int32_t n_vocab) {
     return {uniform.data(), renoise.data()};
 }
 
+void HostStepper::Live::shorten(int32_t n) {
+    const auto size = static_cast<size_t>(n);
+    start.n_rows = n;
+    canvas.resize(size);
+    argmax.resize(size);
+    accepted.resize(size);
+    entropy.resize(size);
+    logprob.resize(std::min(logprob.size(), size));
+    uniform.resize(size);
+    renoise.resize(size);
+    history.shorten(n);
+}
+
 void HostStepper::Live::judge() {
     decision.mean_entropy = mean_entropy(entropy.data(), start.rules.pinned, start.n_rows);
     const bool stable = history.observe(argmax.data(), start.n_rows);
@@ -79,15 +92,14 @@ void HostStepper::close_up(const std::vector<int32_t> &which) {
     int32_t to = 0;
     auto next = which.begin();
     for (const int32_t i : placed_) {
-        const int32_t n = canvases_[static_cast<size_t>(i)].start.n_rows;
         if (next != which.end() && *next == i) {
             if (from != to) {
-                logits_.move_signal(from, to, n);
+                logits_.move_signal(from, to, kept_of(i));
             }
-            to += n;
+            to += kept_of(i);
             ++next;
         }
-        from += n;
+        from += rows_of(i);
     }
 }
 

@@ -38,6 +38,7 @@ class HostStepper : public Stepper {
         StepOutput output();
         // Those of the generator, unless they are handed in.
         dg_noise noise(const dg_noise *handed_in, int32_t n_vocab);
+        void shorten(int32_t n);
         // The end of a step whose rows are sampled.
         void judge();
     };
@@ -46,6 +47,7 @@ class HostStepper : public Stepper {
 
     void start(const std::vector<CanvasStart> &canvases) override;
     void close_up(const std::vector<int32_t> &which) override;
+    void shorten(int32_t index, int32_t n) override { canvases_[static_cast<size_t>(index)].shorten(n); }
     // Of the placed canvases, one after the other.
     std::vector<int32_t> ids() const;
     // Of each row: 1 where it is free. A pinned row's logits are known.

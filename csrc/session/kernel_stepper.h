@@ -36,6 +36,7 @@ class KernelStepper final : public Stepper {
 
     void start(const std::vector<CanvasStart> &canvases) override { loop_->begin(canvases); }
     void close_up(const std::vector<int32_t> &which) override { loop_->place(which); }
+    void shorten(int32_t index, int32_t n) override;
 };
 
 } // namespace dg

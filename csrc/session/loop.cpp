@@ -170,6 +170,29 @@ void CanvasLoop::set_rules(int32_t index, const dg_canvas_rules &rules) {
     session_.stepper().set_rules(index, live.rules());
 }
 
+void CanvasLoop::narrow(int32_t index, int32_t n_rows) {
+    Live &live = canvases_[checked(index)];
+    if (!live.goes_on || !active_) {
+        throw Error(DG_ERROR_ARGUMENT, format("canvas %d makes no further step", index));
+    }
+    if (n_rows < 1 || n_rows > live.n_rows) {
+        throw Error(DG_ERROR_ARGUMENT,
+                    format("n_rows is %d: it must be from 1 to the rows of canvas %d, %d", n_rows, index, live.n_rows));
+    }
+    if (n_rows == live.n_rows) {
+        return;
+    }
+    session_.stepper().narrow(index, n_rows);
+    const auto size = static_cast<size_t>(n_rows);
+    live.n_rows = live.last.n_rows = n_rows;
+    for (std::vector<int32_t> *rows : {&live.pinned, &live.watched, &live.allowed_ends, &live.canvas, &live.argmax}) {
+        rows->resize(std::min(rows->size(), size));
+    }
+    live.accepted.resize(size);
+    live.entropy.resize(size);
+    live.logprob.resize(std::min(live.logprob.size(), size));
+}
+
 void CanvasLoop::step(const dg_noise *handed_in, dg_step *out) {
     std::vector<int32_t> going;
     for (size_t i = 0; active_ && i < canvases_.size(); ++i) {

@@ -10,6 +10,7 @@ void Stepper::begin(const std::vector<CanvasStart> &canvases) {
     for (const CanvasStart &canvas : canvases) {
         rows_.push_back(canvas.n_rows);
     }
+    kept_ = rows_;
     placed_.resize(canvases.size());
     std::iota(placed_.begin(), placed_.end(), 0);
     logits_.clear_signal();
@@ -24,6 +25,12 @@ void Stepper::place(const std::vector<int32_t> &which) {
     }
     close_up(which);
     placed_ = which;
+    rows_ = kept_;
+}
+
+void Stepper::narrow(int32_t index, int32_t n) {
+    shorten(index, n);
+    kept_[static_cast<size_t>(index)] = n;
 }
 
 std::vector<int32_t> Stepper::segments() const {

@@ -44,6 +44,8 @@ class Stepper {
     bool is_placed(int32_t index) const;
     // New rules for such a canvas: pins are on it at once, and its stability begins anew.
     virtual void set_rules(int32_t index, const RowRules &rules) = 0;
+    // Of such a canvas, rows n and after leave it. Throws UNSUPPORTED where a body cannot do that, with nothing changed.
+    void narrow(int32_t index, int32_t n);
     // Of the last step of a canvas.
     virtual CanvasDecision decision(int32_t index) const = 0;
     virtual void read(int32_t index, const CanvasRows &out) = 0;
@@ -63,6 +65,10 @@ class Stepper {
     // What begin() and place() are to a body: canvases as they start; which rows stay, before placed_ changes.
     virtual void start(const std::vector<CanvasStart> &canvases) = 0;
     virtual void close_up(const std::vector<int32_t> &which) = 0;
+    virtual void shorten(int32_t index, int32_t n) = 0;
+    // Rows of a canvas: as logits and signal have them, and as the next place() leaves them.
+    int32_t rows_of(int32_t index) const { return rows_[static_cast<size_t>(index)]; }
+    int32_t kept_of(int32_t index) const { return kept_[static_cast<size_t>(index)]; }
     // Rows of the placed canvases, one after the other, and of all of them.
     std::vector<int32_t> segments() const;
     int32_t placed_rows() const;
@@ -71,6 +77,7 @@ class Stepper {
 
   private:
     std::vector<int32_t> rows_; // of each canvas, by its number
+    std::vector<int32_t> kept_;
 };
 
 } // namespace dg

@@ -375,6 +375,11 @@ class NativeSession:
         call(lib.dg_session_canvas_rules, self._open_pointer(), int32("index", index), rules)
         del kept
 
+    def canvas_narrow(self, index: int, n_rows: int) -> None:
+        """Rows n_rows and after leave a canvas that goes on."""
+        call(lib.dg_session_canvas_narrow, self._open_pointer(), int32("index", index), int32("n_rows", n_rows))
+        self._rows[index] = n_rows
+
     def canvas_drop(self, index: int) -> None:
         """The canvas makes no further step."""
         call(lib.dg_session_canvas_drop, self._open_pointer(), int32("index", index))

@@ -446,6 +446,13 @@ def _add_generation(sub: Any) -> None:
         metavar="N",
         help="tokens that are denoised at once: fewer are faster for short answers, but the model was not trained so",
     )
+    group.add_argument(
+        "--narrow",
+        action="store_true",
+        default=None,
+        help="leave out tokens behind the answer's end once that has stayed for two steps: faster, but the model was "
+        "not trained so",
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
 
 

@@ -32,7 +32,7 @@ SAMPLING: tuple[tuple[str, Callable[[str], Any], str], ...] = (
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of DiffusionModel.generate, from the flags that were given."""
-    return _given(args, "max_tokens", "canvas_length", "seed", "stop") | sampling_options(args)
+    return _given(args, "max_tokens", "canvas_length", "narrow", "seed", "stop") | sampling_options(args)
 
 
 def _form(args: argparse.Namespace) -> dict[str, Any]:

@@ -116,6 +116,7 @@ class GenerateOptions(SamplingOptions, ConstraintOptions, total=False):
 
     max_tokens: int | None
     canvas_length: int | None
+    narrow: bool
     seed: int | None
     stop: str | Sequence[str] | None
     noise: Noise | None
