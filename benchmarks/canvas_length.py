@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pydiffgguf import DiffusionModel, demo_model_path
+from pydiffgguf import DenoiseStep, DiffusionModel, demo_model_path
 
 TASKS = Path(__file__).resolve().parent.parent / "tests" / "data" / "demo_tasks.jsonl"
 KINDS = ("sudoku_chat", "question")
@@ -30,21 +30,23 @@ def tasks_of(kind: str) -> list[dict[str, str]]:
     return [task for task in map(json.loads, lines) if task["kind"] == kind and "prompt" in task]
 
 
-def score(model: DiffusionModel, kind: str, n_rows: int, count: int) -> dict[str, float]:
+def score(model: DiffusionModel, kind: str, n_rows: int, count: int, narrow: bool = False) -> dict[str, float]:
     """Right answers, and means over the answers: steps, rows x steps, canvases."""
-    right, steps, canvases = 0, [], []
+    right, steps, rows, canvases = 0, [], [], []
     tasks = tasks_of(kind)[:count]
     for i, task in enumerate(tasks):
-        result = model.generate(task["prompt"], seed=i, canvas_length=n_rows, max_tokens=64)
+        stream = model.stream(task["prompt"], seed=i, canvas_length=n_rows, max_tokens=64, narrow=narrow)
+        rows.append(sum(len(event.tokens) for event in stream if isinstance(event, DenoiseStep)))
+        result = stream.result
+        assert result is not None
         right += result.text.strip() == task["answer"].strip()
         steps.append(sum(result.stats.steps))
         canvases.append(len(result.stats.steps))
-    mean = statistics.mean(steps)
     return {
         "right": right,
         "of": len(tasks),
-        "steps": mean,
-        "row_steps": mean * n_rows,
+        "steps": statistics.mean(steps),
+        "row_steps": statistics.mean(rows),
         "canvases": statistics.mean(canvases),
     }
 
@@ -85,10 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "| task | rows | right | steps | rows x steps | canvases |\n| --- | ---: | ---: | ---: | ---: | ---: |"
             )
             for kind in KINDS:
-                for n in lengths:
-                    s = score(model, kind, n, args.count)
+                for n, narrow in [(full, True), *((n, False) for n in lengths)]:
+                    s = score(model, kind, n, args.count, narrow)
+                    rows = f"{n}, narrow" if narrow else f"{n}"
                     print(
-                        f"| {kind} | {n} | {s['right']} of {s['of']} | {s['steps']:.1f} | {s['row_steps']:.0f} | "
+                        f"| {kind} | {rows} | {s['right']} of {s['of']} | {s['steps']:.1f} | {s['row_steps']:.0f} | "
                         f"{s['canvases']:.2f} |",
                         flush=True,
                     )

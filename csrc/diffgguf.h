@@ -550,10 +550,11 @@ typedef struct dg_canvas_rules {
 DG_API dg_status dg_session_canvas_rules(dg_session *session, int32_t index, const dg_canvas_rules *rules, char *err,
                                          size_t err_size);
 
-/* Rows n_rows and after leave canvas `index` for the rest of its steps, which cost less then: nobody will read them, say.
- * Canvas, step count, draws and self-conditioning of the other rows stay, and so does what the test for stability has
- * seen of them. The arrays of dg_step have n_rows entries from here on. DG_ERROR_ARGUMENT, and nothing is changed: n_rows
- * outside of 1 .. the canvas's rows, a canvas that makes no further step. DG_ERROR_UNSUPPORTED with DG_SAMPLER_KERNELS. */
+/* Rows n_rows and after leave canvas `index` for the rest of its steps, which cost less then: nobody will read them,
+ * say. Canvas, step count, draws and self-conditioning of the other rows stay, and so does what the test for stability
+ * has seen of them. The arrays of dg_step have n_rows entries from here on. DG_ERROR_ARGUMENT, and nothing is changed:
+ * n_rows outside of 1 .. the canvas's rows, a canvas that makes no further step. DG_ERROR_UNSUPPORTED with
+ * DG_SAMPLER_KERNELS. */
 DG_API dg_status dg_session_canvas_narrow(dg_session *session, int32_t index, int32_t n_rows, char *err,
                                           size_t err_size);
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pydiffgguf._arguments import integer, seed_of
+from pydiffgguf._arguments import flag, integer, seed_of
 from pydiffgguf._binding.records import (
     ArrayRecord,
     BoolArray,
@@ -49,6 +49,11 @@ __all__ = [
 ]
 
 DEFAULT_MAX_TOKENS = 256
+#: With `narrow`: steps that the first end token is at its place before rows behind it leave the canvas, and how many of
+#: them stay. With none, 1 of 60 questions took all 48 steps; after one step instead of two, 18 did
+#: (benchmarks/results/canvas_length.md).
+NARROW_STEPS = 2
+NARROW_MARGIN = 8
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -67,8 +72,8 @@ class Prefill:
 class DenoiseStep(ArrayRecord):
     """One step of one canvas. `canvas` and `step` count from 0; `total_steps` is the most there can be.
 
-    `tokens` int32 [C]: the argmax canvas. `accepted` bool [C], `entropy` float64 [C] in nats. `pinned` bool [C], or
-    None where no row is. `text`: the draft of the answer, up to its first end token; `reasoning`: that of the thoughts.
+    `tokens` int32 [C], fewer once `narrow` has left rows out: the argmax canvas. `accepted` bool [C], `entropy` float64
+    [C] in nats. `pinned` bool [C], or None where no row is. `text`: the draft of the answer, up to its first end token; `reasoning`: that of the thoughts.
     `valid_tokens`: how many of the first a constraint takes, None without one.
     `elapsed_s`: since the generation began.
     """
@@ -194,6 +199,7 @@ class _Request:
     seed: int
     noise: Noise | None
     n_rows: int  # of each canvas
+    narrow: bool
     thought_tokens: int | None  # the most of a thought
     logprobs: bool
     steering: Steering | None
@@ -235,6 +241,9 @@ def stream_ids(
         constraint = Constraint("calls", list(forced))
     if constraint is not None and stop.stops:
         raise ValueError("stop cannot be given beside a constraint, which says where the text ends")
+    narrow = flag("narrow", options.get("narrow", False))
+    if constraint is not None and narrow:
+        raise ValueError("narrow cannot be given beside a constraint, which says where the text ends")
     request = _Request(
         prompt=prompt,
         max_tokens=most,
@@ -243,6 +252,7 @@ def stream_ids(
         seed=seed_of(options.get("seed")),
         noise=_check_noise(options.get("noise")),
         n_rows=n_rows,
+        narrow=narrow,
         thought_tokens=thought_tokens,
         logprobs=logprobs,
         steering=None if constraint is None else _steering(engine, prompt, constraint, most, n_rows, thought_tokens),
@@ -419,6 +429,24 @@ def encode_prompt(session: Session, prompt: Sequence[int], stats: Stats, call: C
         yield Prefill(min(first + session.n_batch, len(ids)), len(ids), call.elapsed_s)
 
 
+class _Ending:
+    """Where the first end token of a canvas is, and since how many steps."""
+
+    def __init__(self, end_ids: frozenset[int]) -> None:
+        self._end_ids = list(end_ids)
+        self._row = -1
+        self._steps = 0
+
+    def rows_kept(self, argmax: Int32Array) -> int:
+        """How many rows somebody may still read, after a step."""
+        ends = np.flatnonzero(np.isin(argmax, self._end_ids))
+        row = int(ends[0]) if ends.size else -1
+        self._steps = self._steps + 1 if row == self._row else 1
+        self._row = row
+        settled = row >= 0 and self._steps >= NARROW_STEPS
+        return min(len(argmax), row + 1 + NARROW_MARGIN) if settled else len(argmax)
+
+
 def _denoise(
     session: Session, request: _Request, canvas_index: int, call: Call, stats: Stats, draft: _Draft
 ) -> Generator[DenoiseStep, None, RawStep]:
@@ -427,11 +455,12 @@ def _denoise(
         n_rows=request.n_rows,
         seed=request.seed,
         canvas_index=canvas_index,
-        quiet=not request.watched and steering is None,
+        quiet=not request.watched and steering is None and not request.narrow,
         watched=[-1] * request.n_rows if request.logprobs else None,
     )
     batch = CanvasBatch(session, [spec], request.sampling, noise=request.noise)
     rules = None
+    ending = _Ending(draft.end_ids) if request.narrow else None
     if steering is not None:
         rules = steering.rules()
         batch.rules(0, rules.pinned, rules.masks)
@@ -450,6 +479,10 @@ def _denoise(
             if following is not None and (step.finished or following != rules):
                 batch.rules(0, following.pinned, following.masks)
                 rules = following
+        if ending is not None and goes_on:
+            kept = ending.rows_kept(step.argmax)
+            if kept < len(step.argmax):
+                batch.narrow(0, kept)
         if request.watched:
             shown = DenoiseStep(
                 canvas_index,

@@ -286,9 +286,9 @@ class DiffusionModel:
             max_tokens: cuts the result; None: 256, as the released generation config.
             canvas_length: rows of a canvas, fewer than the file's for short answers: a step costs less, and an answer
                 that does not end goes on in the next canvas. Outside of how the model was trained. None: the file's.
-            narrow: rows behind an end token that has stayed at its place for two steps leave the canvas for the rest of
-                its steps, which cost less then. Outside of how the model was trained, and not to be had beside a
-                constraint. False by default.
+            narrow: rows behind an end token that has stayed at its place for two steps, except the first 8 of them,
+                leave the canvas for the rest of its steps, which cost less then. Outside of how the model was trained,
+                and not to be had beside a constraint. False by default.
             seed: 64 bits; the same seed gives the same text on one build and device, for any number of threads. None
                 or -1: a fresh one, which `stats.seed` tells.
             stop: a string, or several, that end the text before them.

@@ -456,11 +456,11 @@ class CanvasBatch:
         self._session.canvas_rules(index, self._rows[index], pinned, masks)
 
     def narrow(self, index: int, n_rows: int) -> None:
-        """Rows n_rows and after leave canvas `index` for the rest of its steps, which cost less then. The other rows keep
-        what they have: draws, signal, what the test for stability has seen of them.
+        """Rows n_rows and after leave canvas `index` for the rest of its steps, which cost less then. The other rows
+        keep what they have: draws, signal, what the test for stability has seen of them.
 
-        Raises ValueError, with nothing changed, for n_rows outside of 1 to the canvas's rows and a canvas that makes no
-        further step; UnsupportedError where the sampler is "kernels".
+        Raises ValueError, with nothing changed, for n_rows outside of 1 to the canvas's rows and a canvas that makes
+        no further step; UnsupportedError where the sampler is "kernels".
         """
         self._session.canvas_narrow(index, n_rows)
         self._rows[index] = n_rows

@@ -81,7 +81,8 @@ void KernelStepper::decide(const dg_noise *noise) {
 void KernelStepper::set_rules(int32_t index, const RowRules &rules) { loop_->set_rules(index, rules); }
 
 void KernelStepper::shorten(int32_t, int32_t) {
-    throw Error(DG_ERROR_UNSUPPORTED, "a canvas cannot be narrowed where it is sampled by kernels: use another sampler");
+    throw Error(DG_ERROR_UNSUPPORTED,
+                "a canvas cannot be narrowed where it is sampled by kernels: use another sampler");
 }
 
 CanvasDecision KernelStepper::decision(int32_t index) const {

@@ -24,7 +24,8 @@ class CanvasLoop {
     // New pins and masks for a canvas that goes on, or has converged in the last step and has steps left: then it goes
     // on. Its stability begins anew. Throws ARGUMENT, and changes nothing, for rules or a canvas that cannot be.
     void set_rules(int32_t index, const dg_canvas_rules &rules);
-    // Rows n_rows and after leave a canvas that goes on. Throws ARGUMENT for other canvases and more rows than there are.
+    // Rows n_rows and after leave a canvas that goes on. Throws ARGUMENT for other canvases and more rows than there
+    // are.
     void narrow(int32_t index, int32_t n_rows);
     // Whatever else uses the session's logits ends the canvases.
     void drop() {

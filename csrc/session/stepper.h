@@ -44,7 +44,8 @@ class Stepper {
     bool is_placed(int32_t index) const;
     // New rules for such a canvas: pins are on it at once, and its stability begins anew.
     virtual void set_rules(int32_t index, const RowRules &rules) = 0;
-    // Of such a canvas, rows n and after leave it. Throws UNSUPPORTED where a body cannot do that, with nothing changed.
+    // Of such a canvas, rows n and after leave it. Throws UNSUPPORTED where a body cannot do that, with nothing
+    // changed.
     void narrow(int32_t index, int32_t n);
     // Of the last step of a canvas.
     virtual CanvasDecision decision(int32_t index) const = 0;

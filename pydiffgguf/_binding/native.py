@@ -377,7 +377,8 @@ class NativeSession:
 
     def canvas_narrow(self, index: int, n_rows: int) -> None:
         """Rows n_rows and after leave a canvas that goes on."""
-        call(lib.dg_session_canvas_narrow, self._open_pointer(), int32("index", index), int32("n_rows", n_rows))
+        rows = integer("n_rows", n_rows, 1, self._canvas_length)
+        call(lib.dg_session_canvas_narrow, self._open_pointer(), int32("index", index), rows)
         self._rows[index] = n_rows
 
     def canvas_drop(self, index: int) -> None:

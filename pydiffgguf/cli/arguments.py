@@ -450,8 +450,8 @@ def _add_generation(sub: Any) -> None:
         "--narrow",
         action="store_true",
         default=None,
-        help="leave out tokens behind the answer's end once that has stayed for two steps: faster, but the model was "
-        "not trained so",
+        help="leave out rows behind the answer's end, except 8, once that has stayed for two steps: faster, but the "
+        "model was not trained so",
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
 
