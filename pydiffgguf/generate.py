@@ -73,7 +73,8 @@ class DenoiseStep(ArrayRecord):
     """One step of one canvas. `canvas` and `step` count from 0; `total_steps` is the most there can be.
 
     `tokens` int32 [C], fewer once `narrow` has left rows out: the argmax canvas. `accepted` bool [C], `entropy` float64
-    [C] in nats. `pinned` bool [C], or None where no row is. `text`: the draft of the answer, up to its first end token; `reasoning`: that of the thoughts.
+    [C] in nats. `pinned` bool [C], or None where no row is. `text`: the draft of the answer, up to its first end token;
+    `reasoning`: that of the thoughts.
     `valid_tokens`: how many of the first a constraint takes, None without one.
     `elapsed_s`: since the generation began.
     """
