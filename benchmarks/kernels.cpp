@@ -72,7 +72,7 @@ double rate(const Shape &s, ggml_type type, const char *level, int runs) {
         const int64_t floats = kernels.product_scratch(s.depth, s.rows);
         ggml_tensor *scratch = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (floats + 15) / 16 * 16, 1);
         const dg::ProductOps ops(ctx, kernels, work, scratch);
-        dg::Operand operand = {x, s.columns, nullptr, nullptr};
+        dg::Operand operand = {x, s.columns, {}};
         out = s.experts ? ops.experts(x, selected, weights, w, nullptr, nullptr, down) : ops.multiply(w, operand);
     } else if (s.experts) {
         ggml_tensor *both = ggml_mul_mat_id(ctx, w, ggml_reshape_3d(ctx, x, s.depth, 1, s.columns), selected);

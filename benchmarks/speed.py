@@ -46,6 +46,7 @@ TORCH_LEVELS = {
     "avx2": ("avx2", "AVX2", "AVX2"),
     "avx_vnni": ("avx2", "AVX2_VNNI", "AVX2"),
     "avx512": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
 }
 
 #: What times are taken by; `--processor-time` makes it the time of this process on the processor.

@@ -270,7 +270,8 @@ DG_API int32_t dg_model_n_warnings(const dg_model *model);
 DG_API const char *dg_model_warning(const dg_model *model, int32_t index);
 
 DG_API const dg_file *dg_model_file(const dg_model *model); /* lives as long as the model */
-/* What products with a tensor of this ggml type are computed in on the CPU: "8-bit integers", "float32" or "ggml". */
+/* What products with a tensor of this ggml type are computed in on the CPU: "8-bit integers", "16-bit integers",
+ * "bfloat16", "float32" or "ggml". */
 DG_API const char *dg_model_kernel(const dg_model *model, int32_t type);
 
 /* A device of a model, and what lies there. */

@@ -20,15 +20,25 @@ struct LogitSums {
     bool has_nan = false;
 };
 
+// What activations are made into for a product, by the type of the weights that they meet.
+enum class Form : int32_t {
+    FLOATS,
+    BYTES, // 8-bit integers
+    WORDS, // 16-bit integers
+    BFLOATS,
+};
+constexpr int N_FORMS = 4;
+constexpr const char *FORM_NAMES[N_FORMS] = {"float32", "8-bit integers", "16-bit integers", "bfloat16"};
+
 // Activations stand in column blocks: `columns` columns side by side, a row of a block after the other (tile.h).
 struct Kernels {
     const char *level;
     int64_t columns;
 
-    // Whether weights of the type are multiplied as integers.
-    bool (*has_int8_product)(ggml_type type);
-    // Floats of memory that one column block takes, as floats or as integers.
-    int64_t (*block_floats)(int64_t depth, bool int8);
+    // What weights of the type are multiplied by.
+    Form (*form_for)(ggml_type type);
+    // Floats of memory that one column block takes.
+    int64_t (*block_floats)(int64_t depth, Form form);
     // Floats of scratch memory that each thread needs.
     int64_t (*product_scratch)(int64_t n_embd, int64_t n_ff_exp);
     int64_t (*attention_scratch)(int64_t head_dim);
@@ -39,7 +49,7 @@ struct Kernels {
 
     // Operators of a graph; `userdata` is the Work that is named beside each.
     ggml_custom_op_t pack;     // PackWork
-    ggml_custom_op_t quantize; // Work
+    ggml_custom_op_t quantize; // PackWork
     ggml_custom_op_t multiply; // MultiplyWork
     ggml_custom_op_t gated;    // MultiplyWork
     ggml_custom_op_t low;      // LowWork
@@ -67,12 +77,12 @@ constexpr int64_t GROUP = 32;
 constexpr int64_t EXPERT_COLUMNS = 128;
 
 struct PackWork : Work {
-    bool int8 = false;
+    Form form = Form::FLOATS;
 };
 
 struct MultiplyWork : Work {
     int64_t n = 0; // columns
-    bool int8 = false;
+    Form form = Form::FLOATS;
     float softcap = 0.0f;
 };
 
@@ -89,8 +99,8 @@ struct ExpertsWork : Work {
     LowRank down = {};
     // Floats that each thread has for them behind the outputs: a block of columns, and what A makes of all.
     int64_t low_floats = 0;
-    bool int8 = false; // what gate and up are multiplied with
-    bool int8_down = false;
+    Form form = Form::FLOATS; // what gate and up are multiplied with
+    Form form_down = Form::FLOATS;
 };
 
 // What the routing operator hands to the experts: who goes where, and in which pieces.

@@ -23,6 +23,7 @@ DG_DECLARE(sse4)
 DG_DECLARE(avx2)
 DG_DECLARE(avx_vnni)
 DG_DECLARE(avx512)
+DG_DECLARE(avx512_bf16)
 #elif defined(DG_HAS_neon)
 DG_DECLARE(neon)
 DG_DECLARE(dotprod)
@@ -39,6 +40,7 @@ float scale_logits(float *z, int32_t n, float t);
 namespace {
 
 constexpr uint32_t V3 = FEATURE_SSE42 | FEATURE_AVX | FEATURE_AVX2 | FEATURE_FMA | FEATURE_F16C;
+constexpr uint32_t V4 = V3 | FEATURE_AVX512 | FEATURE_AVX512_VNNI;
 
 std::vector<Level> all_levels() {
     return {
@@ -46,7 +48,9 @@ std::vector<Level> all_levels() {
         {"sse4", "x86-64-v2", FEATURE_SSE42, DG_KERNELS(DG_HAS_sse4, sse4)},
         {"avx2", "x86-64-v3", V3, DG_KERNELS(DG_HAS_avx2, avx2)},
         {"avx_vnni", "x86-64-v3 with AVX-VNNI", V3 | FEATURE_AVX_VNNI, DG_KERNELS(DG_HAS_avx_vnni, avx_vnni)},
-        {"avx512", "x86-64-v4 with VNNI", V3 | FEATURE_AVX512 | FEATURE_AVX512_VNNI, DG_KERNELS(DG_HAS_avx512, avx512)},
+        {"avx512", "x86-64-v4 with VNNI", V4, DG_KERNELS(DG_HAS_avx512, avx512)},
+        {"avx512_bf16", "x86-64-v4 with VNNI and products of bfloat16", V4 | FEATURE_AVX512_BF16,
+         DG_KERNELS(DG_HAS_avx512_bf16, avx512_bf16)},
 #elif defined(DG_HAS_neon)
         {"neon", "ARMv8.0", 0, DG_KERNELS(DG_HAS_neon, neon)},
         {"dotprod", "with dot products of bytes", FEATURE_DOTPROD, DG_KERNELS(DG_HAS_dotprod, dotprod)},

@@ -49,23 +49,27 @@ void run_route(ggml_tensor *dst, int thread, int, void *userdata) {
 
 } // namespace
 
-// Column blocks as the product of a type of weights wants them: floats, or groups of integers.
-bool ProductOps::wants_int8(const ggml_tensor *w) const {
-    return kernels_.has_int8_product(w->type) && w->ne[0] % GROUP == 0;
+// Column blocks as the product of a type of weights wants them: floats, or groups of something shorter.
+Form ProductOps::form_for(const ggml_tensor *w) const {
+    return w->ne[0] % GROUP == 0 ? kernels_.form_for(w->type) : Form::FLOATS;
 }
 
-ggml_tensor *ProductOps::blocks(Operand &x, bool int8) const {
-    ggml_tensor *&made = int8 ? x.integers : x.floats;
-    if (!made && x.rows) {
-        auto *work = add_work<PackWork>(work_);
-        work->int8 = int8;
-        made = custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, kernels_.block_floats(x.rows->ne[0], int8),
-                      kernels_.column_blocks(x.n), {x.rows}, kernels_.pack, work);
-    }
+// Of two matrices that are multiplied with the same blocks.
+Form ProductOps::form_for(const ggml_tensor *w, const ggml_tensor *other) const {
+    const Form form = form_for(w);
+    return form == form_for(other) ? form : Form::FLOATS;
+}
+
+ggml_tensor *ProductOps::blocks(Operand &x, Form form) const {
+    ggml_tensor *&made = x.made[static_cast<int>(form)];
     if (!made) {
-        made =
-            custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, kernels_.block_floats(x.floats->ne[0] / kernels_.columns, true),
-                   kernels_.column_blocks(x.n), {x.floats}, kernels_.quantize, add_work<Work>(work_));
+        ggml_tensor *floats = x.made[static_cast<int>(Form::FLOATS)];
+        const int64_t depth = x.rows ? x.rows->ne[0] : floats->ne[0] / kernels_.columns;
+        auto *work = add_work<PackWork>(work_);
+        work->form = form;
+        made = custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, kernels_.block_floats(depth, form),
+                      kernels_.column_blocks(x.n), {x.rows ? x.rows : floats},
+                      x.rows ? kernels_.pack : kernels_.quantize, work);
     }
     return made;
 }
@@ -75,14 +79,14 @@ ggml_tensor *ProductOps::low_blocks(const LowRank &low, Operand &x) const {
     work->scales = low.scales;
     work->n = x.n;
     return custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, low.a->ne[1] * kernels_.columns, kernels_.column_blocks(x.n),
-                  {low.a, blocks(x, false), scratch_}, kernels_.low, work);
+                  {low.a, blocks(x, Form::FLOATS), scratch_}, kernels_.low, work);
 }
 
 ggml_tensor *ProductOps::multiply(ggml_tensor *w, Operand &x, float softcap, const LowRank *low) const {
     auto *work = add_work<MultiplyWork>(work_);
-    work->int8 = wants_int8(w);
+    work->form = form_for(w);
     work->softcap = softcap;
-    std::vector<ggml_tensor *> sources = {w, blocks(x, work->int8), scratch_};
+    std::vector<ggml_tensor *> sources = {w, blocks(x, work->form), scratch_};
     if (low) {
         sources.insert(sources.end(), {low->b, low_blocks(*low, x)});
     }
@@ -93,8 +97,8 @@ Operand ProductOps::gated(ggml_tensor *gate, ggml_tensor *up, Operand &x, const 
                           const LowRank *low_up) const {
     auto *work = add_work<MultiplyWork>(work_);
     work->n = x.n;
-    work->int8 = wants_int8(gate) && wants_int8(up);
-    std::vector<ggml_tensor *> sources = {gate, up, blocks(x, work->int8), scratch_};
+    work->form = form_for(gate, up);
+    std::vector<ggml_tensor *> sources = {gate, up, blocks(x, work->form), scratch_};
     if (low_gate || low_up) {
         for (const LowRank *low : {low_gate, low_up}) {
             sources.push_back(low ? low->b : nullptr);
@@ -103,7 +107,7 @@ Operand ProductOps::gated(ggml_tensor *gate, ggml_tensor *up, Operand &x, const 
     }
     ggml_tensor *product = custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, gate->ne[1] * kernels_.columns,
                                   kernels_.column_blocks(x.n), std::move(sources), kernels_.gated, work);
-    return {nullptr, x.n, product, nullptr};
+    return {nullptr, x.n, {product}};
 }
 
 ggml_tensor *ProductOps::experts(ggml_tensor *x, ggml_tensor *selected, ggml_tensor *weights, ggml_tensor *gate_up,
@@ -119,8 +123,8 @@ ggml_tensor *ProductOps::experts(ggml_tensor *x, ggml_tensor *selected, ggml_ten
     auto *work = add_work<ExpertsWork>(work_);
     work->n_expert = down->ne[2];
     work->n_ff = down->ne[0];
-    work->int8 = wants_int8(first) && wants_int8(second);
-    work->int8_down = wants_int8(down);
+    work->form = form_for(first, second);
+    work->form_down = form_for(down);
     work->n_assigned = n_assigned;
     int64_t rank = 0;
     for (const LowRank *low : {low_gate_up, low_down}) {

@@ -1,6 +1,6 @@
 // Matrix products and experts on the CPU, as ggml custom operators: weights are decoded where they lie in the file,
-// some rows at a time, and multiplied with blocks of columns, in float32 (kernels/tile.h) or in 8-bit integers
-// (kernels/int8.h). Nothing is repacked at load. Which thread computes what never changes a bit.
+// some rows at a time, and multiplied with blocks of columns, in float32 (kernels/tile.h) or in integers
+// (kernels/integers.h). Nothing is repacked at load. Which thread computes what never changes a bit.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -16,8 +16,7 @@ namespace dg {
 struct Operand {
     ggml_tensor *rows = nullptr; // [depth, n]
     int64_t n = 0;
-    ggml_tensor *floats = nullptr;   // column blocks
-    ggml_tensor *integers = nullptr; // column blocks, quantized
+    ggml_tensor *made[N_FORMS] = {}; // column blocks, by form
 };
 
 // Builds operators into one graph. `scratch`: F32 [floats of a thread, threads]; shared by all operators, since they
@@ -45,8 +44,9 @@ class ProductOps {
     WorkList &work_;
     ggml_tensor *scratch_;
 
-    bool wants_int8(const ggml_tensor *w) const;
-    ggml_tensor *blocks(Operand &x, bool int8) const;
+    Form form_for(const ggml_tensor *w) const;
+    Form form_for(const ggml_tensor *w, const ggml_tensor *other) const;
+    ggml_tensor *blocks(Operand &x, Form form) const;
     ggml_tensor *low_blocks(const LowRank &low, Operand &x) const;
 };
 

@@ -18,7 +18,7 @@ ggml_tensor *CpuOps::gated(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, g
     if (to_.importance) {
         return GgmlOps::gated(x, gate, up, down);
     }
-    Operand in = {x, to_.n, nullptr, nullptr};
+    Operand in = {x, to_.n, {}};
     Operand hidden = products().gated(gate, up, in, beside(gate), beside(up));
     return products().multiply(down, hidden, 0.0f, beside(down));
 }

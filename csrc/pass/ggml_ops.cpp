@@ -73,7 +73,7 @@ ggml_tensor *GgmlOps::gelu_mul(ggml_tensor *gate, ggml_tensor *up) const {
 }
 
 ggml_tensor *GgmlOps::gated(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) {
-    Operand in = {x, to_.n, nullptr, nullptr};
+    Operand in = {x, to_.n, {}};
     ggml_tensor *hidden = gelu_mul(multiply(gate, in, 0.0f), multiply(up, in, 0.0f));
     return multiply(down, hidden);
 }

@@ -180,7 +180,7 @@ class PassBuilder {
 
     ggml_tensor *attention(size_t index, ggml_tensor *x, bool only_cache) {
         const LayerWeights &l = model_.weights().layers[index];
-        Operand h = {ops_->norm(x, l.attn_norm), n_, nullptr, nullptr};
+        Operand h = {ops_->norm(x, l.attn_norm), n_, {}};
         ggml_tensor *k = ops_->multiply(l.attn_k, h);
         ggml_tensor *v = l.attn_v ? ops_->multiply(l.attn_v, h) : k; // the raw projection, before k_norm and rope
         k = ggml_reshape_3d(ctx_, k, l.head_dim, l.n_head_kv, n_);
@@ -270,7 +270,7 @@ class PassBuilder {
         if (!pass_.logit_rows.empty()) {
             x = ops_->rows(x, ggml_view_1d(ctx_, io_.logit_rows, pass_.n_logits(), 0));
         }
-        Operand h = {ops_->norm(x, model_.weights().output_norm), pass_.n_logits(), nullptr, nullptr};
+        Operand h = {ops_->norm(x, model_.weights().output_norm), pass_.n_logits(), {}};
         ggml_tensor *logits = ops_->multiply(model_.weights().token_embd, h, pass_.uncapped ? 0.0f : c_.logit_softcap);
         ggml_tensor *product = mark(logits->view_src ? logits->view_src : logits, Part::HEAD);
         product->data = static_cast<char *>(io_.step->logits->data) +
@@ -291,7 +291,7 @@ class PassBuilder {
 
 const char *product_kernel(const Model &model, ggml_type type) {
     const Kernels *kernels = model.kernels();
-    return !kernels ? "ggml" : kernels->has_int8_product(type) ? "8-bit integers" : "float32";
+    return !kernels ? "ggml" : FORM_NAMES[static_cast<int>(kernels->form_for(type))];
 }
 
 int64_t scratch_floats(const Model &model) {

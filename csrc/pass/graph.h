@@ -12,7 +12,8 @@
 
 namespace dg {
 
-// What the CPU multiplies weights of a type by: "8-bit integers" or "float32"; "ggml" where it has no own operators.
+// What the CPU multiplies weights of a type by: "8-bit integers", "16-bit integers", "bfloat16" or "float32"; "ggml"
+// where it has no own operators.
 const char *product_kernel(const Model &model, ggml_type type);
 // Floats of scratch memory that each thread needs for its own operators.
 int64_t scratch_floats(const Model &model);

@@ -64,7 +64,7 @@ class Ops {
     // weight [n_in, n_out] times x, with what runs beside it in this pass -> [n_out, n]; softcapped where softcap > 0.
     virtual ggml_tensor *multiply(ggml_tensor *weight, Operand &x, float softcap = 0.0f) = 0;
     ggml_tensor *multiply(ggml_tensor *weight, ggml_tensor *x) {
-        Operand in = {x, to_.n, nullptr, nullptr};
+        Operand in = {x, to_.n, {}};
         return multiply(weight, in);
     }
     // down(gelu_tanh(gate x) * (up x))

@@ -110,7 +110,8 @@ class Sampling:
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor of the file: `shape` in ggml's order (the first number is contiguous), `type` by ggml's name. `kernel`:
-    what products with it are computed in on the CPU: "8-bit integers", "float32" or "ggml"."""
+    what products with it are computed in on the CPU: "8-bit integers", "16-bit integers",
+    "bfloat16", "float32" or "ggml"."""
 
     name: str
     type: str

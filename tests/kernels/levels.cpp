@@ -95,7 +95,7 @@ void check_rows(ggml_type type) {
 
 // What a low-rank pair adds to the product `bare`, whatever type the matrix has and however the activations are rounded
 // for it: B (scales * (A x)) of x itself.
-void check_low(const dg::Kernels &k, ggml_tensor *x, const ggml_tensor *bare, bool int8) {
+void check_low(const dg::Kernels &k, ggml_tensor *x, const ggml_tensor *bare, dg::Form form) {
     const ggml_context_ptr context = make_context();
     ggml_context *ctx = context.get();
     const int64_t rank = 5;
@@ -104,7 +104,7 @@ void check_low(const dg::Kernels &k, ggml_tensor *x, const ggml_tensor *bare, bo
     ggml_tensor *a = random_tensor(ctx, GGML_TYPE_F32, depth, rank);
     ggml_tensor *b = random_tensor(ctx, GGML_TYPE_F32, rank, bare->ne[0]);
     ggml_tensor *scales = random_tensor(ctx, GGML_TYPE_F32, rank, 1);
-    ggml_tensor *blocks = output(ctx, k.block_floats(depth, false), k.column_blocks(x->ne[1]), {x});
+    ggml_tensor *blocks = output(ctx, k.block_floats(depth, dg::Form::FLOATS), k.column_blocks(x->ne[1]), {x});
     dg::PackWork pack;
     k.pack(blocks, 0, 1, &pack);
     ggml_tensor *scratch = scratch_for(ctx, k.product_scratch(depth, bare->ne[0]));
@@ -115,7 +115,7 @@ void check_low(const dg::Kernels &k, ggml_tensor *x, const ggml_tensor *bare, bo
     k.low(low, 0, 1, &low_work);
     ggml_tensor *dst = output(ctx, bare->ne[0], bare->ne[1], {w, bare->src[1], scratch, b, low});
     dg::MultiplyWork work;
-    work.int8 = int8;
+    work.form = form;
     k.multiply(dst, 0, 1, &work);
     std::vector<double> expected;
     for (int64_t j = 0; j < x->ne[1]; ++j) {
@@ -147,19 +147,19 @@ void check_low(const dg::Kernels &k, ggml_tensor *x, const ggml_tensor *bare, bo
 void check_product(const dg::Kernels &k, ggml_type type, int64_t depth, int64_t n_out, int64_t n, float poison) {
     const ggml_context_ptr context = make_context();
     ggml_context *ctx = context.get();
-    const bool int8 = k.has_int8_product(type);
+    const dg::Form form = k.form_for(type);
     ggml_tensor *w = random_tensor(ctx, type, depth, n_out);
     ggml_tensor *x = random_tensor(ctx, GGML_TYPE_F32, depth, n);
     if (poison != 0.0f) {
         static_cast<float *>(x->data)[depth / 2] = poison; // of column 0
     }
-    ggml_tensor *blocks = output(ctx, k.block_floats(depth, int8), k.column_blocks(n), {x});
+    ggml_tensor *blocks = output(ctx, k.block_floats(depth, form), k.column_blocks(n), {x});
     dg::PackWork pack;
-    pack.int8 = int8;
+    pack.form = form;
     k.pack(blocks, 0, 1, &pack);
     ggml_tensor *dst = output(ctx, n_out, n, {w, blocks, scratch_for(ctx, k.product_scratch(depth, n_out))});
     dg::MultiplyWork work;
-    work.int8 = int8;
+    work.form = form;
     k.multiply(dst, 0, 1, &work);
     if (poison != 0.0f) {
         bool all = true;
@@ -184,9 +184,14 @@ void check_product(const dg::Kernels &k, ggml_type type, int64_t depth, int64_t 
     const double error = error_of(dst, expected);
     // The greatest of 32 uniform numbers is 0.97: a step of 1/131, an error of 1/131 / sqrt(12) against 1 / sqrt(3),
     // which is 3.8e-3; of 61 outputs at a time up to 5.1e-3 was seen. A misread bit costs ten times that.
-    check(error < (int8 ? 7e-3 : 1e-6), "a product is off", ggml_type_name(type), error);
-    check(!int8 || error > 1e-4, "a product of integers is too good to be one", ggml_type_name(type), error);
-    check_low(k, x, dst, int8);
+    const bool words = form == dg::Form::WORDS; // 258 times as many steps
+    const bool bfloats = form == dg::Form::BFLOATS; // steps of 1/256 of each value: 1/256 / sqrt(12) at most
+    const bool floats = form == dg::Form::FLOATS;
+    const double bound = floats ? 1e-6 : words ? 7e-3 / 258 : bfloats ? 2e-3 : 7e-3;
+    check(error < bound, "a product is off", ggml_type_name(type), error);
+    check(floats || error > (words ? 1e-4 / 258 : 1e-4), "a product of integers is too good to be one",
+          ggml_type_name(type), error);
+    check_low(k, x, dst, form);
 }
 
 void check_norm(const dg::Kernels &k) {
@@ -258,9 +263,9 @@ int main() {
     const dg::Kernels &k = *dg::DG_LEVEL::kernels();
     const ggml_type types[] = {GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
                                GGML_TYPE_Q5_0, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K};
-    int n_integers = 0;
+    int n_rounded = 0;
     for (const ggml_type type : types) {
-        n_integers += k.has_int8_product(type) ? 1 : 0;
+        n_rounded += k.form_for(type) != dg::Form::FLOATS ? 1 : 0;
         check_rows(type);
         for (const int64_t n : {int64_t{1}, int64_t{3}, k.columns, 2 * k.columns + 5}) {
             check_product(k, type, 1280, 61, n, 0.0f);
@@ -273,6 +278,6 @@ int main() {
     for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0}) {
         check_attention(k, type);
     }
-    std::printf("%s: %d types in integers, %d failures\n", k.level, n_integers, failures);
+    std::printf("%s: %d types meet rounded activations, %d failures\n", k.level, n_rounded, failures);
     return failures;
 }

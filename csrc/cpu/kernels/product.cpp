@@ -1,4 +1,5 @@
-#include "cpu/kernels/int8.h"
+#include "cpu/kernels/bfloats.h"
+#include "cpu/kernels/integers.h"
 #include "cpu/kernels/quantized_rows.h"
 #include "cpu/kernels/table.h"
 
@@ -7,15 +8,31 @@
 
 namespace dg::DG_LEVEL {
 
-int64_t block_floats(int64_t depth, bool int8) {
-#if DG_HAS_INT8
-    if (int8) {
-        return depth / GROUP * static_cast<int64_t>(sizeof(GroupColumns) / sizeof(float));
+Form form_for(ggml_type type) {
+#if DG_HAS_BFLOATS
+    if (type == GGML_TYPE_BF16) {
+        return Form::BFLOATS;
     }
-#else
-    (void)int8;
 #endif
-    return depth * COLUMNS;
+#if DG_HAS_INTEGERS
+    return integers_for(type);
+#else
+    (void)type;
+    return Form::FLOATS;
+#endif
+}
+
+int64_t block_floats(int64_t depth, Form form) {
+    switch (form) {
+        case Form::FLOATS: return depth * COLUMNS;
+        case Form::BFLOATS: return depth / 2 * COLUMNS;
+        default:
+#if DG_HAS_INTEGERS
+            return depth / GROUP * group_floats(form);
+#else
+            return 0;
+#endif
+    }
 }
 
 namespace {
@@ -29,10 +46,12 @@ constexpr int64_t DECODED_ROW = DEPTH + 16;
 // Columns that a tile of outputs holds; weights are decoded once for so many.
 constexpr int64_t MOST_COLUMNS = 512;
 
-// A thread's decoded weights, as floats or as integers.
-#if DG_HAS_INT8
+// A thread's decoded weights, as floats or as something shorter; bytes are a row's worth of twice as many.
+#if DG_HAS_INTEGERS
+constexpr int64_t BYTES_AT_ONCE = IntRows::DEPTH;
 constexpr int64_t DECODED = std::max(MOST_ROWS * DECODED_ROW, IntRows::floats(MOST_ROWS));
 #else
+constexpr int64_t BYTES_AT_ONCE = DEPTH;
 constexpr int64_t DECODED = MOST_ROWS * DECODED_ROW;
 #endif
 constexpr int64_t TILE = MOST_ROWS * MOST_COLUMNS;
@@ -65,44 +84,63 @@ struct Matrix {
 struct Columns {
     const float *at; // block b at b * block_floats
     int64_t n;
-    bool int8;
+    Form form;
 };
+
+// Values k .. k + depth - 1 of a row of w -> row r of the decoded rows, in the form that meets columns of `form`.
+void decode_row(const Matrix &w, int64_t row, int64_t k, int64_t depth, Form form, float *decoded, int64_t r) {
+    const char *at = w.data + static_cast<size_t>(row) * w.row_bytes + ggml_row_size(w.type, k);
+    switch (form) {
+        case Form::FLOATS: decode(w.type, at, depth, decoded + r * DECODED_ROW); return;
+        case Form::BFLOATS:
+            std::memcpy(decoded + r * DECODED_ROW, at, static_cast<size_t>(depth) * sizeof(uint16_t));
+            return;
+        default:
+#if DG_HAS_INTEGERS
+            unpack_row(w.type, at, depth, IntRows(decoded, MOST_ROWS), r);
+#endif
+            return;
+    }
+}
+
+// `rows` decoded rows times a block of columns -> out, or added to it.
+void multiply_decoded(ggml_type type, const float *decoded, int64_t rows, int64_t depth, Form form, const float *x,
+                      float *out, bool narrow, bool add) {
+    switch (form) {
+        case Form::FLOATS:
+            multiply_block<true>({decoded, DECODED_ROW, 1}, rows, depth, x, out, COLUMNS, narrow, add);
+            return;
+        case Form::BFLOATS:
+#if DG_HAS_BFLOATS
+            multiply_bfloats({reinterpret_cast<const BfloatPair *>(decoded), DECODED_ROW, 1}, rows, depth,
+                             reinterpret_cast<const BfloatPair *>(x), out, narrow, add);
+#endif
+            return;
+        default:
+#if DG_HAS_INTEGERS
+            multiply_integers(type, IntRows(const_cast<float *>(decoded), MOST_ROWS), rows, depth, x, out, narrow,
+                              add);
+#else
+            (void)type;
+#endif
+            return;
+    }
+}
 
 // Rows first .. first + rows - 1 of w times the columns -> out: block b [rows, COLUMNS] at b * out_block. rows: at most
 // MOST_ROWS. `add`: to what is there.
 void multiply_rows(const Matrix &w, int64_t first, int64_t rows, const Columns &x, float *decoded, float *out,
                    int64_t out_block, bool add = false) {
-    const int64_t x_block = block_floats(w.depth, x.int8);
-#if DG_HAS_INT8
-    const int64_t depth_at_once = x.int8 ? IntRows::DEPTH : DEPTH;
-    const IntRows integers(decoded, MOST_ROWS);
-#else
-    const int64_t depth_at_once = DEPTH;
-#endif
+    const int64_t x_block = block_floats(w.depth, x.form);
+    const int64_t depth_at_once = x.form == Form::BYTES ? BYTES_AT_ONCE : DEPTH;
     for (int64_t k = 0; k < w.depth; k += depth_at_once) {
         const int64_t depth = std::min(depth_at_once, w.depth - k);
         for (int64_t r = 0; r < rows; ++r) {
-            const char *at = w.data + static_cast<size_t>(first + r) * w.row_bytes + ggml_row_size(w.type, k);
-#if DG_HAS_INT8
-            if (x.int8) {
-                unpack_row(w.type, at, depth, integers, r);
-                continue;
-            }
-#endif
-            decode(w.type, at, depth, decoded + r * DECODED_ROW);
+            decode_row(w, first + r, k, depth, x.form, decoded, r);
         }
         for (int64_t b = 0; b * COLUMNS < x.n; ++b) {
-            const bool narrow = x.n - b * COLUMNS <= LANES;
-            const float *block = x.at + b * x_block;
-#if DG_HAS_INT8
-            if (x.int8) {
-                multiply_int8(w.type, integers, rows, depth, reinterpret_cast<const GroupColumns *>(block) + k / GROUP,
-                              out + b * out_block, narrow, add || k > 0);
-                continue;
-            }
-#endif
-            multiply_block<true>({decoded, DECODED_ROW, 1}, rows, depth, block + k * COLUMNS, out + b * out_block,
-                                 COLUMNS, narrow, add || k > 0);
+            multiply_decoded(w.type, decoded, rows, depth, x.form, x.at + b * x_block + block_floats(k, x.form),
+                             out + b * out_block, x.n - b * COLUMNS <= LANES, add || k > 0);
         }
     }
 }
@@ -117,7 +155,7 @@ struct LowRows {
 
     void add(int64_t first, int64_t rows, float *decoded, float *out, int64_t out_block) const {
         if (b) {
-            multiply_rows(Matrix(b, plane, first_row), first, rows, {t, n, false}, decoded, out, out_block, true);
+            multiply_rows(Matrix(b, plane, first_row), first, rows, {t, n, Form::FLOATS}, decoded, out, out_block, true);
         }
     }
 };
@@ -130,7 +168,7 @@ LowRows low_rows(const ggml_tensor *b, const ggml_tensor *blocks, int64_t column
 // scales * (A x) for one column block of `n` columns -> out [rank, COLUMNS]; rows first .. first + rows - 1.
 void low_block(const Matrix &a, int64_t first, int64_t rows, const float *x, int64_t n, const float *scales,
                float *decoded, float *out) {
-    multiply_rows(a, first, rows, {x, n, false}, decoded, out + first * COLUMNS, 0);
+    multiply_rows(a, first, rows, {x, n, Form::FLOATS}, decoded, out + first * COLUMNS, 0);
     for (int64_t r = first; r < first + rows; ++r) {
         for (int64_t j = 0; j < COLUMNS; ++j) {
             out[r * COLUMNS + j] *= scales[r];
@@ -147,26 +185,38 @@ void low_expert(const LowRank &low, int64_t expert, const float *x, int64_t n, f
     }
 }
 
-// Columns that lie anywhere -> a column block in the form that a product wants.
-void make_block(const float *const *columns, int64_t n, int64_t depth, bool int8, float *block) {
-#if DG_HAS_INT8
-    if (int8) {
-        auto *groups = reinterpret_cast<GroupColumns *>(block);
-        for (int64_t k = 0; k < depth; k += GROUP) {
-            const float *parts[COLUMNS];
-            float floats[GROUP * COLUMNS];
-            for (int64_t j = 0; j < n; ++j) {
-                parts[j] = columns[j] + k;
-            }
-            pack_columns(parts, n, GROUP, floats);
-            quantize_columns(floats, GROUP, groups++);
-        }
+// A column block of floats, of which depth is a multiple of GROUP -> the same in another form.
+void convert_block(const float *floats, int64_t depth, Form form, float *out) {
+    if (form == Form::BFLOATS) {
+#if DG_HAS_BFLOATS
+        round_columns(floats, depth, reinterpret_cast<BfloatPair *>(out));
+#endif
         return;
     }
+#if DG_HAS_INTEGERS
+    quantize_columns(floats, depth, form, out);
 #else
-    (void)int8;
+    (void)floats;
+    (void)depth;
+    (void)out;
 #endif
-    pack_columns(columns, n, depth, block);
+}
+
+// Columns that lie anywhere -> a column block in the form that a product wants.
+void make_block(const float *const *columns, int64_t n, int64_t depth, Form form, float *block) {
+    if (form == Form::FLOATS) {
+        pack_columns(columns, n, depth, block);
+        return;
+    }
+    for (int64_t k = 0; k < depth; k += GROUP) {
+        const float *parts[COLUMNS];
+        float floats[GROUP * COLUMNS];
+        for (int64_t j = 0; j < n; ++j) {
+            parts[j] = columns[j] + k;
+        }
+        pack_columns(parts, n, GROUP, floats);
+        convert_block(floats, GROUP, form, block + block_floats(k, form));
+    }
 }
 
 // exp(-|x|)
@@ -224,21 +274,17 @@ void run_pack(ggml_tensor *dst, int, int, void *userdata) {
         for (int64_t j = 0; j < n; ++j) {
             columns[j] = row_of(x, block * COLUMNS + j);
         }
-        make_block(columns, n, x->ne[0], work.int8, row_of(dst, block));
+        make_block(columns, n, x->ne[0], work.form, row_of(dst, block));
     });
 }
 
-// Column blocks of floats -> the same as integers.
+// Column blocks of floats -> the same in another form.
 void run_quantize(ggml_tensor *dst, int, int, void *userdata) {
-#if DG_HAS_INT8
+    auto &work = *static_cast<PackWork *>(userdata);
     const ggml_tensor *x = dst->src[0];
-    take_tasks(*static_cast<Work *>(userdata), dst->ne[1], 1, [&](int64_t block, int64_t) {
-        quantize_columns(row_of(x, block), x->ne[0] / COLUMNS, reinterpret_cast<GroupColumns *>(row_of(dst, block)));
+    take_tasks(work, dst->ne[1], 1, [&](int64_t block, int64_t) {
+        convert_block(row_of(x, block), x->ne[0] / COLUMNS, work.form, row_of(dst, block));
     });
-#else
-    (void)dst;
-    (void)userdata;
-#endif
 }
 
 void run_multiply(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
@@ -250,7 +296,7 @@ void run_multiply(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
         for (int64_t column = 0; column < dst->ne[1]; column += MOST_COLUMNS) {
             const int64_t n = std::min(MOST_COLUMNS, dst->ne[1] - column);
             const int64_t tile_block = rows * COLUMNS;
-            multiply_rows(w, first, rows, {row_of(x, column / COLUMNS), n, work.int8}, scratch.decoded, scratch.tile,
+            multiply_rows(w, first, rows, {row_of(x, column / COLUMNS), n, work.form}, scratch.decoded, scratch.tile,
                           tile_block);
             low_rows(dst->src[3], dst->src[4], column, n).add(first, rows, scratch.decoded, scratch.tile, tile_block);
             if (work.softcap > 0.0f) {
@@ -295,7 +341,7 @@ void run_gated(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
     take_tasks(work, n_ff, rows_of_task(n_ff, n_threads), [&](int64_t first, int64_t rows) {
         for (int64_t column = 0; column < work.n; column += MOST_COLUMNS) {
             const int64_t n = std::min(MOST_COLUMNS, work.n - column);
-            gated_rows(gate, up, first, rows, {row_of(x, column / COLUMNS), n, work.int8},
+            gated_rows(gate, up, first, rows, {row_of(x, column / COLUMNS), n, work.form},
                        low_rows(dst->src[4], dst->src[5], column, n), low_rows(dst->src[6], dst->src[7], column, n),
                        scratch, row_of(dst, column / COLUMNS) + first * COLUMNS, dst->ne[0]);
         }
@@ -346,7 +392,7 @@ void run_experts(ggml_tensor *dst, int thread, int, void *userdata) {
             for (int64_t j = 0; j < in_block; ++j) {
                 columns[j] = row_of(x, order[b * COLUMNS + j] / n_used);
             }
-            make_block(columns, in_block, n_embd, work.int8, scratch.x + b * block_floats(n_embd, work.int8));
+            make_block(columns, in_block, n_embd, work.form, scratch.x + b * block_floats(n_embd, work.form));
             if (work.gate_up.a) {
                 pack_columns(columns, in_block, n_embd, low_x);
                 low_expert(work.gate_up, expert, low_x, in_block, scratch.decoded, low_t, b);
@@ -359,21 +405,20 @@ void run_experts(ggml_tensor *dst, int thread, int, void *userdata) {
         const Matrix expert_up(up, expert, gate == up ? work.n_ff : 0);
         const Matrix expert_down(down, expert);
         for (int64_t first = 0; first < work.n_ff; first += MOST_ROWS) {
-            gated_rows(expert_gate, expert_up, first, std::min(MOST_ROWS, work.n_ff - first), {scratch.x, n, work.int8},
+            gated_rows(expert_gate, expert_up, first, std::min(MOST_ROWS, work.n_ff - first), {scratch.x, n, work.form},
                        low_gate, low_up, scratch, scratch.hidden + first * COLUMNS, work.n_ff * COLUMNS);
         }
         for (int64_t b = 0; work.down.a && b * COLUMNS < n; ++b) {
             low_expert(work.down, expert, scratch.hidden + b * work.n_ff * COLUMNS, std::min(COLUMNS, n - b * COLUMNS),
                        scratch.decoded, low_t, b);
         }
-        Columns hidden = {scratch.hidden, n, work.int8_down};
-#if DG_HAS_INT8
-        for (int64_t b = 0; work.int8_down && b * COLUMNS < n; ++b) { // in place of x, which is used up
+        Columns hidden = {scratch.hidden, n, work.form_down};
+        const bool shorter = work.form_down != Form::FLOATS;
+        for (int64_t b = 0; shorter && b * COLUMNS < n; ++b) { // in place of x, which is used up
             hidden.at = scratch.x;
-            quantize_columns(scratch.hidden + b * work.n_ff * COLUMNS, work.n_ff,
-                             reinterpret_cast<GroupColumns *>(scratch.x + b * block_floats(work.n_ff, true)));
+            convert_block(scratch.hidden + b * work.n_ff * COLUMNS, work.n_ff, work.form_down,
+                          scratch.x + b * block_floats(work.n_ff, work.form_down));
         }
-#endif
         for (int64_t first = 0; first < n_embd; first += MOST_ROWS) {
             const int64_t rows = std::min(MOST_ROWS, n_embd - first);
             multiply_rows(expert_down, first, rows, hidden, scratch.decoded, scratch.tile, rows * COLUMNS);

@@ -76,20 +76,36 @@ void decode_q8_0(const uint8_t *__restrict block, int64_t n, float *__restrict o
     }
 }
 
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
+typedef uint64_t TwoWords __attribute__((vector_size(16)));
+
 // The 32 quants of a Q4_0 or Q5_0 block: values 0..15 in the low nibbles of 16 bytes, 16..31 in the high ones; 32 fifth
-// bits before them, of which eight become eight bytes by one multiplication. By words: GCC unrolls loops over 16 bytes
-// instead of vectorizing them.
+// bits before them. As vectors that never leave registers: GCC unrolls loops over 16 bytes instead of vectorizing them,
+// and words that are stored before a vector of them is loaded make the load wait (Q4_0: 0.3 ns a weight, now 0.03).
 template <bool FIVE> void quants_q45_0(const uint8_t *__restrict block, uint8_t *__restrict quants) {
-    constexpr uint64_t NIBBLES = 0x0f0f0f0f0f0f0f0full;
-    uint64_t nibbles[2];
-    std::memcpy(nibbles, block + (FIVE ? 6 : 2), sizeof nibbles);
-    uint64_t words[4] = {nibbles[0] & NIBBLES, nibbles[1] & NIBBLES, nibbles[0] >> 4 & NIBBLES,
-                         nibbles[1] >> 4 & NIBBLES};
-    for (int i = 0; FIVE && i < 4; ++i) {
-        const uint64_t bits = (block[2 + i] * 0x0101010101010101ull) & 0x8040201008040201ull;
-        words[i] |= ((bits + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull) << 4;
+    Sixteen nibbles;
+    std::memcpy(&nibbles, block + (FIVE ? 6 : 2), sizeof nibbles);
+    Sixteen values[2] = {nibbles & 15, nibbles >> 4};
+#if defined(__AVX2__)
+    if (FIVE) {
+        int32_t bits;
+        std::memcpy(&bits, block + 2, sizeof bits);
+        const __m256i bytes = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
+        const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), bytes), bit);
+        const __m256i fifth = _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(16));
+        values[0] |= reinterpret_cast<Sixteen>(_mm256_castsi256_si128(fifth));
+        values[1] |= reinterpret_cast<Sixteen>(_mm256_extracti128_si256(fifth, 1));
     }
-    std::memcpy(quants, words, sizeof words);
+#else
+    for (int i = 0; FIVE && i < 2; ++i) { // eight bits become eight bytes by one multiplication
+        constexpr uint64_t EIGHT_TIMES = 0x0101010101010101ull;
+        const TwoWords bits = {block[2 + 2 * i] * EIGHT_TIMES, block[3 + 2 * i] * EIGHT_TIMES};
+        values[i] |= reinterpret_cast<Sixteen>(reinterpret_cast<Sixteen>(bits & 0x8040201008040201ull) != 0) & 16;
+    }
+#endif
+    std::memcpy(quants, &values[0], 16);
+    std::memcpy(quants + 16, &values[1], 16);
 }
 
 // scale, [32 fifth bits], 16 bytes
@@ -170,19 +186,23 @@ template <bool FIVE> void decode_q45_k(const uint8_t *__restrict block, int64_t 
     }
 }
 
-// 128 bytes of low nibbles, 64 of high pairs, 16 int8 scales, d
-float scale_q6_k(const uint8_t *__restrict block, int part) {
-    return half(block + 208) * static_cast<float>(static_cast<int8_t>(block[192 + part]));
+// 128 bytes of low nibbles, 64 of high pairs, 16 int8 scales, d: the scales times d
+void scales_q6_k(const uint8_t *__restrict block, float *__restrict scales) {
+    const float d = half(block + 208);
+    for (int part = 0; part < 16; ++part) {
+        scales[part] = d * static_cast<float>(static_cast<int8_t>(block[192 + part]));
+    }
 }
 
 void decode_q6_k(const uint8_t *__restrict block, int64_t n, float *__restrict out) {
     for (int64_t i = 0; i < n; i += SUPER, block += 210) {
         uint8_t quants[SUPER];
+        float scales[16];
         quants_q6_k(block, quants);
+        scales_q6_k(block, scales);
         for (int part = 0; part < 16; ++part, out += 16) {
-            const float scale = scale_q6_k(block, part);
             for (int l = 0; l < 16; ++l) {
-                out[l] = scale * static_cast<float>(quants[part * 16 + l] - 32);
+                out[l] = scales[part] * static_cast<float>(quants[part * 16 + l] - 32);
             }
         }
     }
@@ -217,9 +237,7 @@ void unpack_q45_k(const uint8_t *__restrict block, int64_t n, uint8_t *__restric
 void unpack_q6_k(const uint8_t *__restrict block, int64_t n, uint8_t *__restrict quants, float *__restrict scales) {
     for (int64_t i = 0; i < n; i += SUPER, block += 210, quants += SUPER, scales += 16) {
         quants_q6_k(block, quants);
-        for (int part = 0; part < 16; ++part) {
-            scales[part] = scale_q6_k(block, part);
-        }
+        scales_q6_k(block, scales);
     }
 }
 
@@ -238,6 +256,16 @@ void decode(ggml_type type, const void *data, int64_t n, float *__restrict out) 
         case GGML_TYPE_Q5_K: decode_q45_k<true>(bytes, n, out); return;
         case GGML_TYPE_Q6_K: decode_q6_k(bytes, n, out); return;
         default: ggml_get_type_traits(type)->to_float(data, out, n); return;
+    }
+}
+
+void unpack_words(const void *data, int64_t n, int16_t *__restrict quants, float *__restrict scales) {
+    const auto *__restrict block = static_cast<const uint8_t *>(data);
+    for (int64_t i = 0; i < n; i += SMALL, block += 2 + SMALL, quants += SMALL) {
+        *scales++ = half(block);
+        for (int j = 0; j < SMALL; ++j) {
+            quants[j] = static_cast<int8_t>(block[2 + j]);
+        }
     }
 }
 

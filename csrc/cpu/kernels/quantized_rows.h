@@ -7,7 +7,7 @@
 
 namespace dg::DG_LEVEL {
 
-// What Q8_0's signed quants are raised by, where the instructions that multiply bytes (int8.h) want unsigned weights.
+// What Q8_0's signed quants are raised by, where the instructions that multiply bytes (integers.h) want unsigned weights.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr uint8_t Q8_ZERO = 128;
 #else
@@ -22,5 +22,8 @@ void decode(ggml_type type, const void *data, int64_t n, float *out);
 // byte - minimum, with zero Q8_ZERO (Q8_0), 8, 16 (Q5_0), 32 (Q6_K). scales: one for each 32 values, 16
 // for Q6_K. minima: one for each 32, of Q4_K and Q5_K.
 void unpack_quants(ggml_type type, const void *data, int64_t n, uint8_t *quants, float *scales, float *minima);
+
+// A Q8_0 row as words, and its scales.
+void unpack_words(const void *data, int64_t n, int16_t *quants, float *scales);
 
 } // namespace dg::DG_LEVEL

@@ -1,6 +1,6 @@
 #include "cpu/kernels/table.h"
 
-#include "cpu/kernels/int8.h"
+#include "cpu/kernels/integers.h"
 #include "cpu/kernels/quantized_rows.h"
 #include "cpu/kernels/tile.h"
 
@@ -13,7 +13,7 @@ const Kernels *kernels() {
     static const Kernels table = {
         DG_TEXT_OF(DG_LEVEL),
         COLUMNS,
-        has_int8_product,
+        form_for,
         block_floats,
         product_scratch,
         attention_scratch,

@@ -11,7 +11,8 @@ namespace dg::DG_LEVEL {
 // The table of this level.
 const Kernels *kernels();
 
-int64_t block_floats(int64_t depth, bool int8);
+Form form_for(ggml_type type);
+int64_t block_floats(int64_t depth, Form form);
 int64_t product_scratch(int64_t n_embd, int64_t n_ff_exp);
 int64_t attention_scratch(int64_t head_dim);
 int64_t self_conditioning_scratch(int64_t n_embd);

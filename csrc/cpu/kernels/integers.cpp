@@ -1,4 +1,4 @@
-#include "cpu/kernels/int8.h"
+#include "cpu/kernels/integers.h"
 
 #include "cpu/kernels/quantized_rows.h"
 
@@ -7,30 +7,30 @@
 
 #if defined(DG_INT8_VNNI) || defined(DG_INT8_PAIRS)
 #    include <immintrin.h>
-#elif DG_HAS_INT8
+#elif DG_HAS_INTEGERS
 #    include <arm_neon.h>
 #endif
 
 namespace dg::DG_LEVEL {
 
-bool has_int8_product(ggml_type type) {
-#if DG_HAS_INT8
+#if DG_HAS_INTEGERS
+
+Form integers_for(ggml_type type) {
     switch (type) {
+#    if defined(DG_INT8_PAIRS)
+        case GGML_TYPE_Q8_0: return Form::WORDS;
+#    else
         case GGML_TYPE_Q8_0:
+#    endif
         case GGML_TYPE_Q4_0:
         case GGML_TYPE_Q5_0:
         case GGML_TYPE_Q4_K:
         case GGML_TYPE_Q5_K:
-        case GGML_TYPE_Q6_K: return true;
-        default: return false;
+        case GGML_TYPE_Q6_K: return Form::BYTES;
+        default: return Form::FLOATS;
     }
-#else
-    (void)type;
-    return false;
-#endif
 }
 
-#if DG_HAS_INT8
 namespace {
 
 // What a type's quants are, as unpack_quants leaves them.
@@ -61,6 +61,10 @@ constexpr int TOGETHER = 4;
 constexpr int MOST_TILE_ROWS = 8;
 constexpr int TILE_VECTORS = 2;
 constexpr int TOGETHER = 2;
+#    elif defined(__AVX2__)
+constexpr int MOST_TILE_ROWS = 4;
+constexpr int TILE_VECTORS = 2;
+constexpr int TOGETHER = 4;
 #    else
 constexpr int MOST_TILE_ROWS = 3;
 constexpr int TILE_VECTORS = 2;
@@ -113,21 +117,19 @@ void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns 
 typedef __m256i Bytes;
 Bytes products(Bytes a, Bytes b) { return _mm256_maddubs_epi16(a, b); }
 Bytes add_pairs(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
-Bytes sum_pairs(Bytes a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
-Bytes magnitude(Bytes a) { return _mm256_abs_epi8(a); }
-Bytes with_sign(Bytes a, Bytes of) { return _mm256_sign_epi8(a, of); }
+Bytes word_products(Bytes a, Bytes b) { return _mm256_madd_epi16(a, b); }
+Bytes sum_pairs(Bytes a) { return word_products(a, _mm256_set1_epi16(1)); }
 #        else
 typedef __m128i Bytes;
 Bytes products(Bytes a, Bytes b) { return _mm_maddubs_epi16(a, b); }
 Bytes add_pairs(Bytes a, Bytes b) { return _mm_add_epi16(a, b); }
-Bytes sum_pairs(Bytes a) { return _mm_madd_epi16(a, _mm_set1_epi16(1)); }
-Bytes magnitude(Bytes a) { return _mm_abs_epi8(a); }
-Bytes with_sign(Bytes a, Bytes of) { return _mm_sign_epi8(a, of); }
+Bytes word_products(Bytes a, Bytes b) { return _mm_madd_epi16(a, b); }
+Bytes sum_pairs(Bytes a) { return word_products(a, _mm_set1_epi16(1)); }
 #        endif
 
 // Keeps the compiler from summing in another order than is written: it would load all of a group's columns first, sum
 // products as a tree, and run out of registers (60 of 130 instructions moved something to or from the stack).
-void settle(Bytes &x) { __asm__("" : "+x"(x)); }
+template <typename V> void settle(V &x) { __asm__("" : "+x"(x)); }
 
 template <ggml_type TYPE, int R, int V>
 void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns &x, int64_t column, int first,
@@ -146,10 +148,7 @@ void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns 
                 std::memcpy(&four_weights, quants + r * IntRows::ROW + (four + i) * 4, sizeof four_weights);
                 const auto weights = reinterpret_cast<Bytes>(IntLanes{} + four_weights);
                 for (int v = 0; v < V; ++v) {
-                    // The first factor is unsigned: signed quants hand their sign to the other.
-                    const Bytes both = TYPE == GGML_TYPE_Q8_0
-                                           ? products(magnitude(weights), with_sign(columns[v], weights))
-                                           : products(weights, columns[v]);
+                    const Bytes both = products(weights, columns[v]);
                     pairs[r][v] = i == 0 ? both : add_pairs(pairs[r][v], both);
                     settle(pairs[r][v]);
                 }
@@ -158,6 +157,27 @@ void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns 
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < V; ++v) {
                 dots[r][v] += reinterpret_cast<IntLanes>(sum_pairs(pairs[r][v]));
+            }
+        }
+    }
+}
+
+template <ggml_type, int R, int V>
+void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupWords &x, int64_t column, int first, int last) {
+#        pragma GCC unroll 4
+    for (int pair = first / 2; pair < last / 2; ++pair) {
+        Bytes columns[V];
+        for (int v = 0; v < V; ++v) {
+            columns[v] = reinterpret_cast<Bytes>(load_int(x.quants[pair][column + v * LANES]));
+            settle(columns[v]);
+        }
+        for (int r = 0; r < R; ++r) {
+            int32_t two_weights;
+            std::memcpy(&two_weights, quants + r * IntRows::ROW + pair * 4, sizeof two_weights);
+            const auto weights = reinterpret_cast<Bytes>(IntLanes{} + two_weights);
+            for (int v = 0; v < V; ++v) {
+                dots[r][v] += reinterpret_cast<IntLanes>(word_products(weights, columns[v]));
+                settle(dots[r][v]);
             }
         }
     }
@@ -216,14 +236,23 @@ void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns 
 
 #    endif
 
+// The columns' groups that a type's quants are multiplied with, and the bytes that its quants take.
+#    if defined(DG_INT8_PAIRS)
+template <ggml_type TYPE> using Group = std::conditional_t<TYPE == GGML_TYPE_Q8_0, GroupWords, GroupColumns>;
+#    else
+template <ggml_type> using Group = GroupColumns;
+#    endif
+
 // R rows and V vectors of columns, the first at `column`.
 template <ggml_type TYPE, int R, int V>
-void multiply_tile_int8(const IntRows &rows, int64_t first, int64_t depth, const GroupColumns *x, int64_t column,
-                        float *out, bool add) {
+void multiply_tile_integers(const IntRows &rows, int64_t first, int64_t depth, const Group<TYPE> *x, int64_t column,
+                            float *out, bool add) {
     constexpr Layout L = layout<TYPE>();
+    constexpr bool WORDS = std::is_same_v<Group<TYPE>, GroupWords>;
     constexpr int SOME = R % TOGETHER == 0 ? TOGETHER : 1;
     constexpr int PARTS = L.halves ? 2 : 1; // of a group, each with a scale of its own
     constexpr int PART = static_cast<int>(GROUP) / PARTS;
+    constexpr int GROUP_BYTES = static_cast<int>(GROUP) * (WORDS ? 2 : 1);
     Lanes sums[R][V] = {};
     const uint8_t *quants = rows.quants + first * IntRows::ROW;
     const float *scales = rows.scales + first * IntRows::SCALES;
@@ -234,13 +263,17 @@ void multiply_tile_int8(const IntRows &rows, int64_t first, int64_t depth, const
         IntLanes start[PARTS][V]; // what the integers' distance from the quants comes to
         for (int v = 0; v < V; ++v) {
             scale[v] = load(x->scale + column + v * LANES);
-            const IntLanes sum[2] = {load_int(x->sum[0] + column + v * LANES),
-                                     load_int(x->sum[1] + column + v * LANES)};
-            if (L.minimum) {
-                low[v] = scale[v] * to_float(sum[0] + sum[1]);
-            }
-            for (int part = 0; part < PARTS; ++part) {
-                start[part][v] = L.zero == 0 ? IntLanes{} : (PARTS == 2 ? sum[part] : sum[0] + sum[1]) * -L.zero;
+            if constexpr (WORDS) {
+                start[0][v] = IntLanes{};
+            } else {
+                const IntLanes sum[2] = {load_int(x->sum[0] + column + v * LANES),
+                                         load_int(x->sum[1] + column + v * LANES)};
+                if (L.minimum) {
+                    low[v] = scale[v] * to_float(sum[0] + sum[1]);
+                }
+                for (int part = 0; part < PARTS; ++part) {
+                    start[part][v] = L.zero == 0 ? IntLanes{} : (PARTS == 2 ? sum[part] : sum[0] + sum[1]) * -L.zero;
+                }
             }
         }
         for (int r = 0; r < R; r += SOME) {
@@ -251,7 +284,8 @@ void multiply_tile_int8(const IntRows &rows, int64_t first, int64_t depth, const
                         dots[i][v] = start[part][v];
                     }
                 }
-                add_dots<TYPE>(dots, quants + r * IntRows::ROW + g * GROUP, *x, column, part * PART, (part + 1) * PART);
+                add_dots<TYPE>(dots, quants + r * IntRows::ROW + g * GROUP_BYTES, *x, column, part * PART,
+                               (part + 1) * PART);
                 for (int i = 0; i < SOME; ++i) {
                     const float factor = scales[(r + i) * IntRows::SCALES + g * PARTS + part];
                     for (int v = 0; v < V; ++v) {
@@ -276,13 +310,13 @@ void multiply_tile_int8(const IntRows &rows, int64_t first, int64_t depth, const
 }
 
 template <ggml_type TYPE, int V>
-void multiply_rows_int8(const IntRows &rows, int64_t n_rows, int64_t depth, const GroupColumns *x, int64_t column,
-                        float *out, bool add) {
+void multiply_rows_integers(const IntRows &rows, int64_t n_rows, int64_t depth, const Group<TYPE> *x, int64_t column,
+                            float *out, bool add) {
     int64_t r = 0;
     const auto some = [&](auto count) {
         constexpr int R = decltype(count)::value;
         for (; r + R <= n_rows; r += R) {
-            multiply_tile_int8<TYPE, R, V>(rows, r, depth, x, column, out + r * COLUMNS, add);
+            multiply_tile_integers<TYPE, R, V>(rows, r, depth, x, column, out + r * COLUMNS, add);
         }
     };
     some(std::integral_constant<int, MOST_TILE_ROWS>());
@@ -298,9 +332,29 @@ IntLanes nearest(Lanes x) {
     return bits - 0x4b400000;
 }
 
-} // namespace
+// Four integers of each of LANES columns, the first of value i, and what groups add to that.
+void store_integers(const IntLanes (&q)[4], int i, int64_t lane, GroupColumns &out) {
+    const IntLanes bytes = (q[0] & 255) | (q[1] & 255) << 8 | (q[2] & 255) << 16 | q[3] << 24;
+    if (ADJACENT_VALUES == 4) {
+        std::memcpy(out.quants[i / 4][lane], &bytes, sizeof bytes);
+    } else {
+        for (int64_t c = 0; c < LANES; ++c) {
+            const int32_t word = bytes[c];
+            std::memcpy(out.quants[i / 8][lane + c] + i % 8, &word, sizeof word);
+        }
+    }
+}
 
-void quantize_columns(const float *block, int64_t depth, GroupColumns *out) {
+void store_integers(const IntLanes (&q)[4], int i, int64_t lane, GroupWords &out) {
+    for (int pair = 0; pair < 2; ++pair) {
+        const IntLanes words = (q[2 * pair] & 0xffff) | q[2 * pair + 1] << 16;
+        std::memcpy(out.quants[i / 2 + pair][lane], &words, sizeof words);
+    }
+}
+
+// `MOST`: the greatest integer.
+template <int MOST, typename G> void quantize_groups(const float *block, int64_t depth, G *out) {
+    constexpr auto STEPS = static_cast<float>(MOST);
     for (int64_t k = 0; k < depth; k += GROUP, block += GROUP * COLUMNS, ++out) {
         for (int half = 0; half < 2; ++half) {
             const int64_t lane = half * LANES;
@@ -312,50 +366,64 @@ void quantize_columns(const float *block, int64_t depth, GroupColumns *out) {
             }
             Lanes most;
             std::memcpy(&most, &magnitude, sizeof most);
-            const Lanes scale = most * (1.0f / 127.0f) + (most - most); // NaN, not infinity
-            const Lanes inverse = scale > 0.0f ? 127.0f / most : Lanes{};
+            const Lanes scale = most * (1.0f / STEPS) + (most - most); // NaN, not infinity
+            const Lanes inverse = scale > 0.0f ? STEPS / most : Lanes{};
             // Else zeros: what NaN, or a magnitude too small for its inverse, becomes as an integer overflows the sums.
             const IntLanes usable = (scale > 0.0f) & (inverse < 3e38f);
             IntLanes sum[2] = {};
             for (int i = 0; i < GROUP; i += 4) {
-                IntLanes bytes = {};
+                IntLanes q[4];
                 for (int j = 0; j < 4; ++j) {
-                    const IntLanes q = nearest(load(block + (i + j) * COLUMNS + lane) * inverse) & usable;
-                    sum[i / (GROUP / 2)] += q;
-                    bytes |= (q & 255) << (8 * j);
+                    q[j] = nearest(load(block + (i + j) * COLUMNS + lane) * inverse) & usable;
+                    sum[i / (GROUP / 2)] += q[j];
                 }
-                if (ADJACENT_VALUES == 4) {
-                    std::memcpy(out->quants[i / 4][lane], &bytes, sizeof bytes);
-                } else {
-                    for (int64_t c = 0; c < LANES; ++c) {
-                        const int32_t word = bytes[c];
-                        std::memcpy(out->quants[i / 8][lane + c] + i % 8, &word, sizeof word);
-                    }
-                }
+                store_integers(q, i, lane, *out);
             }
             store(out->scale + lane, scale);
-            for (int part = 0; part < 2; ++part) {
-                std::memcpy(out->sum[part] + lane, &sum[part], sizeof sum[part]);
+            if constexpr (std::is_same_v<G, GroupColumns>) {
+                for (int part = 0; part < 2; ++part) {
+                    std::memcpy(out->sum[part] + lane, &sum[part], sizeof sum[part]);
+                }
             }
         }
     }
 }
 
+} // namespace
+
+int64_t group_floats(Form form) {
+    return static_cast<int64_t>((form == Form::WORDS ? sizeof(GroupWords) : sizeof(GroupColumns)) / sizeof(float));
+}
+
+void quantize_columns(const float *block, int64_t depth, Form form, float *out) {
+    if (form == Form::WORDS) {
+        quantize_groups<32767>(block, depth, reinterpret_cast<GroupWords *>(out));
+    } else {
+        quantize_groups<127>(block, depth, reinterpret_cast<GroupColumns *>(out));
+    }
+}
+
 void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows, int64_t row) {
+    if (integers_for(type) == Form::WORDS) {
+        unpack_words(data, n, reinterpret_cast<int16_t *>(rows.quants + row * IntRows::ROW),
+                     rows.scales + row * IntRows::SCALES);
+        return;
+    }
     unpack_quants(type, data, n, rows.quants + row * IntRows::ROW, rows.scales + row * IntRows::SCALES,
                   rows.minima + row * IntRows::SCALES);
 }
 
-void multiply_int8(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const GroupColumns *x,
-                   float *out, bool narrow, bool add) {
+void multiply_integers(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const float *x, float *out,
+                       bool narrow, bool add) {
     const auto run = [&](auto tag) {
         constexpr ggml_type TYPE = decltype(tag)::value;
+        const auto *groups = reinterpret_cast<const Group<TYPE> *>(x);
         if (TILE_VECTORS == 2 && !narrow) {
-            multiply_rows_int8<TYPE, TILE_VECTORS>(rows, n_rows, depth, x, 0, out, add);
+            multiply_rows_integers<TYPE, TILE_VECTORS>(rows, n_rows, depth, groups, 0, out, add);
             return;
         }
         for (int64_t column = 0; column < (narrow ? LANES : COLUMNS); column += LANES) {
-            multiply_rows_int8<TYPE, 1>(rows, n_rows, depth, x, column, out, add);
+            multiply_rows_integers<TYPE, 1>(rows, n_rows, depth, groups, column, out, add);
         }
     };
     switch (type) {

@@ -1,10 +1,11 @@
-// Products of quantized weights in 8-bit integers, where the processor multiplies them faster than floats. Weights keep
-// the quants that they have in the file; of activations each 32 values of a column share a scale, as in Q8_0.
+// Products of quantized weights in integers, where the processor multiplies them faster than floats. Weights keep the
+// quants that they have in the file; of activations each 32 values of a column share a scale, as in Q8_0.
 // Everything else is as in tile.h: column blocks, and sums in a fixed order.
 //
 // Four products of bytes are one instruction (AVX-512 VNNI, AVX-VNNI, ARM's dot products), or eight (ARM's matrices of
 // bytes), or pairs of them are summed in 16 bits (SSSE3, AVX2), where the quants of 4 to 6 bits leave room for the sums
-// of several.
+// of several. Those of 8 bits leave none: there both factors are words, of which one instruction multiplies and sums
+// pairs, and activations are rounded to 16 bits instead of 8.
 #pragma once
 
 #include "cpu/kernels/tile.h"
@@ -15,27 +16,27 @@
 #include <cstdint>
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#    define DG_HAS_INT8 1
+#    define DG_HAS_INTEGERS 1
 #    define DG_INT8_VNNI 1
 #elif defined(__SSSE3__)
-#    define DG_HAS_INT8 1
+#    define DG_HAS_INTEGERS 1
 #    define DG_INT8_PAIRS 1
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
-#    define DG_HAS_INT8 1
+#    define DG_HAS_INTEGERS 1
 #    define DG_INT8_MATRICES 1
 #elif defined(__ARM_FEATURE_DOTPROD)
-#    define DG_HAS_INT8 1
+#    define DG_HAS_INTEGERS 1
 #    define DG_INT8_DOTS 1
 #else
-#    define DG_HAS_INT8 0
+#    define DG_HAS_INTEGERS 0
 #endif
 
 namespace dg::DG_LEVEL {
 
-// Whether weights of the type are multiplied as integers here.
-bool has_int8_product(ggml_type type);
+#if DG_HAS_INTEGERS
 
-#if DG_HAS_INT8
+// The integers that weights of the type are multiplied by here; FLOATS: none.
+Form integers_for(ggml_type type);
 
 // Values of a column that are side by side.
 #    if defined(DG_INT8_MATRICES)
@@ -51,12 +52,21 @@ struct GroupColumns {
     int32_t sum[2][COLUMNS]; // of the quants of each half
 };
 
-// [depth, COLUMNS] floats, depth a multiple of GROUP -> depth / GROUP groups
-void quantize_columns(const float *block, int64_t depth, GroupColumns *out);
+// The same as words.
+struct GroupWords {
+    int16_t quants[GROUP / 2][COLUMNS][2];
+    float scale[COLUMNS];
+};
+
+// Floats of memory that GROUP values of a block's columns take.
+int64_t group_floats(Form form);
+
+// [depth, COLUMNS] floats, depth a multiple of GROUP -> depth / GROUP groups of the form
+void quantize_columns(const float *block, int64_t depth, Form form, float *out);
 
 // Weights of a few rows, as integers.
 struct IntRows {
-    static constexpr int64_t DEPTH = 1024;             // of a row at a time; a multiple of every block
+    static constexpr int64_t DEPTH = 1024;             // bytes of a row at a time, or half as many words
     static constexpr int64_t ROW = DEPTH + 64;         // bytes between rows
     static constexpr int64_t SCALES = DEPTH / 16 + 16; // floats between rows
 
@@ -70,13 +80,13 @@ struct IntRows {
           minima(scales + rows * SCALES) {}
 };
 
-// n values (at most DEPTH) of a row that begins at `data` -> row `row` of `rows`.
+// n values (at most DEPTH bytes) of a row that begins at `data` -> row `row` of `rows`.
 void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows, int64_t row);
 
-// out [n_rows, COLUMNS] = rows times a block of columns (or is added to), over `depth` values. `narrow`: only the first
-// LANES columns count.
-void multiply_int8(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const GroupColumns *x,
-                   float *out, bool narrow, bool add);
+// out [n_rows, COLUMNS] = rows times a block of columns (or is added to), over `depth` values. `x`: groups of the form
+// that the type wants. `narrow`: only the first LANES columns count.
+void multiply_integers(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const float *x, float *out,
+                       bool narrow, bool add);
 
 #endif
 
