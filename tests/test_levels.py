@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from levels import LEVELS
+from levels import DISTINCT, LEVELS
 
 from pydiffgguf import DiffGGUFError, DiffusionModel, UnsupportedError, cli, demo_model_path
 from pydiffgguf._binding.functions import build_info
@@ -93,7 +93,7 @@ def silent_about(tmp_path: Path, name: str, value: float, ggml: bool, **options:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
-@pytest.mark.parametrize("level", [*LEVELS, "ggml"])
+@pytest.mark.parametrize("level", [*DISTINCT, "ggml"])
 def test_a_number_that_is_none_ends_in_an_error(tmp_path: Path, level: str, value: float) -> None:
     """In a weight or a scale of any kind of tensor: the error of the step that meets it, and never a text. At every
     level, and with ggml's operators."""

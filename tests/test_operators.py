@@ -17,7 +17,7 @@ import pytest
 import shapes
 from gguf import GGUFReader, dequantize
 from gguf_rewrite import rewrite
-from levels import LEVELS
+from levels import DISTINCT, LEVELS
 
 from pydiffgguf import DiffusionModel
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
@@ -95,7 +95,7 @@ def two_passes(session: Session, n_rows: int = C) -> Rows:
     return np.concatenate([first, second])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", DISTINCT)
 @pytest.mark.parametrize("n_batch", [7, 512])
 def test_float32_agrees_with_ggml(net: Callable[[str], Path], level: str, n_batch: int) -> None:
     """Weights and cache in float32: what is left are orders of sums."""
@@ -125,7 +125,7 @@ def test_a_cache_of_any_type_is_read_as_it_is(net: Callable[[str], Path], type_k
 
 @pytest.mark.parametrize(
     ("level", "kind"),
-    [(level, kind) for level in LEVELS for kind in (*QUANTIZED, "f16")]
+    [(level, kind) for level in DISTINCT for kind in (*QUANTIZED, "f16")]
     + [(level, "bf16") for level in LEVELS[-2:]]
     + [(LEVELS[-1], kind) for kind in ("iq4_nl", "q4_1", "q3_k")],
 )
@@ -150,7 +150,7 @@ def test_quantized_weights_are_those_of_the_file(net: Callable[[str], Path], lev
     assert error < 1.2 * ggmls
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", DISTINCT)
 @pytest.mark.parametrize("kind", ("f32", "q4_k", "q6_k"))
 def test_threads_change_no_bit(net: Callable[[str], Path], level: str, kind: str) -> None:
     """Which thread takes which rows, experts and heads is chance; what comes out is not."""
@@ -161,7 +161,7 @@ def test_threads_change_no_bit(net: Callable[[str], Path], level: str, kind: str
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", DISTINCT)
 @pytest.mark.parametrize("kind", ("f32", "q8_0", "q4_k"))
 def test_a_row_has_the_same_bits_among_any_number_of_rows(net: Callable[[str], Path], level: str, kind: str) -> None:
     """Texts scored side by side and alone, one token and many: products, experts and attention give a row what it has
@@ -199,7 +199,7 @@ def signal_rows(rng: np.random.Generator) -> Rows:
     return z
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", DISTINCT)
 @pytest.mark.parametrize("kind", ("f32", "q8_0"))
 def test_the_signal_is_that_of_the_whole_vocabulary(net: Callable[[str], Path], level: str, kind: str) -> None:
     """Gathered and dense rows side by side against the product with the whole embedding. The signal's error is bounded
@@ -218,7 +218,7 @@ def test_the_signal_is_that_of_the_whole_vocabulary(net: Callable[[str], Path], 
         assert worst(a, own.denoise(canvas)) > 0.01  # the signal matters
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", DISTINCT)
 def test_many_rows_of_one_expert_and_none_of_another(net: Callable[[str], Path], level: str) -> None:
     """The same id everywhere: all rows go to the same experts, and the others get none."""
     with (

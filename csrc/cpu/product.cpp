@@ -67,9 +67,9 @@ ggml_tensor *ProductOps::blocks(Operand &x, Form form) const {
         const int64_t depth = x.rows ? x.rows->ne[0] : floats->ne[0] / kernels_.columns;
         auto *work = add_work<PackWork>(work_);
         work->form = form;
-        made = custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, kernels_.block_floats(depth, form),
-                      kernels_.column_blocks(x.n), {x.rows ? x.rows : floats},
-                      x.rows ? kernels_.pack : kernels_.quantize, work);
+        made =
+            custom(ctx_, Part::PRODUCTS, GGML_TYPE_F32, kernels_.block_floats(depth, form), kernels_.column_blocks(x.n),
+                   {x.rows ? x.rows : floats}, x.rows ? kernels_.pack : kernels_.quantize, work);
     }
     return made;
 }

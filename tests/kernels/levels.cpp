@@ -184,7 +184,7 @@ void check_product(const dg::Kernels &k, ggml_type type, int64_t depth, int64_t 
     const double error = error_of(dst, expected);
     // The greatest of 32 uniform numbers is 0.97: a step of 1/131, an error of 1/131 / sqrt(12) against 1 / sqrt(3),
     // which is 3.8e-3; of 61 outputs at a time up to 5.1e-3 was seen. A misread bit costs ten times that.
-    const bool words = form == dg::Form::WORDS; // 258 times as many steps
+    const bool words = form == dg::Form::WORDS;     // 258 times as many steps
     const bool bfloats = form == dg::Form::BFLOATS; // steps of 1/256 of each value: 1/256 / sqrt(12) at most
     const bool floats = form == dg::Form::FLOATS;
     const double bound = floats ? 1e-6 : words ? 7e-3 / 258 : bfloats ? 2e-3 : 7e-3;

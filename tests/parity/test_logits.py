@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType, dequantize, quants
-from levels import LEVELS
+from levels import DISTINCT
 from nets import SHAPES, Net, Report, relative_error
 from once import once
 from places import DEVICES, Place
@@ -118,7 +118,7 @@ def test_float32_logits_equal_the_reference(net: Callable[[str], Net], place: Pl
     assert not any(d.argmax_rows for d in differences)
 
 
-@pytest.mark.parametrize("level", LEVELS[:-1])
+@pytest.mark.parametrize("level", DISTINCT[:-1])
 @pytest.mark.parametrize("name", ["one_kv_head", "many_experts"])
 def test_float32_logits_equal_the_reference_at_every_level(
     net: Callable[[str], Net], name: str, level: str, report: Report

@@ -18,8 +18,7 @@ PairLanes rounded(Lanes x) {
 }
 
 Lanes add_products(Lanes sum, PairLanes weights, PairLanes columns) {
-    return reinterpret_cast<Lanes>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                                    reinterpret_cast<__m512bh>(weights),
+    return reinterpret_cast<Lanes>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(weights),
                                                     reinterpret_cast<__m512bh>(columns)));
 }
 

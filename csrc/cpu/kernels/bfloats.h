@@ -1,5 +1,5 @@
-// Products in bfloat16, with sums in float32, where the processor multiplies pairs of them (AVX512-BF16): twice as many a
-// cycle as of float32. Weights that the file has in bfloat16 stay as they are; activations are rounded to it, which
+// Products in bfloat16, with sums in float32, where the processor multiplies pairs of them (AVX512-BF16): twice as many
+// a cycle as of float32. Weights that the file has in bfloat16 stay as they are; activations are rounded to it, which
 // needs no scales. Everything else is as in tile.h: column blocks, and sums in a fixed order.
 #pragma once
 

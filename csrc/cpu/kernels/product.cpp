@@ -118,8 +118,7 @@ void multiply_decoded(ggml_type type, const float *decoded, int64_t rows, int64_
             return;
         default:
 #if DG_HAS_INTEGERS
-            multiply_integers(type, IntRows(const_cast<float *>(decoded), MOST_ROWS), rows, depth, x, out, narrow,
-                              add);
+            multiply_integers(type, IntRows(const_cast<float *>(decoded), MOST_ROWS), rows, depth, x, out, narrow, add);
 #else
             (void)type;
 #endif
@@ -155,7 +154,8 @@ struct LowRows {
 
     void add(int64_t first, int64_t rows, float *decoded, float *out, int64_t out_block) const {
         if (b) {
-            multiply_rows(Matrix(b, plane, first_row), first, rows, {t, n, Form::FLOATS}, decoded, out, out_block, true);
+            multiply_rows(Matrix(b, plane, first_row), first, rows, {t, n, Form::FLOATS}, decoded, out, out_block,
+                          true);
         }
     }
 };

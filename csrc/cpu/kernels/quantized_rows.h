@@ -7,7 +7,8 @@
 
 namespace dg::DG_LEVEL {
 
-// What Q8_0's signed quants are raised by, where the instructions that multiply bytes (integers.h) want unsigned weights.
+// What Q8_0's signed quants are raised by, where the instructions that multiply bytes (integers.h) want unsigned
+// weights.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr uint8_t Q8_ZERO = 128;
 #else
