@@ -123,8 +123,9 @@ class DenoiseStep(ArrayRecord):
 @dataclass(frozen=True)
 class Block:
     """A finished canvas: the text and the `reasoning` that it adds, and its tokens up to the end token or the limit.
-    What may still turn out to be a thought or a tool call comes with a later canvas. A stop string that straddles two
-    canvases is found with the second: the result's text then ends inside the first's."""
+    With `settle` a canvas has several: one whenever more of its head has settled, and the rest at its end. What may
+    still turn out to be a thought or a tool call comes with a later canvas. A stop string that straddles two canvases
+    is found with the second: the result's text then ends inside the first's."""
 
     text: str
     tokens: list[int]
@@ -204,6 +205,7 @@ class _Request:
     thought_tokens: int | None  # the most of a thought
     logprobs: bool
     steering: Steering | None
+    settle: int | None  # steps after which a row that stays as it is is pinned
     watched: bool  # somebody looks at the steps; else no DenoiseStep is made
 
 
@@ -235,7 +237,11 @@ def stream_ids(
     n_rows = canvas if n_rows is None else integer("canvas_length", n_rows, 1, canvas)
     most = integer("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, 1, 2**31 - 1)
     stop = StopStrings(options.get("stop") or ())
+    settle = options.get("settle")
+    settle = None if settle is None else integer("settle", settle, 1, 2**31 - 1)
     constraint = read_constraint(options)
+    if settle is not None and (constraint is not None or forced):
+        raise ValueError("settle cannot be given beside a constraint, which pins rows by rules of its own")
     if forced:
         if constraint is not None:
             raise ValueError("tool_choice forces a call: no other constraint can be given beside it")
@@ -243,6 +249,8 @@ def stream_ids(
     if constraint is not None and stop.stops:
         raise ValueError("stop cannot be given beside a constraint, which says where the text ends")
     narrow = flag("narrow", options.get("narrow", False))
+    if settle is not None and narrow:
+        raise ValueError("settle cannot be given beside narrow: pins are for all rows of a canvas")
     if constraint is not None and narrow:
         raise ValueError("narrow cannot be given beside a constraint, which says where the text ends")
     request = _Request(
@@ -257,6 +265,7 @@ def stream_ids(
         thought_tokens=thought_tokens,
         logprobs=logprobs,
         steering=None if constraint is None else _steering(engine, prompt, constraint, most, n_rows, thought_tokens),
+        settle=settle,
         watched=watched,
     )
     call = engine.call(options, time_limit)
@@ -302,12 +311,14 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
     turn = Turn()
     reason: FinishReason = "length"
     limit = request.thought_tokens if request.steering is None else None  # steering closes thoughts itself
+    told = _Told()
     try:
         with engine.pool.take(request.prompt, call) as session:
             yield from encode_prompt(session, request.prompt, stats, call)
             canvas_index = 0
             while True:
-                draft = _Draft(view, end_ids, done, turn)
+                told = _Told()
+                draft = _Draft(view, end_ids, done, turn, request.stop, request.max_tokens, told, limit is None)
                 step = yield from _denoise(session, request, canvas_index, call, stats, draft)
                 seen, n_before = turn, len(done)
                 if request.steering is None:
@@ -342,7 +353,9 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
                     done = view.tokens_within(done, stop_at)
                     turn = replace(view.read(done), text=text)
                 stats.generated_tokens, stats.reasoning_tokens = len(done), turn.n_thought
-                yield Block(turn.text[len(seen.text) :], done[n_before:], turn.reasoning[len(seen.reasoning) :])
+                text, tokens = turn.text[len(seen.text) + len(told.text) :], done[n_before + len(told.tokens) :]
+                yield Block(text, tokens, turn.reasoning[len(seen.reasoning) :])
+                told = _Told()
                 if last:
                     reason = "stop" if ended else "length"
                     break
@@ -351,6 +364,11 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
                 canvas_index += 1
     except CancelledError:
         reason = "cancelled"
+        if told.tokens:
+            done = [*done, *told.tokens]
+            turn = replace(view.read(done, ended=False), text=turn.text + told.text)
+            stats.generated_tokens = len(done)
+            logprobs += [0.0] * (len(done) - len(logprobs))  # the canvas was not read out
     except OutOfTime:
         reason = "length"
         if request.steering is not None and not request.steering.finished:
@@ -375,6 +393,14 @@ def _run(engine: Engine, request: _Request, call: Call) -> Generator[Event, None
     )
 
 
+@dataclass
+class _Told:
+    """Of the canvas under way, what settled and was told in a Block."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class _Draft:
     """Reads the canvas under way behind what is done: `turn` is what that says."""
@@ -383,12 +409,61 @@ class _Draft:
     end_ids: frozenset[int]
     done: list[int]
     turn: Turn
+    stop: StopStrings
+    max_tokens: int
+    told: _Told
+    goes_on: bool  # nothing of a canvas will be forgotten, as what is behind a thought that was too long
+
+    def settled(self, head: Int32Array) -> Block | None:
+        """What a head of the canvas says beyond what was `told` of it; None where that is nothing, or may be cut."""
+        tokens, _ = until_end(head.tolist(), self.end_ids)
+        tokens = [*self.done, *tokens[: self.max_tokens - len(self.done)]]
+        text = self.view.read(tokens, ended=False).text
+        n_told = len(self.turn.text) + len(self.told.text)
+        upto = len(text) - self.stop.overlap
+        if not self.goes_on or upto <= n_told or not text.startswith(self.turn.text + self.told.text):
+            return None
+        if self.stop.find(text, max(0, len(self.turn.text) - self.stop.overlap)) is not None:
+            return None
+        tokens = self.view.tokens_within(tokens, upto)
+        block = Block(text[n_told:upto], tokens[len(self.done) + len(self.told.tokens) :])
+        self.told.text += block.text
+        self.told.tokens += block.tokens
+        return block
 
     def read(self, argmax: Int32Array) -> tuple[str, str]:
         """(text, reasoning) that the canvas adds."""
         tokens, ended = until_end(argmax.tolist(), self.end_ids)
         turn = self.view.read([*self.done, *tokens], ended=ended)
         return turn.text[len(self.turn.text) :], turn.reasoning[len(self.turn.reasoning) :]
+
+
+class _Settling:
+    """The head of a canvas that has settled: rows whose draw was accepted, and whose argmax stayed, for so many steps.
+    They are pinned, so that what they say is true whatever the rest becomes."""
+
+    def __init__(self, n_rows: int, steps: int) -> None:
+        self._steps = steps
+        self._same = np.zeros(n_rows, dtype=np.int64)
+        self._argmax = np.full(n_rows, -1, dtype=np.int32)
+        self.pinned: Int32Array = np.full(n_rows, -1, dtype=np.int32)
+        self.n = 0
+
+    @property
+    def head(self) -> Int32Array:
+        return self.pinned[: self.n]
+
+    def after(self, step: RawStep) -> bool:
+        """Takes a step in; whether there are more of these rows now. The last row is never one."""
+        stayed = step.accepted & (step.argmax == self._argmax)
+        self._same = np.where(stayed, self._same + 1, 0)
+        self._argmax = step.argmax
+        moving = np.flatnonzero(self._same[self.n : -1] < self._steps)
+        n = self.n + int(moving[0]) if len(moving) else len(self._same) - 1
+        grew = n > self.n
+        self.pinned[self.n : n] = step.argmax[self.n : n]
+        self.n = n
+        return grew
 
 
 def _fits_another(session: Session, n_rows: int) -> bool:
@@ -450,13 +525,14 @@ class _Ending:
 
 def _denoise(
     session: Session, request: _Request, canvas_index: int, call: Call, stats: Stats, draft: _Draft
-) -> Generator[DenoiseStep, None, RawStep]:
+) -> Generator[DenoiseStep | Block, None, RawStep]:
     steering = request.steering
+    settling = None if request.settle is None else _Settling(request.n_rows, request.settle)
     spec = CanvasSpec(
         n_rows=request.n_rows,
         seed=request.seed,
         canvas_index=canvas_index,
-        quiet=not request.watched and steering is None and not request.narrow,
+        quiet=not request.watched and steering is None and settling is None and not request.narrow,
         watched=[-1] * request.n_rows if request.logprobs else None,
     )
     batch = CanvasBatch(session, [spec], request.sampling, noise=request.noise)
@@ -497,5 +573,10 @@ def _denoise(
                 valid_tokens=None if steering is None else steering.valid_tokens,
             )
             yield shown.read_late(partial(draft.read, step.argmax))
+        if settling is not None and goes_on and settling.after(step):
+            batch.rules(0, settling.pinned, {})
+            block = draft.settled(settling.head) if request.watched else None
+            if block is not None:
+                yield block
         if not goes_on or (call.deadline is not None and now >= call.deadline):
             return batch.rows(0)

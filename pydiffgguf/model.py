@@ -292,6 +292,8 @@ class DiffusionModel:
             seed: 64 bits; the same seed gives the same text on one build and device, for any number of threads. None
                 or -1: a fresh one, which `stats.seed` tells.
             stop: a string, or several, that end the text before them.
+            settle: rows at a canvas's head whose draw was accepted, and which stayed the same, for this many steps are
+                pinned. Streams tell their text in a Block of its own, ahead of the canvas's end. None: no row is.
             noise: draws handed in, in place of the seed's.
             lora: adapters of this call, by name with their scales, and no others; {}: none; None: those of the model.
             cancel: an object with `is_set()`, such as a threading.Event. Once it is true, the call ends with what there

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from streams import busy
 
-from pydiffgguf import Block, CancelledError, DenoiseStep, DiffusionModel, Generation, Prefill, Stream
+from pydiffgguf import Block, CancelledError, DenoiseStep, DiffusionModel, Generation, Prefill, Stream, demo_model_path
 
 ENDLESS: dict[str, Any] = {"steps": 100_000, "confidence_threshold": 0.0}
 
@@ -65,6 +65,53 @@ def test_a_draft_is_read_when_somebody_asks(tiny_gguf: Path) -> None:
     assert copies == drafts[::2] and [copy.text for copy in copies] == [text for text, _ in at_once[::2]]
     with pytest.raises(AttributeError, match="'DenoiseStep' object has no attribute 'txet'"):
         drafts[0].txet  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("stop", [(), ("lamp",)])
+def test_settled_text_stays(stop: tuple[str, ...]) -> None:
+    """A canvas has several Blocks, which add up to the result, also where a stop string cuts it; who looks at no events
+    gets the same."""
+    early = whole = 0
+    with DiffusionModel(demo_model_path(), n_threads=1) as one:
+        for seed in range(2):
+            options: dict[str, Any] = {"raw": True, "seed": seed, "max_tokens": 120, "settle": 2, "stop": stop}
+            stream = one.stream("On Sunday Emma found a", **options)
+            blocks: list[Block] = []
+            canvas, n_new = -1, 0
+            for event in stream:
+                if isinstance(event, Block):
+                    blocks.append(event)
+                    n_new += len(event.text)
+                elif isinstance(event, DenoiseStep):
+                    early += n_new if event.canvas == canvas else 0
+                    canvas, n_new = event.canvas, 0
+            said = "".join(block.text for block in blocks)
+            assert [token for block in blocks for token in block.tokens] == stream.result.tokens
+            assert said == stream.result.text == one.generate("On Sunday Emma found a", **options).text
+            whole += len(said)
+        with pytest.raises(ValueError, match="settle cannot be given beside a constraint"):
+            one.generate("x", settle=2, choices=["a"])
+        with pytest.raises(ValueError, match="settle cannot be given beside narrow"):
+            one.generate("x", settle=2, narrow=True)
+        with pytest.raises(ValueError, match="settle is 0"):
+            one.generate("x", settle=0)
+    assert early > 0 if stop else early > whole / 4
+
+
+def test_settled_text_outlives_a_cancel() -> None:
+    """What was told is in the result."""
+    with DiffusionModel(demo_model_path(), n_threads=1) as one:
+        stream = one.stream("On Sunday Emma found a", raw=True, seed=1, max_tokens=60, settle=2)
+        told = ""
+        for event in stream:
+            if isinstance(event, Block):
+                told += event.text
+            if len(told) > 20:
+                break
+        stream.cancel()
+        result = stream.result
+    assert result.text == told and result.finish_reason == "cancelled"
+    assert result.stats.generated_tokens == len(result.tokens) > 0
 
 
 def test_the_result_is_there_after_the_last_event_and_is_the_iterators_value(model: DiffusionModel) -> None:

@@ -119,6 +119,7 @@ class GenerateOptions(SamplingOptions, ConstraintOptions, total=False):
     narrow: bool
     seed: int | None
     stop: str | Sequence[str] | None
+    settle: int | None
     noise: Noise | None
     cancel: Cancel | None
     lora: Mapping[str, float] | None

@@ -105,6 +105,20 @@ def test_the_stream_helper_takes_it(client: openai.OpenAI, model: DiffusionModel
     assert final.choices[0].message.content == model.chat(QUESTION, seed=3).text
 
 
+def test_settled_text_comes_ahead_of_its_canvas(server: Running, model: DiffusionModel) -> None:
+    """With diffusion.settle; all pieces are the text of the same call. A gap's text comes as one piece."""
+    body = {"prompt": "On Sunday Emma found a", "max_tokens": 60, "seed": 1, "stream": True}
+    pieces = {}
+    for settle in (None, 2):
+        events = server.events("/v1/completions", {**body, "stop": "lamp", "diffusion": {"settle": settle}})
+        pieces[settle] = [choice["text"] for event in events[:-1] for choice in event["choices"] if choice["text"]]
+    ids = model.tokenize("On Sunday Emma found a", add_bos=True)
+    assert "".join(pieces[2]) == model.generate(ids, max_tokens=60, seed=1, settle=2, stop="lamp").text
+    assert len(pieces[2]) > len(pieces[None])
+    refused = server.post("/v1/completions", {**body, "suffix": "x", "diffusion": {"settle": 2}})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "diffusion.settle"
+
+
 def test_a_cut_answer_says_length(client: openai.OpenAI) -> None:
     """By max_completion_tokens, which counts before max_tokens."""
     answer = client.chat.completions.create(model="", messages=QUESTION, seed=1, max_completion_tokens=1, max_tokens=99)

@@ -10,6 +10,7 @@ from pydiffgguf import Generation, Infill
 from pydiffgguf.completions import as_generation
 from pydiffgguf.server.endpoints import fim
 from pydiffgguf.server.endpoints.generations import Diffusion, How
+from pydiffgguf.server.errors import ApiError
 from pydiffgguf.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Asked:
     @classmethod
     def of(cls, gap: fim.Gap, how: How, settings: Settings) -> Asked:
         """The gap of a completion. Stop strings that are markers are dropped: a text that quotes one goes on."""
+        if how.diffusion.extra:
+            raise ApiError(
+                400, "diffusion.settle: a gap's text comes at its end, as one piece", param="diffusion.settle"
+            )
         diffusion = replace(how.diffusion, time_limit=min(how.diffusion.time_limit, settings.infill_time_limit))
         stop = [text for text in how.stop if not fim.is_marker(text)]
         return cls(gap, min(how.max_tokens, settings.infill_max), 1, how.seed, stop, 0, True, diffusion, how.lora)

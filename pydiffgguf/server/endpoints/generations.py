@@ -113,20 +113,23 @@ class How:
             include_usage=options.boolean("include_usage"),
             constraint=_constraint(fields),
             lora=lora_options(fields, service.model),
-            diffusion=Diffusion.read(fields, settings.time_limit),
+            diffusion=Diffusion.read(fields, settings.time_limit, _settle),
         )
 
     def limited(self, call: Callable[..., Any], left: float) -> Any:
         """The stream that `call` makes with these options, of at most `left` seconds. Of a warm-up, whose prompt goes
         into the cache, one step is made, and thrown away."""
         sampling = {**self.diffusion.sampling, "max_steps": 1} if self.warm_up else self.diffusion.sampling
-        return call(
-            max_tokens=self.max_tokens, stop=self.stop, time_limit_s=left, **self.constraint, **self.lora, **sampling
-        )
+        options = {**self.constraint, **self.lora, **sampling, **self.diffusion.extra}
+        return call(max_tokens=self.max_tokens, stop=self.stop, time_limit_s=left, **options)
 
     def seeds(self) -> list[int]:
         """One for each of `n` choices."""
         return [(self.seed + i) % 2**64 for i in range(self.n)]
+
+
+def _settle(fields: Fields) -> dict[str, Any]:
+    return {"settle": fields.integer("settle", 1, 2**31 - 1)}
 
 
 def _constraint(fields: Fields) -> dict[str, Any]:

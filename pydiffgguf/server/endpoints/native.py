@@ -262,6 +262,10 @@ def read_native(fields: Fields, service: Service) -> tuple[Any, fim.Gap | None, 
         raise fields.refuse("prompt", "prompt: one at a time is answered here; /v1/completions takes several")
     gap = fim.split(prompts[0]) if isinstance(prompts[0], str) else None
     how = How.read(fields, service, ("n_predict", "max_tokens"), 256 if gap is None else DEFAULT_GAP)
+    if how.diffusion.extra and how.stream:
+        raise fields.refuse(
+            "diffusion.settle", "diffusion.settle: text comes at the end here; /v1/completions streams it"
+        )
     form = _Form.read(service, fields)
     refuse_completion(fields, how)
     return prompts[0], gap, how, form

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pydiffgguf import DenoiseStep, Generation
+from pydiffgguf import Block, DenoiseStep, Generation
 from pydiffgguf.completions import ChatReply, Reply, Shared, TextReply, total
 from pydiffgguf.server.endpoints import fim
 from pydiffgguf.server.endpoints.frames import Frames, wanted
@@ -194,7 +194,11 @@ class OpenAI:
                 yield b"data: [DONE]\n\n"
                 return
             index, event = item
-            words = frames.take(event) if isinstance(event, DenoiseStep) else frames.flush()
+            words = None
+            if isinstance(event, DenoiseStep):
+                words = frames.take(event)
+            elif isinstance(event, Block):
+                words = frames.flush()
             for chunk in [*opening(index), *draft(index, words), *replies[index].of(event)]:
                 yield chunk
 
