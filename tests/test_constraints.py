@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,48 @@ def test_a_thought_may_come_before_the_answer(model: DiffusionModel) -> None:
         for thinking in (True, 20):
             result = model.chat(messages, seed=seed, thinking=thinking, regex="[ab]+c")
             assert re.fullmatch("[ab]+c", result.text)
+
+
+class Thinker(Random):
+    """Thinks first: a thought of some tokens, which may go on over several canvases or stop short at an end token."""
+
+    def step(self) -> list[RawStep]:
+        [step] = super().step()
+        assert self._last is step
+        opening, closing, end = self.markers
+        length = int(self._rng.integers(2, 80))
+        thought = np.full(self.n_rows, 300, dtype=np.int32)
+        if Random.made == 1:
+            thought[0] = opening
+        if length < self.n_rows:
+            thought[length] = closing if self._rng.random() < 0.7 else end
+        rows = np.arange(self.n_rows) <= length
+        free = (self._pinned < 0) & ~np.isin(np.arange(self.n_rows), list(self._masks))
+        argmax = np.where(rows & free & (Random.thinks > 0), thought, step.argmax)
+        Random.thinks -= int(step.finished and closing in argmax)
+        self._last = replace(step, argmax=argmax)
+        return [self._last]
+
+
+@pytest.mark.parametrize("thinking", [True, 20])
+def test_thoughts_of_a_model_that_knows_nothing(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, thinking: bool | int
+) -> None:
+    """Whatever it thinks, for however long, the answer obeys, the thought is closed once and keeps its limit."""
+    tokenizer = model.tokenizer
+    opening, closing = (tokenizer.token_id(marker) for marker in ("<|channel>", "<channel|>"))
+    monkeypatch.setattr(Thinker, "markers", (opening, closing, 106), raising=False)
+    monkeypatch.setattr(generate_module, "CanvasBatch", Thinker)
+    for seed in range(40):
+        monkeypatch.setattr(Random, "seed", seed)
+        monkeypatch.setattr(Random, "made", 0)
+        monkeypatch.setattr(Random, "thinks", 1, raising=False)
+        messages = [{"role": "user", "content": "x"}]
+        result = model.chat(messages, seed=seed, thinking=thinking, max_tokens=150, regex="[ab]+c[0-9]{2,20}d")
+        assert re.fullmatch("[ab]+c[0-9]{2,20}d", result.text), result.text
+        thought = result.tokens.index(closing) if closing in result.tokens else 0
+        assert closing not in result.tokens[thought + 1 :]
+        assert thinking is True or thought <= thinking
 
 
 def test_threads_change_nothing(model: DiffusionModel) -> None:

@@ -156,7 +156,12 @@ class Steering:
             matcher = self._at(kept)
             if matcher is None:
                 return None
-            forced = self._forced(matcher, self._n_rows - len(kept))
+            if self._thought_open(kept):
+                # The model ends within its thought: that is over, and the answer begins.
+                assert self._markers is not None
+                forced = [self._markers[1]]
+            else:
+                forced = self._forced(matcher, self._n_rows - len(kept))
             head = [*kept, *forced]
             head = head[: self._longest(head, len(kept))]
             self.stats.pinned += len(head) - len(self._head)
@@ -257,7 +262,7 @@ class Steering:
             return self._at(tokens), row
         assert self._markers is not None
         opening, closing = self._markers
-        if not self._thinks and (not argmax or argmax[0] != opening):
+        if closing in tokens or (not self._thinks and (not argmax or argmax[0] != opening)):
             return self._at(tokens), row
         while row < self._n_rows:
             token = argmax[row]
@@ -366,12 +371,14 @@ class Steering:
             self._markers and tokens and self._markers[1] not in tokens and self._thought(tokens) == len(tokens)
         )
 
+    def _thought_open(self, tokens: Sequence[int]) -> bool:
+        """Whether the thought goes on behind what was committed and these."""
+        return self._thought_goes_on(tokens) or (self._thinks and not tokens)
+
     def _ending(self, tokens: Sequence[int]) -> list[int] | None:
         """The tokens that end the answer behind what was committed and these."""
         thought = self._thought(tokens)
-        closing = [self._markers[1]] if self._markers and self._thought_goes_on(tokens) else []
-        if self._thinks and not tokens and self._markers:
-            closing = [self._markers[1]]
+        closing = [self._markers[1]] if self._markers and self._thought_open(tokens) else []
         answer = [*tokens[thought:]]
         symbols = self._grammar.endings([*self._symbols, *self._symbols_of(answer)])
         if symbols is None:
