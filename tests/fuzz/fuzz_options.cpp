@@ -210,7 +210,13 @@ class Calls {
             case 9:
             case 10: return step(n_past);
             case 11:
-                check(dg_session_canvas_drop(session_, input_.number(), err_, sizeof err_), {DG_ERROR_ARGUMENT});
+                if (input_.byte() % 2 == 0) {
+                    check(dg_session_canvas_drop(session_, input_.number(), err_, sizeof err_), {DG_ERROR_ARGUMENT});
+                } else {
+                    const int32_t n = input_.byte() % 4 == 0 ? input_.number() : 1 + input_.byte() % 8;
+                    check(dg_session_canvas_narrow(session_, input_.byte() % 4, n, err_, sizeof err_),
+                          {DG_ERROR_ARGUMENT, DG_ERROR_UNSUPPORTED});
+                }
                 return;
             case 12: return save_and_load(n_past);
             case 13: return sample();
