@@ -10,7 +10,9 @@
 
 #ifdef _WIN32
 #    define WIN32_LEAN_AND_MEAN
-#    define NOMINMAX
+#    ifndef NOMINMAX
+#        define NOMINMAX
+#    endif
 #    include <process.h>
 #    include <windows.h>
 #else

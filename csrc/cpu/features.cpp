@@ -5,8 +5,9 @@
 #if defined(__x86_64__) || defined(__i386__)
 #    define DG_X86 1
 #    include <cpuid.h>
-#elif defined(_M_X64)
+#elif defined(_M_X64) // MinGW has both names
 #    define DG_X86 1
+#    define DG_MSVC_INTRINSICS 1
 #    include <intrin.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #    include <sys/auxv.h>
@@ -48,7 +49,7 @@ struct Registers {
 
 Registers cpuid(uint32_t leaf, uint32_t sub = 0) {
     Registers r = {0, 0, 0, 0};
-#    if defined(_M_X64)
+#    if defined(DG_MSVC_INTRINSICS)
     int values[4];
     __cpuidex(values, static_cast<int>(leaf), static_cast<int>(sub));
     r = {static_cast<uint32_t>(values[0]), static_cast<uint32_t>(values[1]), static_cast<uint32_t>(values[2]),
@@ -61,7 +62,7 @@ Registers cpuid(uint32_t leaf, uint32_t sub = 0) {
 
 // Which registers the system saves. Only where CPUID tells of XSAVE.
 uint64_t xcr0() {
-#    if defined(_M_X64)
+#    if defined(DG_MSVC_INTRINSICS)
     return _xgetbv(0);
 #    else
     uint32_t low, high;

@@ -64,7 +64,7 @@ struct Pass {
     bool watched = false;          // probabilities of the ids in SampleIo::watched are reported
     bool uncapped = false;         // logits are left as the product makes them: the kernels softcap
     // Its rows that get logits, ascending; they stand one after the other in the logits. Empty: all rows.
-    std::vector<int32_t> logit_rows;
+    std::vector<int32_t> logit_rows = {};
 
     bool causal() const { return mode != Mode::DENOISE; }
     bool has_logits() const { return mode != Mode::ENCODE; }
