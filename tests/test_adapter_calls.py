@@ -399,21 +399,20 @@ def test_broken_factors_of_a_gguf_are_refused(model: DiffusionModel, tmp_path: P
 
 
 def test_mutations_of_a_head_kill_nobody(model: DiffusionModel, tmp_path: Path) -> None:
-    """Every byte of a sound head in turn, in three ways, through the engine's reader: it is read, or refused."""
+    """Every byte of a sound head in turn, through the engine's reader: it is read, or refused. tests/fuzz has more."""
     with pytest.warns(UserWarning, match="llama.cpp"):
         convert(write_folder(tmp_path / "x", pair(Q, HIDDEN, 128, rank=1), r=1), tmp_path / "x.gguf")
     sound = (tmp_path / "x.gguf").read_bytes()
     path, outcomes = tmp_path / "m.gguf", {"read": 0, "refused": 0}
     for at in range(len(sound) - 1024):
-        for mask in (0x01, 0x80, 0xFF):
-            path.write_bytes(sound[:at] + bytes([sound[at] ^ mask]) + sound[at + 1 :])
-            try:
-                model.load_lora(path)
-                model.unload_lora("m")
-                outcomes["read"] += 1
-            except (ModelFormatError, UnsupportedError):
-                outcomes["refused"] += 1
-    assert outcomes["refused"] > 500 and outcomes["read"] > 50
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ (0x01, 0x80, 0xFF)[at % 3]]) + sound[at + 1 :])
+        try:
+            model.load_lora(path)
+            model.unload_lora("m")
+            outcomes["read"] += 1
+        except (ModelFormatError, UnsupportedError):
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 150 and outcomes["read"] > 20
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -29,18 +29,18 @@ with DiffusionModel(demo_model_path(), n_threads=1) as model:
 """
 
 
-def load(url: str, home: Path, *specs: str, **changes: str) -> list[list[Any]]:
+def load(url: str, home: Path, *specs: str) -> list[list[Any]]:
     """[name, pairs] or [exception, message] of each, loaded beside the demo model in a process of its own."""
     command = [sys.executable, "-c", LOAD, *specs]
-    env = environment(url, home, **changes)
+    env = environment(url, home)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_adapters_of_a_hub_load_by_their_names(tmp_path: Path) -> None:
-    """A repository's folder, a folder in it, a GGUF, a revision; nothing else is fetched, and the cache serves alone.
-    What is no adapter, and what is not there, is said in one line."""
+    """A repository's folder, a folder in it, a GGUF, a revision; nothing else is fetched. What is no adapter, and what
+    is not there, is said in one line."""
     folder = write_folder(tmp_path / "one", pair("decoder.layers.1.self_attn.q_proj", 128, 256, rank=2), r=2)
     with pytest.warns(UserWarning, match="llama.cpp"):
         convert(folder, tmp_path / "one.gguf")
@@ -53,15 +53,13 @@ def test_adapters_of_a_hub_load_by_their_names(tmp_path: Path) -> None:
         "a/demo": Repo({"demo.gguf": demo_model_path().read_bytes()}),
     }
     good = ["hf:a/lora", "hf:a/lora:checkpoint-9", "hf:a/lora:quick.gguf"]
-    named = [["lora", 1], ["checkpoint-9", 1], ["quick", 1]]
     with serve(repos) as hub:
         found = load(hub.url, tmp_path / "home", *good, f"hf:a/lora@{COMMIT}:quick.gguf", "hf:a/model", "hf:a/none",
                      "hf:a/demo:demo.gguf")  # fmt: skip
         assert {*peft, "quick.gguf"} <= set(hub.downloaded())
         assert not {"optimizer.pt", "README.md"}.intersection(hub.downloaded())
-    assert found[:3] == named
+    assert found[:3] == [["lora", 1], ["checkpoint-9", 1], ["quick", 1]]
     assert found[3][0] == "ValueError" and "an adapter named 'quick' is loaded" in found[3][1]
     assert found[4][1] == ("hf:a/model holds no adapter_config.json: name a folder that has one, or a .gguf file")
     assert found[5][0] == "FileNotFoundError" and "no such repository" in found[5][1]
     assert found[6] == ["ModelFormatError", "demo: is a model, not an adapter"]
-    assert load("http://127.0.0.1:9", tmp_path / "home", *good, HF_HUB_OFFLINE="1") == named
