@@ -109,6 +109,16 @@ def test_importing_prints_nothing_and_loads_no_engine() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def test_generating_imports_neither_the_converter_nor_what_it_needs() -> None:
+    """An application's start and its frozen form do without: they come with adapters' folders, a hub, a terminal."""
+    script = (
+        "import sys\nfrom pydiffgguf import DiffusionModel, demo_model_path\n"
+        "with DiffusionModel(demo_model_path(), n_threads=1) as model: model.generate('x', max_tokens=1, steps=1)\n"
+        "print(sorted({'gguf', 'huggingface_hub', 'rich', 'pydiffgguf.convert', 'llguidance'} & set(sys.modules)))"
+    )
+    assert run_python("-c", script).stdout == "[]\n"
+
+
 def test_a_source_tree_says_how_to_install_it() -> None:
     """Where Python finds the sources first, without a compiled module; a missing numpy is not blamed on it."""
 

@@ -230,6 +230,8 @@ def find_all(sources: Sequence[AdapterSource]) -> list[Found]:
 
 def bytes_of(found: Sequence[Found]) -> int:
     """What they will take in memory at most, by their headers."""
+    if not found:
+        return 0  # without the converter's imports
     from pydiffgguf.convert.adapter.opening import bytes_in_memory
 
     return sum(bytes_in_memory(adapter.path) for adapter in found)
