@@ -2,11 +2,14 @@
 
     python benchmarks/structured.py                      # 1,000 schemas on the demo model and two nets, and tasks
     python benchmarks/structured.py --schemas 100 --net "untrained, canvas 256" --out structured.json
+    python benchmarks/structured.py --texts              # stories and programs, in which something is forced
     python benchmarks/structured.py --vocabulary         # the grammar engine with Gemma's 262,144 tokens
 
 Schemas are drawn by tests/schemas.py, the same every time. Each is answered at its shortest budget, one token more,
 seven more, one canvas and one and a half, in turn; `jsonschema` and `re` judge. The nets are untrained. Tasks: the
-questions of tests/data/demo_tasks.jsonl, free and held to an expression that every answer matches, same seeds.
+questions of tests/data/demo_tasks.jsonl, free and held to an expression that every answer matches, same seeds. Texts:
+the demo model's own stories and programs, in which something is forced that must come again: right is a text that is
+valid and has it there.
 """
 
 from __future__ import annotations
@@ -137,6 +140,66 @@ def tasks(model: DiffusionModel) -> dict[str, Any]:
     return found
 
 
+#: Of a text: its beginning, the expression that forces something, and one that a text matches which goes on from there.
+TEXTS: dict[str, tuple[str, str, str]] = {
+    "nothing forced": ("On {day} {name} found a", r"[A-Za-z ,.]+", r".* gave the (\w+ \w+) to .*"),
+    "a colour": (
+        "On {day} {name} found a",
+        r" {colour} [A-Za-z ,.]+",
+        r" {colour} (\w+) in .* gave the {colour} \1 to .*",
+    ),
+    "a sentence in the middle": (
+        "On {day} {name} found a",
+        r" [a-z]+ [a-z]+ in [a-z ]+\. {name} gave the [a-z]+ [a-z]+ to {other}\. [A-Za-z ,.]+",
+        r" (\w+) (\w+) in .* gave the \1 \2 to {other}\. {other} took the \2 .*",
+    ),
+    "an ending": (
+        "On {day} {name} found a",
+        r"[A-Za-z ,]+\. [A-Za-z ,]+\. [A-Za-z ,]+ the {place}\.",
+        r".* in the {place}\. .* went back to the {place}\.",
+    ),
+    "a function's name": (
+        "def",
+        r" show_{list}\([a-z, ]+\):\n(.|\n)+",
+        r" show_{list}\({list}, (\w+)\):\n(.|\n)* in {list}:\n(.|\n)*\nshow_{list}\({list}, \1\)(.|\n)*",
+    ),
+}
+WORDS = {
+    "day": ["Sunday", "Monday", "Friday"],
+    "name": ["Emma", "Hugo", "Anna", "Finn"],
+    "other": ["Mia", "Kate", "Sam", "Leo"],
+    "colour": ["red", "blue", "green", "yellow", "black", "white", "brown", "pink"],
+    "place": ["school", "forest", "library", "market"],
+    "list": ["items", "cards", "coins"],
+}
+
+
+def texts(model: DiffusionModel, n: int) -> dict[str, Any]:
+    """Texts valid, and right, free and held, of 64 tokens."""
+    found: dict[str, Any] = {}
+    for name, (prompt, forced, good) in TEXTS.items():
+        counts: dict[str, Any] = {"texts": n}
+        for i in range(n):
+            words = {key: values[(i * 7 + i // len(values)) % len(values)] for key, values in WORDS.items()}
+            start, regex, judge = (fill(part, words) for part in (prompt, forced, good))
+            for way in ("free", "held"):
+                constraint: dict[str, Any] = {} if way == "free" else {"regex": regex}
+                result = model.generate(start, raw=True, seed=i, max_tokens=64, **constraint)
+                text = result.text.partition("\n\n")[0] if way == "free" and "(.|" not in regex else result.text
+                valid = re.fullmatch(regex, text) is not None
+                right = valid and re.fullmatch(judge, text) is not None
+                for key, value in (("valid", valid), ("right", right), ("steps", sum(result.stats.steps))):
+                    counts[f"{way} {key}"] = counts.get(f"{way} {key}", 0) + int(value)
+        found[name] = counts
+        print(name, counts, flush=True)
+    return found
+
+
+def fill(text: str, words: dict[str, str]) -> str:
+    """The text with its {words}, and no other braces, filled in."""
+    return re.sub(r"\{(\w+)\}", lambda match: words[match[1]], text)
+
+
 def resident() -> int:
     """Bytes that this process holds, on Linux."""
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
@@ -201,12 +264,16 @@ def main() -> None:
         "--steps", type=int, default=12, help="steps of a canvas at most, of the schemas and expressions"
     )
     parser.add_argument("--net", action="append", help="one of the nets; may be given again (all of them)")
+    parser.add_argument("--texts", type=int, nargs="?", const=40, help="texts of each kind (40)")
     parser.add_argument("--vocabulary", action="store_true", help="the grammar engine alone, with Gemma's vocabulary")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {}
     if args.vocabulary:
         found = vocabulary()
+    elif args.texts:
+        with DiffusionModel(demo_model_path()) as demo:
+            found = texts(demo, args.texts)
     else:
         schemas = [schema_item(schema) for schema in drawn(args.schemas)]
         fixed = [schema_item(schema) for schema in FIXED.values() for _ in range(5)]
