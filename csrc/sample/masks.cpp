@@ -2,6 +2,8 @@
 
 #include "base/error.h"
 
+#include <bitset>
+
 namespace dg {
 namespace {
 
@@ -16,6 +18,16 @@ void append_ids(const uint32_t *mask, int32_t n_vocab, std::vector<int32_t> &ids
     }
 }
 
+/** No fewer than a mask has ids: room for all at once. A list that grows by doubling copies itself and touches new
+ * memory each time, which for 20 rows of 262,144 ids took most of 39 ms. */
+size_t n_ids(const uint32_t *mask, size_t words) {
+    size_t n = 0;
+    for (size_t i = 0; i < words; ++i) {
+        n += std::bitset<32>(mask[i]).count();
+    }
+    return n;
+}
+
 } // namespace
 
 AllowedIds expand_masks(const dg_canvas_rules &rules, int32_t n_rows, int32_t n_vocab) {
@@ -27,6 +39,16 @@ AllowedIds expand_masks(const dg_canvas_rules &rules, int32_t n_rows, int32_t n_
         return allowed;
     }
     const auto words = static_cast<size_t>((n_vocab + 31) / 32);
+    std::vector<size_t> counts;
+    for (int32_t k = 0; k < rules.n_masks; ++k) {
+        counts.push_back(n_ids(rules.masks + static_cast<size_t>(k) * words, words));
+    }
+    size_t total = 0;
+    for (int32_t row = 0; row < n_rows; ++row) {
+        const int32_t k = rules.mask_of_row[row];
+        total += k >= 0 && k < rules.n_masks ? counts[static_cast<size_t>(k)] : 0;
+    }
+    allowed.ids.reserve(total);
     for (int32_t row = 0; row < n_rows; ++row) {
         const int32_t k = rules.mask_of_row[row];
         if (k < -1 || k >= rules.n_masks) {
