@@ -39,7 +39,7 @@ with DiffusionModel(path, n_ctx=8192, n_threads=2, **options) as model:
     before = held_here()
     with model.session() as session:
         session.encode(np.arange(8192 - model.config.canvas_length) % model.config.n_vocab)
-        session.run_canvas(seed=1, max_steps=3)
+        session.run_canvas(seed=1, max_steps=2)
         here = held_here() - before
         there = [held(kind, server) - was for kind, was in zip(("VmData", "RssAnon"), empty)]
         print(json.dumps([predicted, here, *there]))
