@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
-from tiny_checkpoint import SPECIAL_TOKENS
+from tiny_checkpoint import SPECIAL_TOKENS, byte_fallback_tokenizer
 
 from pydiffgguf._binding.file import NativeFile
 
@@ -81,52 +81,21 @@ def write_tokenizer(folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json as a Gemma checkpoint has them, its 6,414 added tokens included."""
     vocabulary = gemma_vocabulary()
     added = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == TokenType.CONTROL,
-        }
-        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        (token, kind == TokenType.CONTROL)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-        "pre_tokenizer": {
+    tokenizer = byte_fallback_tokenizer(
+        {token: i for i, token in enumerate(vocabulary.tokens)},
+        vocabulary.merges,
+        added,
+        pre_tokenizer={
             "type": "Split",
             "pattern": {"String": " "},
             "behavior": "MergedWithPrevious",
             "invert": False,
         },
-        "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(vocabulary.tokens)},
-            "merges": [list(pair) for pair in vocabulary.merges],
-        },
-    }
+    )
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     config = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

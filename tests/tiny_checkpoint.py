@@ -111,41 +111,25 @@ def learn_merges(text: str, count: int) -> list[tuple[str, str]]:
     return merges
 
 
-def write_tokenizer(path: Path, vocab_size: int) -> dict[str, int]:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja of the Gemma kind into the folder `path`.
-
-    Special tokens, byte tokens `<0xXX>`, the corpus' characters, then merges until `vocab_size` ids are used (a few
-    ids may stay unused). Returns token -> id. Raises ValueError when `vocab_size` is too small for the fixed part.
-    """
-    characters = sorted(set(CORPUS.replace(" ", "\u2581")))
-    fixed = [*SPECIAL_TOKENS, *PLAIN_ADDED_TOKENS, *(f"<0x{b:02X}>" for b in range(256)), *characters]
-    if vocab_size < len(fixed):
-        raise ValueError(f"vocab_size: {vocab_size}, needs at least {len(fixed)} with a tokenizer")
-    vocab = {token: i for i, token in enumerate(fixed)}
-    merges: list[tuple[str, str]] = []
-    for left, right in learn_merges(CORPUS, vocab_size - len(fixed)):
-        merges.append((left, right))
-        if left + right not in vocab:  # two merges may give the same token, and an added token may be a merge's result
-            vocab[left + right] = len(vocab)
-
-    def added(token: str, special: bool) -> dict[str, Any]:
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        return {"id": vocab[token], "content": token, **flags, "special": special}
-
-    bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
-    tokenizer = {
+def byte_fallback_tokenizer(
+    vocab: dict[str, int],
+    merges: Sequence[tuple[str, str]],
+    added: Sequence[tuple[str, bool]],
+    *,
+    pre_tokenizer: dict[str, Any] | None = None,
+    post_processor: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A tokenizer.json of the Gemma kind. `vocab`: token -> id; `added`: tokens that no text is cut into, and whether
+    each is special."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [added(t, True) for t in SPECIAL_TOKENS] + [added(t, False) for t in PLAIN_ADDED_TOKENS],
+        "added_tokens": [{"id": vocab[t], "content": t, **flags, "special": special} for t, special in added],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, bos, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [vocab["<bos>"]], "tokens": ["<bos>"]}},
-        },
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -167,6 +151,37 @@ def write_tokenizer(path: Path, vocab_size: int) -> dict[str, int]:
             "merges": [list(pair) for pair in merges],
         },
     }
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> dict[str, int]:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja of the Gemma kind into the folder `path`.
+
+    Special tokens, byte tokens `<0xXX>`, the corpus' characters, then merges until `vocab_size` ids are used (a few
+    ids may stay unused). Returns token -> id. Raises ValueError when `vocab_size` is too small for the fixed part.
+    """
+    characters = sorted(set(CORPUS.replace(" ", "\u2581")))
+    fixed = [*SPECIAL_TOKENS, *PLAIN_ADDED_TOKENS, *(f"<0x{b:02X}>" for b in range(256)), *characters]
+    if vocab_size < len(fixed):
+        raise ValueError(f"vocab_size: {vocab_size}, needs at least {len(fixed)} with a tokenizer")
+    vocab = {token: i for i, token in enumerate(fixed)}
+    merges: list[tuple[str, str]] = []
+    for left, right in learn_merges(CORPUS, vocab_size - len(fixed)):
+        merges.append((left, right))
+        if left + right not in vocab:  # two merges may give the same token, and an added token may be a merge's result
+            vocab[left + right] = len(vocab)
+
+    bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    tokenizer = byte_fallback_tokenizer(
+        vocab,
+        merges,
+        [(t, True) for t in SPECIAL_TOKENS] + [(t, False) for t in PLAIN_ADDED_TOKENS],
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, bos, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [vocab["<bos>"]], "tokens": ["<bos>"]}},
+        },
+    )
     (path / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
