@@ -89,6 +89,7 @@ extern "C" int gpu_step(const float *logits, int32_t n_rows, int32_t n_vocab, do
         step.probabilities = room<float>(*device, candidates);
         step.counts = room<int32_t>(*device, rows);
         step.capacity = capacity;
+        step.lost = dg::signal_error(row_type > RowType::BF16) * dg::SHORTEST_SIGNAL;
         step.embedding = room(*device, embedding_bytes, embedding);
         step.embedding_type = row_type;
         step.n_embd = n_embd;

@@ -79,6 +79,7 @@ DeviceLoop::DeviceLoop(Device &device, const Target &target) : device_(device), 
     step_.probabilities = reinterpret_cast<float *>(data + room.probabilities);
     step_.counts = reinterpret_cast<int32_t *>(data + room.counts);
     step_.capacity = target.capacity;
+    step_.lost = target.lost;
     step_.embedding = static_cast<const uint8_t *>(target.embedding);
     step_.embedding_type = target.embedding_type;
     step_.embedding_scale = std::sqrt(static_cast<float>(target.n_embd));

@@ -36,6 +36,7 @@ class DeviceLoop {
         int32_t n_embd;
         void *candidates; // [candidate_bytes(R, capacity)], where signal and embedding are given
         int32_t capacity; // candidates that a row has room for: beyond, the signal is dense
+        double lost;      // of a row that is gathered, at most
     };
     // Throws Error: UNSUPPORTED for a vocabulary beyond MAX_VOCAB, else what Device throws.
     DeviceLoop(Device &device, const Target &target);

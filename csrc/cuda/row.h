@@ -13,6 +13,7 @@
 #pragma once
 
 #include "base/exponential.h"
+#include "base/signal_cut.h"
 #include "cuda/block.h"
 
 #include <cmath>
@@ -43,13 +44,14 @@ struct RowInput {
     bool keeps_logits;      // logits become the processed ones: divided, -inf for what the row may not take
 };
 
-// The tokens whose probability is worth adding up, in no particular order: all but those that together are below
-// 2^-24 of the row, float32's own rounding.
+// The tokens whose probability is worth adding up, in no particular order: all except some that together are at most
+// `lost` of the row.
 struct Candidates {
     int32_t *tokens;      // [capacity]
     float *probabilities; // [capacity]
     int32_t *count;       // how many there are; beyond `capacity`, and nothing is written
     int32_t capacity;     // 0: none are wanted
+    double lost;
 };
 
 struct RowOutput {
@@ -71,9 +73,20 @@ struct Sums {
     double moment; // sum of x exp(x)
 };
 
+// How many of a tile's entries are above each cut, two 16-bit counts in a word.
+struct Kept {
+    uint32_t pairs[SIGNAL_CUTS / 2];
+};
+struct Masses {
+    float below[SIGNAL_CUTS];
+};
+
 struct RowShared {
     Best tile_best[MAX_TILES];
-    Sums tile_sums[MAX_TILES]; // first of x = z - the tile's greatest, then of x = z - the row's
+    union {
+        Sums tile_sums[MAX_TILES]; // first of x = z - the tile's greatest, then of x = z - the row's
+        Kept tile_kept[MAX_TILES]; // in the same place, once a tile's sums are no longer wanted
+    };
     union {
         double weight[TILE];           // of the drawn tile's entries
         int32_t tile_count[MAX_TILES]; // candidates; then how many come before the tile's
@@ -88,6 +101,9 @@ struct RowShared {
     double target; // the draw's, in units of the sum
     double before; // the cumulative weight before the drawn tile
     int32_t tile;  // the drawn one; -1: u * S rounded up to S
+    Masses warp_masses[RowBlock::N_WARPS];
+    int cut_index; // of the cut that was chosen
+    float cut;
     int32_t n_candidates;
     bool broken;
     RowOutput out;
@@ -391,64 +407,135 @@ DG_HD void count_before(RowBlock &block, RowShared &s, int32_t n_tiles) {
     });
 }
 
-// Counts the candidates of each tile, then writes them where they have room. A tile whose greatest is too low is not
-// looked at: of a confident row's 512 tiles a handful are.
+// The candidates of a row: those above the first cut below which no more than out.lost of the row is left, as measured.
+// First the masses below all cuts and what each tile keeps at each of them, then the tokens where they have room. A
+// tile whose greatest is below the last cut is not looked at: its sum is known. Of a confident row's 512 tiles a
+// handful are left.
 DG_HD void collect(RowBlock &block, RowShared &s, const RowInput &in, const Candidates &out) {
     const Row row(in);
     const int32_t n = row.size();
     const int32_t n_tiles = row.n_tiles();
     const float greatest = s.best.value;
-    // n terms of at most 2^-24 / n each
-    const float lowest = -(std::log(static_cast<float>(n)) + 16.635532f);
+    const float lowest = signal_cut(SIGNAL_CUTS - 1);
+    block.phase([&](int thread) {
+        if (thread < N_GROUPS) {
+            double sum = 0.0;
+            for (int32_t i = thread * WARP; i < (thread + 1) * WARP && i < n_tiles; ++i) {
+                sum += s.tile_best[i].value - greatest < lowest ? s.tile_sums[i].weight : 0.0;
+            }
+            s.group_sums[thread].weight = sum;
+        }
+    });
+    PerThread<Masses, ROW_THREADS> masses;
+    PerThread<Kept, ROW_THREADS> kept;
+    block.local([&](int thread) { masses[thread] = {}; });
+    for (int32_t first = 0; first < n_tiles; first += RowBlock::N_WARPS) {
+        block.local([&](int thread) {
+            const int32_t tile = first + thread / WARP;
+            kept[thread] = {};
+            if (tile < n_tiles && s.tile_best[tile].value - greatest >= lowest) {
+                for (int32_t i = tile * TILE + thread % WARP; i < n && i < (tile + 1) * TILE; i += WARP) {
+                    const float x = row.processed(i) - greatest;
+                    const float e = x > EXP_FLOOR ? std::exp(x) : 0.0f;
+                    DG_UNROLL
+                    for (int c = 0; c < SIGNAL_CUTS; ++c) {
+                        masses[thread].below[c] += x < signal_cut(c) ? e : 0.0f;
+                        kept[thread].pairs[c / 2] += x < signal_cut(c) ? 0u : 1u << (c % 2 * 16);
+                    }
+                }
+            }
+        });
+        block.reduce_warps(kept, [](const Kept &a, const Kept &b) {
+            Kept sum = {};
+            for (int i = 0; i < SIGNAL_CUTS / 2; ++i) {
+                sum.pairs[i] = a.pairs[i] + b.pairs[i];
+            }
+            return sum;
+        });
+        block.phase([&](int thread) {
+            const int32_t tile = first + thread / WARP;
+            if (thread % WARP == 0 && tile < n_tiles) {
+                s.tile_kept[tile] = kept[thread];
+            }
+        });
+    }
+    block.reduce_warps(masses, [](const Masses &a, const Masses &b) {
+        Masses sum = {};
+        for (int c = 0; c < SIGNAL_CUTS; ++c) {
+            sum.below[c] = a.below[c] + b.below[c];
+        }
+        return sum;
+    });
+    block.phase([&](int thread) {
+        if (thread % WARP == 0) {
+            s.warp_masses[thread / WARP] = masses[thread];
+        }
+    });
+    block.phase([&](int thread) {
+        if (thread == 0) {
+            double unseen = 0.0;
+            for (int g = 0; g < N_GROUPS; ++g) {
+                unseen += s.group_sums[g].weight;
+            }
+            s.cut_index = SIGNAL_CUTS - 1;
+            s.cut = lowest;
+            DG_UNROLL
+            for (int c = SIGNAL_CUTS - 1; c >= 0; --c) {
+                double below = unseen;
+                for (int w = 0; w < RowBlock::N_WARPS; ++w) {
+                    below += static_cast<double>(s.warp_masses[w].below[c]);
+                }
+                if (below <= out.lost * s.total.weight) {
+                    s.cut_index = c;
+                    s.cut = signal_cut(c);
+                }
+            }
+        }
+    });
+    const float cut = s.cut;
+    block.phase([&](int thread) {
+        const int chosen = s.cut_index;
+        for (int32_t i = thread; i < n_tiles; i += ROW_THREADS) {
+            s.tile_count[i] = static_cast<int32_t>(s.tile_kept[i].pairs[chosen / 2] >> (chosen % 2 * 16) & 0xFFFFu);
+        }
+    });
+    count_before(block, s, n_tiles);
+    block.phase([&](int thread) {
+        if (thread == 0) {
+            *out.count = s.n_candidates;
+        }
+    });
+    if (s.n_candidates > out.capacity) {
+        return;
+    }
     const float share = static_cast<float>(1.0 / s.total.weight);
     PerThread<int32_t, ROW_THREADS> counts;
-    for (int writes = 0; writes < 2; ++writes) {
-        for (int32_t first = 0; first < n_tiles; first += RowBlock::N_WARPS) {
-            block.local([&](int thread) {
-                const int32_t tile = first + thread / WARP;
-                counts[thread] = 0;
-                if (tile < n_tiles && s.tile_best[tile].value - greatest > lowest) {
-                    for (int32_t i = tile * TILE + thread % WARP; i < n && i < (tile + 1) * TILE; i += WARP) {
-                        counts[thread] += row.processed(i) - greatest > lowest ? 1 : 0;
-                    }
+    for (int32_t first = 0; first < n_tiles; first += RowBlock::N_WARPS) {
+        // What lies before a lane's own, of the tile's.
+        block.local([&](int thread) {
+            const int32_t tile = first + thread / WARP;
+            counts[thread] = 0;
+            if (tile < n_tiles && s.tile_best[tile].value - greatest >= cut) {
+                for (int32_t i = tile * TILE + thread % WARP; i < n && i < (tile + 1) * TILE; i += WARP) {
+                    counts[thread] += row.processed(i) - greatest < cut ? 0 : 1;
                 }
-            });
-            if (writes == 0) {
-                block.reduce_warps(counts, [](int32_t a, int32_t b) { return a + b; });
-                block.phase([&](int thread) {
-                    if (thread % WARP == 0 && first + thread / WARP < n_tiles) {
-                        s.tile_count[first + thread / WARP] = counts[thread];
-                    }
-                });
-                continue;
             }
-            block.sum_lanes_before(counts);
-            block.local([&](int thread) {
-                const int32_t tile = first + thread / WARP;
-                if (tile < n_tiles && s.tile_best[tile].value - greatest > lowest) {
-                    int32_t at = s.tile_count[tile] + counts[thread];
-                    for (int32_t i = tile * TILE + thread % WARP; i < n && i < (tile + 1) * TILE; i += WARP) {
-                        const float x = row.processed(i) - greatest;
-                        if (x > lowest) {
-                            out.tokens[at] = row.id(i);
-                            out.probabilities[at] = std::exp(x) * share;
-                            ++at;
-                        }
+        });
+        block.sum_lanes_before(counts);
+        block.local([&](int thread) {
+            const int32_t tile = first + thread / WARP;
+            if (tile < n_tiles && s.tile_best[tile].value - greatest >= cut) {
+                int32_t at = s.tile_count[tile] + counts[thread];
+                for (int32_t i = tile * TILE + thread % WARP; i < n && i < (tile + 1) * TILE; i += WARP) {
+                    const float x = row.processed(i) - greatest;
+                    if (x >= cut) {
+                        out.tokens[at] = row.id(i);
+                        out.probabilities[at] = std::exp(x) * share;
+                        ++at;
                     }
                 }
-            });
-        }
-        if (writes == 0) {
-            count_before(block, s, n_tiles);
-            block.phase([&](int thread) {
-                if (thread == 0) {
-                    *out.count = s.n_candidates;
-                }
-            });
-            if (s.n_candidates > out.capacity) {
-                return;
             }
-        }
+        });
     }
 }
 

@@ -28,6 +28,7 @@ struct Step {
     float *probabilities; // [n_rows, capacity]
     int32_t *counts;      // [n_rows]
     int32_t capacity;     // 0: no candidates, no gather
+    double lost;          // of a row that is gathered, at most (row.h)
     const uint8_t *embedding;
     RowType embedding_type;
     int32_t n_embd;
@@ -61,7 +62,7 @@ DG_HD void step_row(RowBlock &block, RowShared &s, const Step &step, int32_t ind
     in.allowed = c.allowed_ids + range_start(c.allowed_ends, row);
     in.keeps_logits = step.keeps_logits;
     const int64_t place = int64_t{index} * step.capacity;
-    process_row(block, s, in, {step.tokens + place, step.probabilities + place, step.counts + index, step.capacity});
+    process_row(block, s, in, {step.tokens + place, step.probabilities + place, step.counts + index, step.capacity, step.lost});
     block.phase([&](int thread) {
         if (thread == 0) {
             c.argmax[row] = s.out.broken ? -1 : s.out.argmax;

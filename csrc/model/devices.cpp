@@ -6,6 +6,7 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <thread>
 
@@ -127,6 +128,12 @@ bool Devices::add_server(const std::string &endpoint) {
 Devices::~Devices() {
     const Turn turn(*this);
     held_.clear();
+}
+
+bool Devices::is_cuda(int32_t device) const {
+    return device != cpu() &&
+           std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(list_[static_cast<size_t>(device)].handle)),
+                       "CUDA") == 0;
 }
 
 ggml_backend_buffer_type_t Devices::buffer_type(int32_t device) const {

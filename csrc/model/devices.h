@@ -38,6 +38,8 @@ class Devices {
     bool empty() const { return list_.empty(); }
     int32_t cpu() const { return static_cast<int32_t>(list_.size()); }
     const Device &operator[](size_t i) const { return list_[i]; }
+    // Whether ggml's CUDA backend has it, in this process; the CPU's index is no such device.
+    bool is_cuda(int32_t device) const;
     ggml_backend_buffer_type_t buffer_type(int32_t device) const;
     // Throws UNSUPPORTED where one of ctx's tensors is larger than a device takes; `what` they are, for the message.
     void check_sizes(ggml_context *ctx, int32_t device, const std::string &what) const;

@@ -39,6 +39,16 @@ ggml_type cache_type(int32_t type) {
     throw Error(DG_ERROR_ARGUMENT, format("type_kv is %d: it must be one of dg_kv_type", type));
 }
 
+// Longer steps would cost more in attention than they save: by estimate, on an RTX 4090 a graph that is built, run once
+// and captured costs 25 ms, and 400 more rows in all layers as much in the 16 steps of a canvas.
+int64_t rounded_length(int64_t n) {
+    int64_t step = 512;
+    while (4 * step < n) {
+        step *= 2;
+    }
+    return (n + step - 1) / step * step;
+}
+
 } // namespace
 
 void check_range(const char *name, int64_t value, const Range &range) {
@@ -83,6 +93,15 @@ SessionFigures::SessionFigures(const dg_config &config, const dg_session_options
     : n_ctx(context_size(config, options.n_ctx)), n_batch(batch_size(n_ctx, options.n_batch)),
       n_rows(row_count(config, options.n_rows)), pass_rows(std::min(n_rows, std::max(PASS_ROWS, config.canvas_length))),
       type_kv(cache_type(options.type_kv)), canvas_length(config.canvas_length), sliding_window(config.sliding_window) {
+}
+
+int32_t view_rows(int32_t end, int32_t slots) {
+    return static_cast<int32_t>(std::min<int64_t>(rounded_length(end), slots));
+}
+
+int32_t longest_in_view(int32_t end, int32_t slots, int32_t n_ctx) {
+    const int64_t length = rounded_length(end);
+    return length < slots ? static_cast<int32_t>(length) : n_ctx;
 }
 
 int32_t SessionFigures::largest_pass() const { return std::max(n_batch, pass_rows); }

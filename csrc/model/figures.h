@@ -60,6 +60,13 @@ struct SessionFigures {
     size_t slot_bytes(int64_t head_dim, int64_t n_head_kv) const;
 };
 
+// Rows of a cache of `slots` that ggml's operators read when the last position written is end - 1: those that hold
+// something, rounded up to one of few numbers (multiples of 512 up to 2,048, then of a quarter of the next power of
+// two), so that a graph serves at many positions; a mask hides the rest. longest_in_view: the
+// greatest end that comes to the same.
+int32_t view_rows(int32_t end, int32_t slots);
+int32_t longest_in_view(int32_t end, int32_t slots, int32_t n_ctx);
+
 // What n_ctx comes to; throws as SessionFigures does.
 int32_t context_size(const dg_config &config, int32_t asked);
 

@@ -75,8 +75,8 @@ class Needs {
 
     // Scores [visible, rows of a segment, heads]; V in float32 as it lies in the cache, and transposed; beside them
     // what waits, and its holes, of all rows.
-    int64_t attention(const dg_layer_config &layer, int64_t n_visible, int64_t segment, int64_t rows) const {
-        const int64_t visible = std::min<int64_t>(n_visible, figures_.slots(layer.sliding));
+    int64_t attention(const dg_layer_config &layer, int32_t n_visible, int64_t segment, int64_t rows) const {
+        const int64_t visible = view_rows(n_visible, figures_.slots(layer.sliding));
         const int64_t q = int64_t{layer.head_dim} * c_.n_head;
         const int64_t kv = int64_t{layer.head_dim} * layer.n_head_kv;
         return visible * (segment * c_.n_head + 2 * kv) + rows * (2 * q + 2 * kv + 2 * int64_t{c_.n_embd});

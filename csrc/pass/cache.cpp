@@ -57,6 +57,19 @@ int32_t KvCache::position(bool sliding, int32_t slot, int32_t end) const {
     return position_in_slot(slot, slots(sliding), end);
 }
 
+Pass KvCache::furthest(const Pass &pass) const {
+    int32_t room = slots_full_;
+    for (const int32_t rows : pass.segments) {
+        const int32_t end = pass.end(rows);
+        for (const bool sliding : {false, true}) {
+            room = std::min(room, longest_in_view(end, slots(sliding), slots_full_) - end);
+        }
+    }
+    Pass furthest = pass;
+    furthest.n_past += room;
+    return furthest;
+}
+
 bool KvCache::holds_window_before(int32_t n) const {
     const int32_t oldest_needed = seen_by(n, true, n, n, window_).oldest;
     const int32_t oldest_held = std::max(0, high_ - slots_sliding_);

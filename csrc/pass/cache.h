@@ -7,6 +7,7 @@
 
 #include "model/figures.h"
 #include "model/model.h"
+#include "pass/pass.h"
 
 #include "ggml-cpp.h"
 
@@ -32,8 +33,11 @@ class KvCache {
     size_t bytes_on(size_t device) const;
 
     int32_t slot(bool sliding, int32_t position) const { return position % slots(sliding); }
-    // Rows that a pass reads when the last position it wrote is end - 1.
-    int32_t visible_rows(bool sliding, int32_t end) const { return end < slots(sliding) ? end : slots(sliding); }
+    // Rows that ggml's operators read when the last position that a pass wrote is end - 1.
+    int32_t view_rows(bool sliding, int32_t end) const { return dg::view_rows(end, slots(sliding)); }
+    // Of the passes that read as many rows as `pass` in each segment, the one furthest back: their graphs are its
+    // graph.
+    Pass furthest(const Pass &pass) const;
     // The position in a slot when the last one written is end - 1: position_in_slot (base/positions.h).
     int32_t position(bool sliding, int32_t slot, int32_t end) const;
 

@@ -4,9 +4,24 @@
 
 #include "ggml-backend.h"
 
+#include <algorithm>
+#include <iterator>
 #include <numeric>
 
 namespace dg {
+namespace {
+
+// What the nodes read. ggml's scheduler puts a copy in the place of what another backend holds.
+std::vector<ggml_tensor *> sources(ggml_cgraph *nodes) {
+    std::vector<ggml_tensor *> all;
+    for (int i = 0; i < ggml_graph_n_nodes(nodes); ++i) {
+        const ggml_tensor *node = ggml_graph_node(nodes, i);
+        all.insert(all.end(), std::begin(node->src), std::end(node->src));
+    }
+    return all;
+}
+
+} // namespace
 
 Executor::Executor(const std::vector<BackendPtr> &backends, size_t n_nodes) : backends_(backends) {
     std::vector<ggml_backend_t> all;
@@ -63,15 +78,25 @@ std::vector<std::pair<int32_t, std::string>> Executor::missing(const Graph &grap
     return found;
 }
 
-void Executor::place(const Graph &graph) {
+void Executor::place(Graph &graph) {
     assign(graph);
+    const std::vector<ggml_tensor *> wanted = sources(graph.nodes);
     if (!ggml_backend_sched_alloc_graph(scheduler_.get(), graph.nodes)) {
         throw Error(DG_ERROR_MEMORY, "memory for intermediate tensors was refused");
+    }
+    graph.whole = -1;
+    if (ggml_backend_sched_get_n_splits(scheduler_.get()) == 1 && sources(graph.nodes) == wanted) {
+        ggml_backend_t backend =
+            ggml_backend_sched_get_tensor_backend(scheduler_.get(), ggml_graph_node(graph.nodes, 0));
+        const auto found = std::find_if(backends_.begin(), backends_.end(),
+                                        [&](const BackendPtr &candidate) { return candidate.get() == backend; });
+        graph.whole = found == backends_.end() ? -1 : static_cast<int32_t>(found - backends_.begin());
     }
 }
 
 ggml_status Executor::compute(const Graph &graph) {
-    return ggml_backend_sched_graph_compute(scheduler_.get(), graph.nodes);
+    return graph.whole < 0 ? ggml_backend_sched_graph_compute(scheduler_.get(), graph.nodes)
+                           : ggml_backend_graph_compute(backends_[static_cast<size_t>(graph.whole)].get(), graph.nodes);
 }
 
 } // namespace dg

@@ -33,10 +33,11 @@ class Executor {
     // the device.
     std::vector<std::pair<int32_t, std::string>> missing(const Graph &graph) const;
 
-    // Gives the graph's tensors their places, in the stead of the graph before it. Within what was reserved nothing is
-    // allocated.
-    void place(const Graph &graph);
-    // The graph that was placed last.
+    // Gives the graph's tensors their places, in the same memory as those of the graphs before it. Within what was
+    // reserved nothing is allocated.
+    void place(Graph &graph);
+    // Any graph that one backend computes whole, or else the one that was placed last: copies between backends are
+    // known of that one alone. None once memory was allocated for another.
     ggml_status compute(const Graph &graph);
 
   private:

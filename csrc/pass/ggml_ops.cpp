@@ -44,6 +44,22 @@ ggml_tensor *GgmlOps::multiply(ggml_tensor *weight, Operand &x, float softcap) {
     return product;
 }
 
+// cuBLAS multiplies float32 matrices in TF32, as ggml-cuda asks it to: ten bits of each factor are left, whatever
+// precision an operator wants (benchmarks/results/tf32.md has the routers that chose otherwise). Three columns or fewer
+// it leaves to a kernel of its own, in float32, so the rows go there two by two.
+ggml_tensor *GgmlOps::route(ggml_tensor *router, ggml_tensor *x) {
+    if (!to_.model.devices().is_cuda(to_.device)) {
+        return multiply(router, x);
+    }
+    watch(router, x, nullptr);
+    const int64_t columns = to_.n % 2 == 0 ? 2 : 1;
+    ggml_tensor *pairs = ggml_reshape_3d(to_.ctx, x, x->ne[0], columns, to_.n / columns);
+    ggml_tensor *product = mark(ggml_mul_mat(to_.ctx, router, pairs), Part::PRODUCTS);
+    product = ggml_reshape_2d(to_.ctx, product, router->ne[1], to_.n);
+    const LowRank *low = beside(router);
+    return low ? mark(ggml_add(to_.ctx, product, low_product(*low, x)), Part::PRODUCTS) : product;
+}
+
 // B (scales * (A x))
 ggml_tensor *GgmlOps::low_product(const LowRank &low, ggml_tensor *x) const {
     ggml_tensor *t = mark(ggml_mul_mat(to_.ctx, low.a, x), Part::PRODUCTS);
@@ -116,7 +132,7 @@ ggml_tensor *GgmlOps::experts(const LayerWeights &l, ggml_tensor *x, ggml_tensor
 
 // The cache's rows that a segment sees, as [head_dim, rows, n_head_kv].
 ggml_tensor *GgmlOps::read_cache(const Segment &s, const LayerWeights &l, ggml_tensor *cache) const {
-    const int64_t rows = to_.cache.visible_rows(l.sliding, s.end);
+    const int64_t rows = to_.cache.view_rows(l.sliding, s.end);
     return ggml_view_3d(to_.ctx, cache, l.head_dim, rows, l.n_head_kv, cache->nb[1],
                         ggml_row_size(cache->type, l.head_dim), 0);
 }
@@ -128,13 +144,11 @@ ggml_tensor *GgmlOps::attend(const Segment &s, const LayerWeights &l, const Cach
         v = mark(ggml_cast(to_.ctx, v, GGML_TYPE_F32), Part::ATTENTION);
     }
     v = mark(ggml_cont(to_.ctx, ggml_permute(to_.ctx, v, 1, 0, 2, 3)), Part::ATTENTION); // [rows, head_dim, n_head_kv]
-    ggml_tensor *mask = nullptr;
-    if (needs_mask(to_.model, to_.pass, l.sliding)) {
-        ggml_tensor *input = l.sliding ? to_.inputs().mask_sliding : to_.inputs().mask_full;
-        const int64_t rows = k->ne[1];
-        const size_t first = static_cast<size_t>(s.first) * to_.cache.slots(l.sliding) * ggml_type_size(input->type);
-        mask = ggml_view_2d(to_.ctx, input, rows, s.n, ggml_row_size(input->type, rows), first);
-    }
+    // Also where a canvas sees all there is: it hides what the view has beyond that.
+    ggml_tensor *input = l.sliding ? to_.inputs().mask_sliding : to_.inputs().mask_full;
+    const int64_t rows = k->ne[1];
+    const size_t first = static_cast<size_t>(s.first) * to_.cache.slots(l.sliding) * ggml_type_size(input->type);
+    ggml_tensor *mask = ggml_view_2d(to_.ctx, input, rows, s.n, ggml_row_size(input->type, rows), first);
     to_.rounds(q, k->type);
     q = ggml_permute(to_.ctx, q, 0, 2, 1, 3);
     if (k->type == GGML_TYPE_F32) {

@@ -13,6 +13,7 @@ class GgmlOps : public Ops {
     ggml_tensor *rows(ggml_tensor *matrix, ggml_tensor *ids) override;
     ggml_tensor *norm(ggml_tensor *x, ggml_tensor *weight, ggml_tensor *add, float scale) override;
     ggml_tensor *multiply(ggml_tensor *weight, Operand &x, float softcap) override;
+    ggml_tensor *route(ggml_tensor *router, ggml_tensor *x) override;
     ggml_tensor *gated(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) override;
     ggml_tensor *experts(const LayerWeights &l, ggml_tensor *x, ggml_tensor *selected, ggml_tensor *weights) override;
     ggml_tensor *attend(const Segment &s, const LayerWeights &l, const CacheLayer &cache, ggml_tensor *q) override;

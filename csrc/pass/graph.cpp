@@ -235,7 +235,7 @@ class PassBuilder {
         const LayerWeights &l = model_.weights().layers[index];
         const int64_t n_used = c_.n_expert_used;
         ggml_tensor *probabilities =
-            ggml_soft_max(ctx_, ops_->multiply(l.router, ops_->norm(x, l.router_scale))); // [n_expert, n]
+            ggml_soft_max(ctx_, ops_->route(l.router, ops_->norm(x, l.router_scale))); // [n_expert, n]
         ggml_tensor *selected =
             ggml_cont(ctx_, ggml_argsort_top_k(ctx_, probabilities, static_cast<int>(n_used))); // [n_used, n]
         ggml_tensor *weights = ggml_get_rows(ctx_, ggml_reshape_3d(ctx_, probabilities, 1, c_.n_expert, n_),

@@ -67,6 +67,8 @@ class Ops {
         Operand in = {x, to_.n, {}};
         return multiply(weight, in);
     }
+    // The same of a layer's router, in true float32: a near tie between two experts is decided by the last bits.
+    virtual ggml_tensor *route(ggml_tensor *router, ggml_tensor *x) { return multiply(router, x); }
     // down(gelu_tanh(gate x) * (up x))
     virtual ggml_tensor *gated(ggml_tensor *x, ggml_tensor *gate, ggml_tensor *up, ggml_tensor *down) = 0;
     // The same of the experts that `selected` I32 [n_used, n] names of a layer, x [n_embd, n]: the sum of their

@@ -22,7 +22,7 @@ struct DeviceIo {
     ggml_tensor *positions = nullptr;     // I32 [pass]
     ggml_tensor *slots_full = nullptr;    // I32 [pass]: the cache row of each position
     ggml_tensor *slots_sliding = nullptr; // I32 [pass]
-    ggml_tensor *mask_full = nullptr;     // F16, rows of visible_rows values; 0 where visible, -inf elsewhere
+    ggml_tensor *mask_full = nullptr;     // F16, rows of view_rows values; 0 where visible, -inf elsewhere
     ggml_tensor *mask_sliding = nullptr;  // F16
     ggml_tensor *attended = nullptr; // F32 [head_dim * n_head of the widest layer, pass]: several segments' outputs
 };
@@ -92,18 +92,14 @@ struct Pass {
 // between steps make few graphs. At least one row does.
 std::vector<int32_t> rows_with_logits(const uint8_t *wanted, int32_t n);
 
-// On full layers the canvas sees everything there is, so only causal passes need a mask; on sliding layers the canvas
-// needs one only when the cache holds more than the window.
-inline bool needs_mask(const Model &model, const Pass &pass, bool sliding) {
-    return pass.causal() || (sliding && seen_by(0, false, pass.n_past, 0, model.config().sliding_window).oldest > 0);
-}
-
 struct Graph {
     ggml_context_ptr context;
     ggml_cgraph *nodes = nullptr; // in context's memory
     // Where nodes are to be computed. Empty when all are on the CPU.
     std::vector<std::pair<ggml_tensor *, int32_t>> devices;
     WorkList work; // of its custom operators
+    // The backend that computes all of it, once it is placed; -1: several do, with copies between them.
+    int32_t whole = -1;
 };
 
 } // namespace dg

@@ -1,6 +1,7 @@
 #include "session/kernel_stepper.h"
 
 #include "base/error.h"
+#include "base/signal_cut.h"
 
 #include "ggml-backend.h"
 
@@ -54,6 +55,7 @@ void KernelStepper::allocated() {
     target.n_embd = c.n_embd;
     target.candidates = candidates_->data;
     target.capacity = cuda::candidate_capacity(c.n_vocab);
+    target.lost = signal_error(ggml_is_quantized(passes_.model().weights().token_embd->type)) * SHORTEST_SIGNAL;
     device_ = make_device_();
     loop_ = std::make_unique<cuda::DeviceLoop>(*device_, target);
 }

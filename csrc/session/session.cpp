@@ -107,10 +107,8 @@ void Session::set_pass_inputs(const Pass &pass) {
             upload(io.slots_sliding, slots_sliding);
         }
     }
-    const bool masks =
-        std::any_of(io_.devices.begin(), io_.devices.end(), [](const DeviceIo &io) { return io.mask_full; });
-    for (const bool sliding : {false, true}) {
-        if (masks && needs_mask(*model_, pass, sliding)) {
+    if (std::any_of(io_.devices.begin(), io_.devices.end(), [](const DeviceIo &io) { return io.mask_full; })) {
+        for (const bool sliding : {false, true}) {
             int32_t first = 0;
             for (const int32_t rows : pass.segments) {
                 set_mask(pass, first, rows, sliding);
@@ -125,7 +123,7 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
     const ggml_fp16_t visible = ggml_fp32_to_fp16(0.0f);
     const ggml_fp16_t hidden = ggml_fp32_to_fp16(-INFINITY);
     const int32_t end = pass.end(rows);
-    const int32_t n_slots = cache_->visible_rows(sliding, end);
+    const int32_t n_slots = cache_->view_rows(sliding, end);
     const int32_t window = sliding ? model_->config().sliding_window : 0;
     std::vector<int32_t> held(static_cast<size_t>(n_slots));
     for (int32_t slot = 0; slot < n_slots; ++slot) {
@@ -153,20 +151,20 @@ void Session::set_mask(const Pass &pass, int32_t first, int32_t rows, bool slidi
     }
 }
 
-// Makes the graph of `key` the last of those that are kept; whether it had to be built. On the CPU alone, the tensors
-// of a graph keep their places in the executor's memory when another graph is placed there, and several can be kept: a
-// step of two passes built two graphs, 3 ms of it at 30 layers. With devices, ggml's scheduler changes the last graph
-// alone.
+// Makes the graph of `key` the last of those that are kept. The tensors of a graph that one backend computes whole keep
+// their places in the executor's memory when another graph is placed there, and several can be kept: a step of two
+// passes built two graphs, 3 ms of it at 30 layers, and a GPU captured each of them anew. Of graphs that are cut
+// between backends, the one that was placed last is the only one.
 template <typename Key, typename Build>
-bool Session::make_last(KeptGraphs<Key> &graphs, const Key &key, Executor &executor, const Build &build) {
+void Session::make_last(KeptGraphs<Key> &graphs, const Key &key, Executor &executor, const Build &build) {
     const auto found = std::find_if(graphs.begin(), graphs.end(), [&](const auto &kept) { return kept.first == key; });
     if (found != graphs.end()) {
         std::rotate(found, found + 1, graphs.end());
-        return false;
+        return;
     }
-    if (!model_->devices().empty()) {
-        graphs.clear();
-    } else if (graphs.size() == MOST_GRAPHS) {
+    graphs.erase(std::remove_if(graphs.begin(), graphs.end(), [](const auto &kept) { return kept.second.whole < 0; }),
+                 graphs.end());
+    if (graphs.size() == MOST_GRAPHS) {
         graphs.erase(graphs.begin());
     }
     Graph graph = build();
@@ -176,20 +174,22 @@ bool Session::make_last(KeptGraphs<Key> &graphs, const Key &key, Executor &execu
         graphs.clear();
     }
     graphs.emplace_back(key, std::move(graph));
-    return true;
 }
 
 // Graph and inputs of a pass, but for its ids.
 void Session::prepare(const Pass &pass) {
     renew_in_fork();
-    const bool had_inputs = !pass_graphs_.empty() && pass_graphs_.back().first.has_inputs_of(pass);
-    const bool built = make_last(pass_graphs_, pass, *passes_, [&] {
-        return build_pass(*model_, *cache_, io_, pass, importance_.get(), adapters_.get());
-    });
-    if (!built && had_inputs) {
-        return;
+    // The CPU's own attention has the positions in its graph, and reads no more than it sees.
+    const std::vector<int32_t> &caches = model_->placement().cache;
+    const bool exact = own_operators_ && std::count(caches.begin(), caches.end(), model_->devices().cpu()) > 0;
+    const Pass shape = exact ? pass : cache_->furthest(pass);
+    make_last(pass_graphs_, shape, *passes_,
+              [&] { return build_pass(*model_, *cache_, io_, shape, importance_.get(), adapters_.get()); });
+    if (!inputs_ || !inputs_->has_inputs_of(pass)) {
+        inputs_.reset();
+        set_pass_inputs(pass);
+        inputs_ = pass;
     }
-    set_pass_inputs(pass);
     cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
 }
 
@@ -295,11 +295,7 @@ void Session::compute(Executor &executor, const Graph &graph) {
     if (profiled_) {
         run_timed(graph);
     } else {
-        // Without devices, the graph that was placed last is not the only one that can be computed.
-        run([&] {
-            return model_->devices().empty() ? ggml_backend_graph_compute(backends_.back().get(), graph.nodes)
-                                             : executor.compute(graph);
-        });
+        run([&] { return executor.compute(graph); });
     }
     if (std::any_of(graph.work.begin(), graph.work.end(),
                     [](const auto &work) { return work->unsound.load(std::memory_order_relaxed); })) {
@@ -511,7 +507,6 @@ void Session::truncate(int32_t n) {
     if (n < 0 || n > n_past()) {
         throw Error(DG_ERROR_ARGUMENT, format("n is %d: the prefix has %d tokens", n, n_past()));
     }
-    pass_graphs_.clear();
     if (n > 0 && !cache_->holds_window_before(n)) {
         const std::vector<int32_t> kept(tokens_.begin(), tokens_.begin() + n);
         truncate(0);

@@ -18,6 +18,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -99,10 +100,11 @@ class Session final : private Passes {
     int64_t process_ = 0; // whose threads they are: a fork has none of them
     std::unique_ptr<Executor> passes_;
     std::unique_ptr<Executor> signals_;
-    // The graphs of a step's passes and signals, placed; the one that was asked for last is the last.
+    // Graphs of passes and signals, placed; the one that was asked for last is the last.
     template <typename Key> using KeptGraphs = std::vector<std::pair<Key, Graph>>;
-    KeptGraphs<Pass> pass_graphs_;
+    KeptGraphs<Pass> pass_graphs_; // keys: of all passes with the same graph, one
     KeptGraphs<std::pair<int32_t, int32_t>> signal_graphs_; // first row, rows
+    std::optional<Pass> inputs_; // whose positions, slots and masks are in io_
     std::unique_ptr<Importance> importance_;
     std::unique_ptr<ActiveAdapters> adapters_; // null: none
     uint64_t encoder_key_ = 0;                 // of the prefix in the cache, too
@@ -139,7 +141,7 @@ class Session final : private Passes {
     void set_pass_inputs(const Pass &pass);
     void set_mask(const Pass &pass, int32_t first, int32_t rows, bool sliding);
     template <typename Key, typename Build>
-    bool make_last(KeptGraphs<Key> &graphs, const Key &key, Executor &executor, const Build &build);
+    void make_last(KeptGraphs<Key> &graphs, const Key &key, Executor &executor, const Build &build);
     void prepare(const Pass &pass);
     void score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
     void encode_chunk(const int32_t *ids, int32_t n);

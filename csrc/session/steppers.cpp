@@ -5,8 +5,6 @@
 #include "session/kernel_stepper.h"
 #include "session/operator_stepper.h"
 
-#include <cstring>
-
 namespace dg {
 namespace {
 
@@ -22,7 +20,7 @@ int cuda_index(const Model &model) {
     }
     const ggml_backend_dev_t device = model.devices()[static_cast<size_t>(model.placement().head)].handle;
     const ggml_backend_reg_t backend = ggml_backend_dev_backend_reg(device);
-    if (std::strcmp(ggml_backend_reg_name(backend), "CUDA") == 0) {
+    if (model.devices().is_cuda(model.placement().head)) {
         for (size_t i = 0; i < ggml_backend_reg_dev_count(backend); ++i) {
             if (ggml_backend_reg_dev_get(backend, i) == device) {
                 return static_cast<int>(i); // ggml counts them as CUDA does

@@ -67,7 +67,7 @@ extern "C" {
 void dgk_rows(float *logits, int32_t n_rows, int32_t n_vocab, float softcap, float temperature, const double *u,
               const int32_t *pinned, const int32_t *watched, const int32_t *allowed, int32_t n_allowed,
               int keeps_logits, int backwards, int32_t *argmax, int32_t *draw, double *entropy, double *logprob,
-              uint8_t *broken, int32_t capacity, int32_t *tokens, float *probabilities, int32_t *counts) {
+              uint8_t *broken, int32_t capacity, double lost, int32_t *tokens, float *probabilities, int32_t *counts) {
     RowBlock block;
     block.backwards = backwards != 0;
     const auto shared = std::make_unique<RowShared>();
@@ -84,7 +84,7 @@ void dgk_rows(float *logits, int32_t n_rows, int32_t n_vocab, float softcap, flo
                              n_allowed,
                              keeps_logits != 0};
         const int64_t place = int64_t{row} * capacity;
-        process_row(block, *shared, in, {tokens + place, probabilities + place, counts + row, capacity});
+        process_row(block, *shared, in, {tokens + place, probabilities + place, counts + row, capacity, lost});
         argmax[row] = shared->out.argmax;
         draw[row] = shared->out.draw;
         entropy[row] = shared->out.entropy;
@@ -103,9 +103,10 @@ void dgk_dequantize(int32_t type, const uint8_t *row, int32_t n, float *out) {
 }
 
 Loop *dgk_loop_new(int32_t n_rows, int32_t n_vocab, float softcap, float *logits, int32_t *ids, float *soft,
-                   const uint8_t *embedding, int32_t type, int32_t n_embd, int32_t capacity, int backwards) {
+                   const uint8_t *embedding, int32_t type, int32_t n_embd, int32_t capacity, double lost,
+                   int backwards) {
     auto *l = new Loop({n_rows, n_vocab, softcap, logits, ids, soft, embedding, static_cast<RowType>(type), n_embd,
-                        nullptr, capacity});
+                        nullptr, capacity, lost});
     l->device.backwards = backwards != 0;
     return l;
 }

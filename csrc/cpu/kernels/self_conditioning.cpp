@@ -1,3 +1,4 @@
+#include "base/signal_cut.h"
 #include "cpu/kernels/bfloats.h"
 #include "cpu/kernels/quantized_rows.h"
 #include "cpu/kernels/table.h"
@@ -9,19 +10,13 @@
 namespace dg::DG_LEVEL {
 namespace {
 
-// What may be left out of a signal, relative. Beside quantized weights 1e-6 would be lost in the products' own 5e-3: a
-// confident row with a wide tail (p = 0.93, logits spread by 4) needs 7,324 tokens for 1e-6, and 19 for 1e-4.
-double signal_error(ggml_type embedding) { return ggml_is_quantized(embedding) ? 1e-4 : 1e-6; }
-
 constexpr int64_t DECODED = 128; // rows of the embedding that are decoded at a time
 constexpr int64_t SLICE = 256;   // of their width
 constexpr int64_t DECODED_ROW = SLICE + 16;
 // A row of the signal costs n_vocab * n_embd multiplications when it is flat; to gather a token costs n_embd, but its
 // decoding and their memory are not shared with other rows: 1/16 of the vocabulary takes as long (Q8_0, 256 rows).
 constexpr int64_t FLAT_SHARE = 16;
-// Logits this far below the greatest, in nats, are where a row may be cut.
-constexpr int CUTS = 8;
-constexpr float CUT[CUTS] = {-6.0f, -9.0f, -12.0f, -15.0f, -18.0f, -21.0f, -25.0f, -30.0f};
+constexpr int CUTS = SIGNAL_CUTS;
 
 RowState *states(const ggml_tensor *t) { return static_cast<RowState *>(t->data); }
 
@@ -50,7 +45,7 @@ Masses measure(const float *z, int64_t n_vocab, float greatest) {
             const Lanes e = weights_of(at, greatest);
             sum += e;
             for (int c = 0; c < CUTS; ++c) {
-                const IntLanes under = x < Lanes{} + CUT[c];
+                const IntLanes under = x < Lanes{} + signal_cut(c);
                 below[c] += under ? e : Lanes{};
                 above[c] += 1 + under;
             }
@@ -124,7 +119,7 @@ void run_look(ggml_tensor *dst, int thread, int, void *userdata) {
     const int64_t n_embd = embedding->ne[0];
     const int64_t n_vocab = logits->ne[0];
     float *row = row_of(dst->src[3], thread);
-    const double error = signal_error(embedding->type);
+    const double error = signal_error(ggml_is_quantized(embedding->type));
     take_tasks(work, logits->ne[1], 1, [&](int64_t index, int64_t) {
         const float *z = row_of(logits, index);
         float *out = row_of(signal, index);
@@ -143,7 +138,7 @@ void run_look(ggml_tensor *dst, int thread, int, void *userdata) {
             if (masses.kept[c] > n_vocab / FLAT_SHARE) {
                 break;
             }
-            gather(z, n_vocab, greatest, CUT[c], embedding, row, out);
+            gather(z, n_vocab, greatest, signal_cut(c), embedding, row, out);
             if (lost <= error * vector_length(out, n_embd)) {
                 state.flat = 0;
                 for (int64_t i = 0; i < n_embd; ++i) {
