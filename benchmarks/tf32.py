@@ -11,9 +11,6 @@ held-out tasks with the draws that the engine makes:
   another set of experts, and how far the logits are off;
 * on its own trajectory: whether steps and text are the same.
 
-"in three parts" is what keeps a router's choice where float32 products are to be had in TF32 alone: each operand is the
-sum of two that TF32 holds (11 and up to 11 bits), and the product is that of three of their pairs.
-
 The pass is checked against the engine first, with a file of the same weights in float32.
 """
 
@@ -39,15 +36,12 @@ Ids = npt.NDArray[np.int32]
 
 TASKS = Path(__file__).resolve().parents[1] / "tests/data/demo_tasks.jsonl"
 #: The products that ggml-cuda makes in TF32, by name.
-PARTS = ("router", "attention", "signal")
-#: How each is made in a variant: "float32", "tf32" or "three parts".
-VARIANTS: dict[str, dict[str, str]] = {
-    "router": {"router": "tf32"},
-    "q·k and scores·V": {"attention": "tf32"},
-    "signal": {"signal": "tf32"},
-    "all three": dict.fromkeys(PARTS, "tf32"),
-    "all three, router in three parts": {**dict.fromkeys(PARTS, "tf32"), "router": "three parts"},
-    "router in three parts": {"router": "three parts"},
+PARTS = ("router", "q·k", "scores·V", "signal")
+#: Which of them are made so in a variant.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    **{part: (part,) for part in PARTS},
+    "all four": PARTS,
+    "all except the router, as built": PARTS[1:],
 }
 
 
@@ -56,17 +50,6 @@ def tf32(x: Floats) -> Floats:
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
     return (rounded & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-def product(how: str, a: Floats, b: Floats) -> Floats:
-    """a @ b, sums in float32."""
-    if how == "tf32":
-        return tf32(a) @ tf32(b)
-    if how == "three parts":
-        high_a, high_b = tf32(a), tf32(b)
-        low_a, low_b = tf32(a - high_a), tf32(b - high_b)
-        return high_a @ high_b + (high_a @ low_b + low_a @ high_b)
-    return a @ b
 
 
 def softmax(z: Floats) -> Floats:
@@ -88,7 +71,7 @@ class Net:
             t.name.removesuffix(".weight"): gguf.dequantize(t.data, t.tensor_type).astype(np.float32)
             for t in gguf.GGUFReader(path).tensors
         }
-        self.how: dict[str, str] = {}
+        self.rounded: tuple[str, ...] = ()
         self.chosen: list[npt.NDArray[np.int64]] = []  # the experts of each layer's rows, ascending, of the last pass
         self.reset()
 
@@ -97,7 +80,7 @@ class Net:
         self.cache: list[list[Floats]] = [[] for _ in self.layers]
 
     def multiply(self, part: str, a: Floats, b: Floats) -> Floats:
-        return product(self.how.get(part, "float32"), a, b)
+        return tf32(a) @ tf32(b) if part in self.rounded else a @ b
 
     def norm(self, x: Floats, weight: Floats | float = 1.0) -> Floats:
         scale = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(self.config.norm_eps))
@@ -136,9 +119,9 @@ class Net:
         share = self.config.n_head // layer.n_head_kv
         out = np.empty((n, self.config.n_head, layer.head_dim), np.float32)
         for head in range(self.config.n_head):
-            scores = self.multiply("attention", q[:, head], keys[:, head // share].T)
+            scores = self.multiply("q·k", q[:, head], keys[:, head // share].T)
             weights = softmax(np.where(seen, scores, np.float32(-np.inf)))
-            out[:, head] = self.multiply("attention", weights, np.ascontiguousarray(values[:, head // share]))
+            out[:, head] = self.multiply("scores·V", weights, np.ascontiguousarray(values[:, head // share]))
         attended = out.reshape(n, -1) @ self.w[name + "attn_output"].T
         return x + self.norm(attended, self.w[name + "post_attention_norm"])
 
@@ -251,13 +234,13 @@ def compare(net: Net, model: DiffusionModel, prompts: Iterable[Ids]) -> tuple[in
     found = {name: Found() for name in VARIANTS}
     n_tasks = n_steps = 0
     for seed, prompt in enumerate(prompts):
-        net.how = {}
+        net.rounded = ()
         exact = trajectory(net, model, prompt, seed)
         n_tasks, n_steps = n_tasks + 1, n_steps + len(exact.inputs)
         caches = (net.n_past, net.cache)
-        for name, how in VARIANTS.items():
+        for name, parts in VARIANTS.items():
             f = found[name]
-            net.how = how
+            net.rounded = parts
             net.n_past, net.cache = caches
             for (canvas, processed), z, chosen in zip(exact.inputs, exact.logits, exact.chosen, strict=True):
                 difference = net.denoise(canvas, processed) - z
@@ -331,7 +314,7 @@ def main() -> None:
         print(f"the pass in numpy is within {check(net, path, asked[0]):.1e} of the engine's\n")
         n_tasks, n_steps, found = compare(net, model, asked)
     print(f"{n_tasks} tasks, {n_steps} steps in float32\n")
-    print("| TF32 in | routers that choose otherwise | logits off by, at most | steps | tasks with other steps | texts |")
+    print("| TF32 in | routers that choose otherwise | logits off by, at most | steps | other steps | other texts |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, f in found.items():
         share = f"{f.flipped:,} of {f.routers:,}"

@@ -96,6 +96,33 @@ def test_a_step_is_one_cuda_graph_and_three_kernels(whole: dict[str, Any]) -> No
         assert launches == {"n_graph_launches": 1, "n_row_kernels": 1, "n_canvas_kernels": 1, "n_gather_kernels": 1}
 
 
+def test_the_next_canvas_finds_its_graphs(whole: dict[str, Any]) -> None:
+    """Behind a first canvas that is in the cache now, no step captures or instantiates anything, nor runs ggml's
+    kernels one by one. What encodes canvases is captured when it runs for the second time, and replayed from then
+    on."""
+    for step in [*whole["next"], *whole["after"]]:
+        assert step["n_graph_launches"] == 1
+        assert not {"n_captures", "n_instances", "n_updates", "n_foreign_kernels"} & set(step)
+    for step in [*whole["next"][1:], *whole["after"][1:]]:  # a canvas that begins is sent there
+        assert not {"to_device", "n_allocations"} & set(step)
+    assert whole["second_encode"]["n_captures"] == 1
+    assert whole["third_encode"]["n_graph_launches"] == 1 and "n_captures" not in whole["third_encode"]
+
+
+def test_no_router_is_multiplied_in_tf32(whole: dict[str, Any]) -> None:
+    """cuBLAS makes none of a pass's products of two float32 matrices that are no batch: the routers' go to ggml's own
+    kernel, which adds in float32."""
+    assert all("n_sgemm" not in step for step in whole["quiet"])
+
+
+def test_a_step_of_two_passes_is_two_graphs(whole: dict[str, Any]) -> None:
+    """More rows than one pass takes: each pass is a graph that is captured once."""
+    for step in whole["many"][2:]:
+        launches = {name: n for name, n in step.items() if name.startswith("n_") and name != "n_to_host"}
+        assert launches == {"n_graph_launches": 2, "n_row_kernels": 1, "n_canvas_kernels": 1, "n_gather_kernels": 1}
+        assert "to_device" not in step
+
+
 def test_steps_are_the_cpu_samplers(whole: dict[str, Any]) -> None:
     """On the same logits: argmax, next canvas, accepted rows and entropies, with pins, side by side."""
     assert whole["differences"] == []
@@ -107,7 +134,7 @@ def test_the_device_holds_what_was_predicted(whole: dict[str, Any]) -> None:
     memory = whole["memory"]
     predicted = memory["kv_cache"] + memory["compute"] + memory["logits"]
     assert abs(whole["held"] - predicted) < 0.03 * predicted
-    assert whole["n_past"] == 38 and whole["logits"] == [64, 896]
+    assert whole["n_past"] == 38 + 3 * 64 and whole["logits"] == [64, 896]
     assert whole["left"] == 0
 
 
@@ -214,7 +241,7 @@ from pydiffgguf import DiffusionModel
 
 with DiffusionModel(sys.argv[1]) as model, model.session():
     [device] = model.devices()
-    counts = (ctypes.c_longlong * 15)()
+    counts = (ctypes.c_longlong * 16)()
     ctypes.CDLL(None).stand_in_counts(counts)
     print(device.n_layers, device.n_cpu_moe, counts[14] if device.n_layers else 0)
 """

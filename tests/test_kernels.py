@@ -237,8 +237,8 @@ def test_broken_rows_are_told(kernels: ctypes.CDLL) -> None:
 
 
 def test_candidates_are_the_softmax_but_for_rounding(kernels: ctypes.CDLL) -> None:
-    """All tokens except some that together weigh no more than may be lost, with their probabilities; a row with more than
-    there is room for says how many, and writes none."""
+    """All tokens except some that together weigh no more than may be lost, with their probabilities; a row with more
+    than there is room for says how many, and writes none."""
     rng = np.random.default_rng(24)
     z = np.concatenate([awkward_rows(rng, 30, 4099), (rng.standard_normal((10, 4099)) * 0.1).astype(np.float32)])
     rows = process(kernels, z, 0.5, rng.random(40), capacity=512)

@@ -62,7 +62,8 @@ DG_HD void step_row(RowBlock &block, RowShared &s, const Step &step, int32_t ind
     in.allowed = c.allowed_ids + range_start(c.allowed_ends, row);
     in.keeps_logits = step.keeps_logits;
     const int64_t place = int64_t{index} * step.capacity;
-    process_row(block, s, in, {step.tokens + place, step.probabilities + place, step.counts + index, step.capacity, step.lost});
+    process_row(block, s, in,
+                {step.tokens + place, step.probabilities + place, step.counts + index, step.capacity, step.lost});
     block.phase([&](int thread) {
         if (thread == 0) {
             c.argmax[row] = s.out.broken ? -1 : s.out.argmax;

@@ -102,9 +102,9 @@ class Session final : private Passes {
     std::unique_ptr<Executor> signals_;
     // Graphs of passes and signals, placed; the one that was asked for last is the last.
     template <typename Key> using KeptGraphs = std::vector<std::pair<Key, Graph>>;
-    KeptGraphs<Pass> pass_graphs_; // keys: of all passes with the same graph, one
+    KeptGraphs<Pass> pass_graphs_;                          // keys: of all passes with the same graph, one
     KeptGraphs<std::pair<int32_t, int32_t>> signal_graphs_; // first row, rows
-    std::optional<Pass> inputs_; // whose positions, slots and masks are in io_
+    std::optional<Pass> inputs_;                            // whose positions, slots and masks are in io_
     std::unique_ptr<Importance> importance_;
     std::unique_ptr<ActiveAdapters> adapters_; // null: none
     uint64_t encoder_key_ = 0;                 // of the prefix in the cache, too

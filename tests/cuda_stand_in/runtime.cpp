@@ -58,6 +58,7 @@ struct Counts {
     long long n_graph_launches;
     long long n_captured; // operations in the graph that was captured last
     long long held;       // bytes
+    long long n_sgemm;    // products of float32 matrices that cuBLAS is asked for, one by one or captured: in TF32
 } counts;
 
 // ------------------------------------------------------------------------------------------------------- memory
@@ -452,7 +453,11 @@ const char *cublasGetStatusString(int) { return "a status of the stand-in device
         ++(capturing ? n_captured : counts.n_foreign_kernels);                                                         \
         return 0;                                                                                                      \
     }
-PRODUCT(cublasSgemm_v2)
+int cublasSgemm_v2() {
+    ++counts.n_sgemm;
+    ++(capturing ? n_captured : counts.n_foreign_kernels);
+    return 0;
+}
 PRODUCT(cublasGemmEx)
 PRODUCT(cublasGemmStridedBatchedEx)
 PRODUCT(cublasGemmBatchedEx)

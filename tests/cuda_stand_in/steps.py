@@ -35,6 +35,7 @@ COUNTS = (
     "n_graph_launches",
     "n_captured",
     "held",
+    "n_sgemm",
 )
 
 
@@ -114,6 +115,15 @@ def main() -> None:
             session.encode(np.arange(2, 40))
             out["quiet"] = steps_of(session, model, [CanvasSpec(seed=1, quiet=True)])
             out["watched"] = steps_of(session, model, [CanvasSpec(seed=1)])
+            session.encode(np.arange(2, 2 + c))  # as the canvas that is finished, behind which the next one begins
+            out["next"] = steps_of(session, model, [CanvasSpec(seed=2, quiet=True)])
+            before = counts()
+            session.encode(np.arange(2, 2 + c))
+            out["second_encode"] = changes(before)
+            out["after"] = steps_of(session, model, [CanvasSpec(seed=3, quiet=True)])
+            before = counts()
+            session.encode(np.arange(2, 2 + c))
+            out["third_encode"] = changes(before)
             if session.sampler == "kernels":
                 out["differences"] = differences(session, model)
             with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +132,9 @@ def main() -> None:
                 session.load(Path(folder) / "prefix")
             out["n_past"] = session.n_past
             out["logits"] = list(session.denoise(np.zeros(c, dtype=np.int32)).shape)
+        with model.session(n_rows=8 * c) as session:
+            session.encode(np.arange(2, 40))
+            out["many"] = steps_of(session, model, [CanvasSpec(seed=i, quiet=True) for i in range(8)])
         out["text"] = model.generate([2, 5, 6], seed=3, max_tokens=20, max_steps=4).tokens
     out["left"] = counts()["held"]
     print(json.dumps(out))
