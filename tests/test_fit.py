@@ -113,11 +113,12 @@ def test_buffers_are_not_less_than_a_session_takes(shape: str, tmp_path: Path) -
 
 def test_buffers_are_not_much_more_either(heads: dict[str, Path], q4: FileReport) -> None:
     """Of the released shape at a context of 8,192. A session with kernels takes what one on the host does, and room for
-    8,192 candidates (8 bytes each) and a few numbers of each row: measured, the needs are 1.042 times that."""
+    8,192 candidates (8 bytes each) and a few numbers of each row: measured, the needs are 1.058 times that. They count
+    a chunk's view of the cache as the 8,192 rows that 7,936 are rounded to, beside all that may wait meanwhile."""
     memory = NativeModel(heads["q4_k_m"]).memory(sampler="host", ggml_operators=True)
     needs = q4.memory.needs
     assert needs is not None
-    assert needs.passes + needs.sampling <= 1.05 * (memory.compute + 256 * (8192 * 8 + 4))
+    assert needs.passes + needs.sampling <= 1.06 * (memory.compute + 256 * (8192 * 8 + 4))
 
 
 def test_a_long_context_takes_the_place_of_experts(heads: dict[str, Path], q4: FileReport) -> None:

@@ -1,7 +1,6 @@
 // What a pass is, and what its graph reads and writes.
 #pragma once
 
-#include "base/positions.h"
 #include "cpu/work.h"
 #include "model/model.h"
 #include "sample/sampler_graph.h"
