@@ -19,7 +19,7 @@ from gguf import GGUFReader, dequantize
 from gguf_rewrite import rewrite
 from levels import DISTINCT, LEVELS
 
-from pydiffgguf import DiffusionModel
+from pydiffgguf import DiffusionModel, demo_model_path
 from pydiffgguf.session import CanvasBatch, CanvasSpec, Session
 
 #: Awkward on purpose: nothing but the rows that K types need divides by what a vector or a tile holds.
@@ -105,6 +105,27 @@ def test_float32_agrees_with_ggml(net: Callable[[str], Path], level: str, n_batc
         model.session(ggml_operators=True) as ggml,
     ):
         assert worst(two_passes(own), two_passes(ggml)) < 5e-6
+
+
+def test_what_a_view_has_beyond_a_pass_is_masked() -> None:
+    """ggml's operators read 512 rows of the cache where a pass sees fewer. With those behind it zero, or full
+    of another text's keys and values, logits are the same to the bit; and with a cache that ends where the pass does,
+    except for the order of sums, which in a few rows moves an activation to the next integer."""
+    canvas, prefix = np.arange(64), np.arange(70) * 7 % 896
+    with DiffusionModel(demo_model_path(), n_gpu_layers=0) as model, model.session(ggml_operators=True) as session:
+        session.encode(prefix)
+        zeros = session.denoise(canvas)
+        session.reset()
+        session.encode(np.arange(300) * 5 % 896)
+        session.reset()
+        session.encode(prefix)
+        np.testing.assert_array_equal(session.denoise(canvas), zeros)
+    with (
+        DiffusionModel(demo_model_path(), n_gpu_layers=0, n_ctx=70 + 64) as model,
+        model.session(ggml_operators=True) as session,
+    ):
+        session.encode(prefix)
+        assert usual(session.denoise(canvas), zeros) < 2e-5
 
 
 @pytest.mark.parametrize(("type_kv", "bound"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 3e-2)])
