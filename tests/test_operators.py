@@ -6,6 +6,7 @@ ggml's operators serve devices and are what the own ones must agree with; parity
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -105,6 +106,29 @@ def test_float32_agrees_with_ggml(net: Callable[[str], Path], level: str, n_batc
         model.session(ggml_operators=True) as ggml,
     ):
         assert worst(two_passes(own), two_passes(ggml)) < 5e-6
+
+
+def test_no_graph_is_made_behind_the_first_canvas(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With ggml's operators, as on a device: later canvases, in steps of two passes, and their encoding find theirs.
+    ggml's scheduler logs each graph that it is given, and a GPU captures each."""
+    monkeypatch.setenv("GGML_SCHED_DEBUG", "1")
+    caplog.set_level(logging.DEBUG, "pydiffgguf.ggml")
+    made = []
+    with (
+        DiffusionModel(demo_model_path(), n_gpu_layers=0) as model,
+        model.session(n_rows=320, ggml_operators=True) as session,
+    ):
+        session.encode(np.arange(40))
+        for first in (0, 5):
+            caplog.clear()
+            batch = CanvasBatch(session, [CanvasSpec(seed=first + i) for i in range(5)], model.sampling)
+            for _ in range(2):
+                batch.step()
+            session.encode(np.arange(64))
+            made.append(sum("SPLIT #0" in line for line in caplog.messages))
+    assert made[0] >= 3 and made[1] == 0
 
 
 def test_what_a_view_has_beyond_a_pass_is_masked() -> None:
