@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,9 @@ LEFT_OUT = ("torch", "transformers", "rich", "huggingface_hub", "gguf", "PIL", "
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.name == "posix" and not sysconfig.get_config_var("Py_ENABLE_SHARED"), reason="PyInstaller needs Python's library"
+)
 def test_a_frozen_app_starts_and_generates(tmp_path: Path) -> None:
     """With no option that speaks of pydiffgguf: its hook brings the compiled module, cffi's half and the demo model."""
     (tmp_path / "app.py").write_text(PROGRAM, encoding="utf-8")
