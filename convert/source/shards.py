@@ -117,4 +117,7 @@ def parse_entry(name: str, entry: dict[str, object], base: int) -> StoredTensor:
         raise TypeError(name)
     if not all(type(n) is int and 0 <= n < 2**62 for n in [*shape, *offsets]) or offsets[0] > offsets[1]:
         raise ValueError(name)
-    return StoredTensor(name, str(entry["dtype"]), tuple(shape), base + offsets[0], offsets[1] - offsets[0])
+    dtype = str(entry["dtype"])
+    if not (name + dtype).isprintable():  # they stand in messages, on one line of a terminal
+        raise ValueError(name)
+    return StoredTensor(name, dtype, tuple(shape), base + offsets[0], offsets[1] - offsets[0])

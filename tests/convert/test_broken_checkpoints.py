@@ -145,6 +145,8 @@ BROKEN_HEADERS: dict[str, tuple[HeaderEdit, str]] = {
     "no shape": (lambda h: h[NORM].pop("shape"), "broken header"),
     "odd shape": (lambda h: h[NORM].update(shape=[-128]), "broken header"),
     "no object": (lambda h: h.update({NORM: 3}), "broken header"),
+    "name of two lines": (lambda h: h.update({f"a\n{NORM}": h[NORM]}), "broken header"),
+    "dtype that colours": (lambda h: h[NORM].update(dtype="\x1b[31mF32"), "broken header"),
 }
 
 
