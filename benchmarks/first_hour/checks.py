@@ -16,8 +16,9 @@ from typing import Any
 from first_hour import cards
 from first_hour.stages import REPOSITORY, Context, StageError
 
-#: The tests' names of the two places.
-PLACE = {"cuda": "CUDA", "cpu": "cpu"}
+#: Which tests of tests/parity are a place's. The CPU takes 20 seeds of each random net where a GPU takes 5: a minute
+#: more, without which the demo model's trajectories remain.
+TESTS = {"cuda": "CUDA and not servers", "cpu": "cpu and not servers and not random_nets"}
 PROMPTS = (
     "What colour is the sky?",
     "Why do leaves fall in autumn?",
@@ -100,7 +101,7 @@ def parity(context: Context) -> None:
         raise StageError(f"{' and '.join(missing)} missing: the tests against transformers did not run")
     files = [f"tests/parity/test_{name}.py" for name in ("logits", "trajectory")]
     workers = str(min(8, len(os.sched_getaffinity(0))))
-    words = [*files, "-k", f"{PLACE[context.place]} and not servers", "-n", workers]
+    words = [*files, "-k", TESTS[context.place], "-n", workers]
     context.record(tests=pytest(words, TRUE_FLOAT32))
     require(context.result["tests"])
 

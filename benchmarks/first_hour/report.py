@@ -188,6 +188,7 @@ def machine(run: dict[str, Any]) -> str:
         f"Python {facts.get('python_version')}",
         f"torch {facts.get('torch') or 'missing'}",
         str(facts.get("compiler")),
+        f"load up to {run['load']}",
     ]
     return ", ".join(parts)
 

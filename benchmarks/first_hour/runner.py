@@ -99,6 +99,7 @@ def run_all(chosen: Sequence[Stage], context: Context, *, total: float = TOTAL) 
         "command": " ".join(["python", *sys.argv]),
         "place": context.place,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "load": 0.0,  # the most processes that wanted a core, over a minute before a stage's end: this run's among them
         "stages": stages,
     }
     python = sys.executable
@@ -116,6 +117,7 @@ def run_all(chosen: Sequence[Stage], context: Context, *, total: float = TOTAL) 
             stages[one.name] = found
             python = found.get("result", {}).get("python", python)
             results["seconds"] = round(time.monotonic() - began, 1)
+            results["load"] = max(results["load"], round(os.getloadavg()[0], 1))
             write_json(context.out / "results.json", results)
     finally:
         shutil.rmtree(context.out / "work", ignore_errors=True)

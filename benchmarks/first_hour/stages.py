@@ -38,8 +38,8 @@ class Stage:
 STAGES = (
     Stage("facts", "the machine, and the archive's hashes", "machine:facts", 45, needs=None),
     Stage("build", "the extension for this machine, with all cores", "machine:build", 480, needs=None),
-    Stage("kernels", "our kernels against their host twins", "kernels:run", 120),
-    Stage("parity", "logits and trajectories against transformers", "checks:parity", 200),
+    Stage("kernels", "our kernels against their host twins", "kernels:run", 80),
+    Stage("parity", "logits and trajectories against transformers", "checks:parity", 240),
     Stage("sanitizer", "compute-sanitizer on the smallest run", "checks:sanitizer", 100, places=("cuda",)),
     Stage("ceilings", "copies and products, without this project", "ceilings:run", 60),
     Stage("steps 724m", "steps of the speed shape", "steps:small", 110),
