@@ -7,6 +7,7 @@ import importlib
 import json
 import lzma
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,17 @@ def test_an_ended_stage_leaves_no_process(context: Context, tmp_path: Path) -> N
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"], timeout=1.0)
     assert not mark.exists()
+
+
+def test_a_terminated_run_ends_its_stage(context: Context, tmp_path: Path) -> None:
+    """SIGTERM, as `timeout` sends it: nothing that the run started goes on."""
+    pid = tmp_path / "pid"
+    code = f"import os, signal, time; open({str(pid)!r}, 'w').write(str(os.getpid())); "
+    code += "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    with pytest.raises(SystemExit, match="143"):
+        run(context, ("stage", code, 30.0))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_no_stage_begins_after_the_runs_time(context: Context) -> None:

@@ -79,6 +79,11 @@ def run_stage(words: Sequence[str], context: Context) -> dict[str, Any]:
     return found
 
 
+def on_terminate(number: int, frame: object) -> None:
+    """SIGTERM ends the run as an exception, so that the stage under way is ended with it."""
+    raise SystemExit(128 + number)
+
+
 def why_not(one: Stage, place: str, stages: dict[str, Any]) -> dict[str, Any] | None:
     """The entry of a stage that is not to run, or None."""
     if place not in one.places:
@@ -103,6 +108,7 @@ def run_all(chosen: Sequence[Stage], context: Context, *, total: float = TOTAL) 
         "stages": stages,
     }
     python = sys.executable
+    before = signal.signal(signal.SIGTERM, on_terminate)
     try:
         for one in chosen:
             left = total - (time.monotonic() - began)
@@ -120,5 +126,6 @@ def run_all(chosen: Sequence[Stage], context: Context, *, total: float = TOTAL) 
             results["load"] = max(results["load"], round(os.getloadavg()[0], 1))
             write_json(context.out / "results.json", results)
     finally:
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(context.out / "work", ignore_errors=True)
     return results
