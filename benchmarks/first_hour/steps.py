@@ -78,8 +78,8 @@ def parts_of(session: Session) -> dict[str, float]:
     return parts
 
 
-def with_sampler(path: Path, sampler: str, place: str, *, parts: bool) -> dict[str, Any]:
-    """Encoding, first and later steps with one sampler; the parts of a step too, where asked for."""
+def with_sampler(path: Path, sampler: str, place: str, *, whole: bool) -> dict[str, Any]:
+    """Encoding, first and later steps with one sampler; `whole`: a second canvas and the parts of a step too."""
     options: dict[str, Any] = {"n_gpu_layers": 0 if place == "cpu" else "auto", "sampler": sampler, "n_ctx": N_CTX}
     with DiffusionModel(path, **options) as model, model.session() as session:
         n_vocab, canvas = model.config.n_vocab, model.config.canvas_length
@@ -87,17 +87,13 @@ def with_sampler(path: Path, sampler: str, place: str, *, parts: bool) -> dict[s
         session.encode(ids(PREFIX - canvas, n_vocab))
         encode = timed(session.encode, ids(canvas, n_vocab, PREFIX - canvas))
         first, others = steps_of(session, 1, time.perf_counter() + SECONDS)
-        # The second canvas shows what the first one's graphs are worth: the same work, nothing to build.
-        again, more = steps_of(session, 2, time.perf_counter() + SECONDS / 5)
-        found = {
-            "devices": on,
-            "encode_canvas_s": encode,
-            "first_step_s": first,
-            "first_step_of_second_canvas_s": again,
-            "step_s": statistics.median(others + more),
-            "steps": len(others) + len(more),
-        }
-        return found | ({"parts_s": parts_of(session)} if parts else {})
+        found: dict[str, Any] = {"devices": on, "encode_canvas_s": encode, "first_step_s": first}
+        if whole:
+            # It shows what the first canvas's graphs are worth: the same work, nothing to build.
+            found["first_step_of_second_canvas_s"], more = steps_of(session, 2, time.perf_counter() + SECONDS / 5)
+            others += more
+            found["parts_s"] = parts_of(session)
+        return found | {"step_s": statistics.median(others), "steps": len(others)}
 
 
 def tokens_a_second(path: Path, context: Context, step: float, encode: float, n_canvas: int) -> dict[str, Any]:
@@ -127,7 +123,7 @@ def measure(context: Context, shape: str, n_layers: int | None) -> None:
     samplers: dict[str, Any] = {}
     for sampler in SAMPLERS[context.place]:
         try:
-            samplers[sampler] = with_sampler(path, sampler, context.place, parts=not samplers)
+            samplers[sampler] = with_sampler(path, sampler, context.place, whole=not samplers)
         except (RuntimeError, MemoryError) as error:  # one sampler that fails does not hide the others
             samplers[sampler] = {"error": f"{type(error).__name__}: {error}"}
         context.record(samplers=samplers)
