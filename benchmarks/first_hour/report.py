@@ -85,7 +85,10 @@ def of_checks(place: str, results: dict[str, Any]) -> Iterator[Row]:
     tests = parity.get("tests")
     text = f"{tests['passed']} passed, {tests['failed'] + tests['error']} failed" if isinstance(tests, dict) else tests
     yield Row("parity", "tests against transformers: logits, trajectories", at(place, text))
-    for key, what in (("texts", "texts equal to the CPU's"), ("texts_float32", "the same without TF32")):
+    for key, what in (
+        ("texts", "texts equal to the CPU's"),
+        ("texts_float32", "texts equal to the CPU's, without TF32"),
+    ):
         if key == "texts_float32" and place == "cpu":
             continue
         texts = parity.get(key)

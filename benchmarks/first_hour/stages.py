@@ -41,7 +41,7 @@ STAGES = (
     Stage("kernels", "our kernels against their host twins", "kernels:run", 80),
     Stage("parity", "logits and trajectories against transformers", "checks:parity", 240),
     Stage("sanitizer", "compute-sanitizer on the smallest run", "checks:sanitizer", 100, places=("cuda",)),
-    Stage("ceilings", "copies and products, without this project", "ceilings:run", 60),
+    Stage("ceilings", "copies and products, without this project", "ceilings:run", 60, needs=None),
     Stage("steps 724m", "steps of the speed shape", "steps:small", 110),
     Stage("launches", "launches and captures a step", "launches:run", 40, places=("cuda",)),
     Stage("steps released", "steps of the released shape", "steps:released", 250),

@@ -17,8 +17,8 @@ import shapes
 from speed import endless, ids
 
 from first_hour import cards
-from first_hour.stages import Context
-from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel
+from first_hour.stages import Context, StageError
+from pydiffgguf import CanvasBatch, CanvasSpec, DiffGGUFError, DiffusionModel
 from pydiffgguf.session import Session
 
 #: Cached positions behind which a step is measured, as in docs/PERFORMANCE.md.
@@ -124,12 +124,12 @@ def measure(context: Context, shape: str, n_layers: int | None) -> None:
     for sampler in SAMPLERS[context.place]:
         try:
             samplers[sampler] = with_sampler(path, sampler, context.place, whole=not samplers)
-        except (RuntimeError, MemoryError) as error:  # one sampler that fails does not hide the others
+        except (DiffGGUFError, MemoryError) as error:  # one sampler that fails does not hide the others
             samplers[sampler] = {"error": f"{type(error).__name__}: {error}"}
         context.record(samplers=samplers)
     own = samplers[SAMPLERS[context.place][0]]
     if "error" in own:
-        raise RuntimeError(own["error"])
+        raise StageError(own["error"])
     canvas = shapes.shape(shape).canvas_length
     context.record(tokens=tokens_a_second(path, context, own["step_s"], own["encode_canvas_s"], canvas))
 
