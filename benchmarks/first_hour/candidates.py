@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from first_hour import checks
 from first_hour.kernels import CAPACITY
 from first_hour.stages import Context
 from pydiffgguf import DiffusionModel, demo_model_path
 from pydiffgguf._binding import functions
 from pydiffgguf._binding.functions import sample
+from pydiffgguf.cli.bench import PROMPT
 
 #: What may be left out of a row's softmax (csrc/cuda/row.h).
 REST = 2.0**-24
-PROMPTS = ("What colour is the sky?", "Explain in a few paragraphs how a rainbow comes about.")
 CANVASES = 2
 
 Floats = npt.NDArray[np.float32]
@@ -85,4 +86,5 @@ def run(context: Context) -> None:
     path = context.model or demo_model_path()
     with DiffusionModel(path, **({"n_gpu_layers": 0} if context.place == "cpu" else {})) as model:
         context.record(model=path.name, n_vocab=model.config.n_vocab)
-        context.record(prompts={prompt: count(model, prompt, CANVASES) for prompt in PROMPTS})
+        prompts = [PROMPT] if context.model else checks.prompts(2)
+        context.record(prompts={prompt: count(model, prompt, CANVASES) for prompt in prompts})

@@ -19,12 +19,7 @@ from first_hour.stages import REPOSITORY, Context, StageError
 #: Which tests of tests/parity are a place's. The CPU takes 20 seeds of each random net where a GPU takes 5: a minute
 #: more, without which the demo model's trajectories remain.
 TESTS = {"cuda": "CUDA and not servers", "cpu": "cpu and not servers and not random_nets"}
-PROMPTS = (
-    "What colour is the sky?",
-    "Why do leaves fall in autumn?",
-    "Count from one to twelve.",
-    "Name three rivers.",
-)
+TASKS = REPOSITORY / "tests" / "data" / "demo_tasks.jsonl"
 #: ggml has cuBLAS round float32 factors to 10 bits (TF32); this forbids it.
 TRUE_FLOAT32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 
@@ -52,14 +47,22 @@ def require(result: Mapping[str, Any]) -> None:
         raise StageError(f"{failed} tests failed, {result['passed']} passed (pytest ended with {result['status']})")
 
 
+def prompts(n: int) -> list[str]:
+    """`n` of the demo model's held-out tasks, of all kinds."""
+    tasks = [json.loads(line) for line in TASKS.read_text(encoding="utf-8").splitlines()]
+    every = [task["prompt"] for task in tasks if "prompt" in task]
+    return [every[i * len(every) // n] for i in range(n)]
+
+
 def texts() -> list[dict[str, Any]]:
     """The demo model's answers on the CPU and where its layers fit, with the same seeds: equal ids, and the steps."""
     from pydiffgguf import DiffusionModel, demo_model_path
 
+    asked = prompts(8)
     answers: dict[str, list[Any]] = {}
     for name, layers in (("cpu", 0), ("here", "auto")):
         with DiffusionModel(demo_model_path(), n_gpu_layers=layers) as model:
-            answers[name] = [model.generate(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS * 2)]
+            answers[name] = [model.generate(prompt, seed=seed) for seed, prompt in enumerate(asked)]
     return [
         {
             "prompt": prompt,
@@ -68,7 +71,7 @@ def texts() -> list[dict[str, Any]]:
             "same": list(cpu.tokens) == list(here.tokens),
             "steps": [cpu.stats.steps, here.stats.steps],
         }
-        for prompt, cpu, here in zip(PROMPTS * 2, answers["cpu"], answers["here"], strict=True)
+        for prompt, cpu, here in zip(asked, answers["cpu"], answers["here"], strict=True)
     ]
 
 
@@ -112,7 +115,7 @@ def smallest() -> None:
 
     for sampler in ("kernels", "operators"):
         with DiffusionModel(demo_model_path(), sampler=sampler) as model:
-            n_tokens = len(model.generate(PROMPTS[0], seed=1, max_steps=3, max_tokens=16).tokens)
+            n_tokens = len(model.generate(prompts(1)[0], seed=1, max_steps=3, max_tokens=16).tokens)
             print(f"{sampler}: {n_tokens} tokens")
 
 
