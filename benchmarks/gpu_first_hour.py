@@ -8,6 +8,7 @@ the build for its card, kernels against their host twins, logits and trajectorie
 compute-sanitizer, ceilings of copies and products, steps by part at two shapes with three samplers, launches and
 captures, tokens a second, candidates a row. A stage that fails or takes too long does not stop the next one.
 DIR/results.json is written after each of them; DIR/table.md is the table; DIR/stages/ has every stage's output.
+`--only STAGE` into the same DIR runs a stage again and keeps the others' results, the build among them.
 
 It builds into an environment in DIR: on a machine without a network from the archive of tools/gpu_archive.py, elsewhere
 with pip's packages; with --installed it takes the pydiffgguf that this Python has. With --place cuda it refuses to run
@@ -35,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description="The first hour on a GPU: checks, then times, in less than 25 minutes.")
     out.add_argument("--out", type=Path, metavar="DIR", help="results.json, table.md and every stage's output go there")
     out.add_argument("--place", choices=PLACES, default="cuda", help="where models are computed (cuda)")
-    out.add_argument("--only", action="append", metavar="STAGE", help="this stage, and others named so; repeatable")
+    out.add_argument(
+        "--only", action="append", metavar="STAGE", help="run this stage (repeatable) and keep what DIR has of others"
+    )
     out.add_argument("--model", type=Path, metavar="FILE", help="a trained GGUF file to count candidates of (the demo)")
     out.add_argument("--installed", action="store_true", help="take the pydiffgguf that this Python has, build nothing")
     out.add_argument("--list", action="store_true", help="print the stages with their limits, and run nothing")
@@ -59,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = {stage(name) for name in args.only or ()}
     except ValueError as error:
         options.error(str(error))
-    needed = named | {stage(one.needs) for one in named if one.needs}
-    chosen = [one for one in STAGES if not named or one in needed]
     if args.place == "cuda":
         cards.find_gpu()
     context = Context(
@@ -79,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(f"{args.stage}: {error}") from None
         return 0
     context.out.mkdir(parents=True, exist_ok=True)
-    run = runner.run_all(chosen, context)
+    before = runner.earlier(context.out, context.place) if named else None
+    there = {name for name, found in (before or {"stages": {}})["stages"].items() if found["status"] == "done"}
+    needed = named | {stage(one.needs) for one in named if one.needs and one.needs not in there}
+    run = runner.run_all([one for one in STAGES if not named or one in needed], context, before=before)
     text = report.table(run)
     (context.out / "table.md").write_text(text, encoding="utf-8")
     print(text)

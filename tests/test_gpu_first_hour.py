@@ -105,6 +105,23 @@ def test_the_limits_are_less_than_25_minutes() -> None:
         assert callable(getattr(importlib.import_module(f"first_hour.{module}"), function))
 
 
+def test_a_stage_run_again_leaves_the_others_results(context: Context) -> None:
+    """In results.json, with both commands; the build's Python runs it. Another place begins anew."""
+    run(context, ("facts", "pass", 30.0), ("candidates", "raise SystemExit(1)", 30.0))
+    before = runner.earlier(context.out, "cpu")
+    assert before is not None and runner.earlier(context.out, "cuda") is None
+    before["stages"]["build"] = {"status": "done", "result": {"python": "the build's"}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "command", lambda python, here: [sys.executable, "-c", f"assert {python!r} != ''"])
+        patch.setattr(runner, "run_stage", lambda words, here: {"status": "done", "seconds": 1.0, "words": words})
+        results = runner.run_all([stages.stage("candidates")], context, before=before)
+    assert {name: found["status"] for name, found in results["stages"].items()} == dict.fromkeys(
+        ("facts", "build", "candidates"), "done"
+    )
+    assert "the build's" in results["stages"]["candidates"]["words"][-1]
+    assert len(results["commands"]) == 2
+
+
 def test_a_stage_whose_need_failed_is_not_run() -> None:
     built = {"build": {"status": "done"}}
     kernels, sanitizer = stages.stage("kernels"), stages.stage("sanitizer")
@@ -156,7 +173,7 @@ def whole(place: str) -> dict[str, Any]:
     }
     run = {name: {"status": "done", "seconds": 1.0, "limit": 9.0, "result": found} for name, found in figures.items()}
     run["parity"] = {"status": "timed out", "seconds": 9.0, "limit": 9.0, "error": "ended after 9 s"}
-    return {"command": "python x", "place": place, "date": "today", "seconds": 60.0, "load": 1.5, "stages": run}
+    return {"commands": ["python x"], "place": place, "date": "today", "seconds": 60.0, "load": 1.5, "stages": run}
 
 
 def cells(text: str) -> dict[tuple[str, str], list[str]]:

@@ -212,7 +212,7 @@ def table(run: dict[str, Any]) -> str:
     ]
     parts = [
         "# A GPU's first hour",
-        f"    {run['command']}",
+        "\n".join(f"    {command}" for command in run["commands"]),
         f"Machine: {machine(run)}. {run['date']}. Commit {facts.get('commit')}. "
         f"{run['seconds'] / 60:.1f} minutes in all.",
         markdown(["stage", "what", "status", "s", "limit, s"], stages),

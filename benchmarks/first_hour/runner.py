@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from first_hour.stages import Context, Stage, log_file, result_file, stage, write_json
+from first_hour.stages import STAGES, Context, Stage, log_file, result_file, stage, write_json
 
 SCRIPT = Path(__file__).resolve().parents[1] / "gpu_first_hour.py"
 #: Seconds of a whole run.
@@ -93,22 +94,37 @@ def why_not(one: Stage, place: str, stages: dict[str, Any]) -> dict[str, Any] | 
     return None
 
 
-def run_all(chosen: Sequence[Stage], context: Context, *, total: float = TOTAL) -> dict[str, Any]:
-    """Runs the stages; returns what results.json holds, which is written after each of them.
+def earlier(out: Path, place: str) -> dict[str, Any] | None:
+    """What an earlier run at this place left in results.json, or None."""
+    try:
+        found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return found if found["place"] == place else None
+
+
+def run_all(
+    chosen: Sequence[Stage], context: Context, *, total: float = TOTAL, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Runs the stages; returns what results.json holds, which is written after each of them. `before`: an earlier
+    run's, whose other stages stay.
 
     A stage that fails or takes too long does not stop the next one. No stage gets more time than the run has left.
     """
     began = time.monotonic()
-    stages: dict[str, Any] = {}
+    stages: dict[str, Any] = dict(before["stages"]) if before else {}
     results: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "commands": [
+            *(before["commands"] if before else ()),
+            shlex.join(["python", "benchmarks/gpu_first_hour.py", *sys.argv[1:]]),
+        ],
         "place": context.place,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "load": 0.0,  # the most processes that wanted a core, over a minute before a stage's end: this run's among them
-        "stages": stages,
+        "load": before["load"] if before else 0.0,  # at most, over a minute before a stage's end: this run is in it
     }
-    python = sys.executable
-    before = signal.signal(signal.SIGTERM, on_terminate)
+    spent = before["seconds"] if before else 0.0
+    python = stages.get("build", {}).get("result", {}).get("python", sys.executable)
+    handler = signal.signal(signal.SIGTERM, on_terminate)
     try:
         for one in chosen:
             left = total - (time.monotonic() - began)
@@ -122,10 +138,11 @@ def run_all(chosen: Sequence[Stage], context: Context, *, total: float = TOTAL) 
                 print(f"  {found['status']} after {found['seconds']} s", flush=True)
             stages[one.name] = found
             python = found.get("result", {}).get("python", python)
-            results["seconds"] = round(time.monotonic() - began, 1)
+            results["seconds"] = round(spent + time.monotonic() - began, 1)
             results["load"] = max(results["load"], round(os.getloadavg()[0], 1))
+            results["stages"] = {one.name: stages[one.name] for one in (*STAGES, *chosen) if one.name in stages}
             write_json(context.out / "results.json", results)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
         shutil.rmtree(context.out / "work", ignore_errors=True)
     return results
