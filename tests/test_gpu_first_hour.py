@@ -80,12 +80,14 @@ def test_an_ended_stage_leaves_no_process(context: Context, tmp_path: Path) -> N
 
 
 def test_a_terminated_run_ends_its_stage(context: Context, tmp_path: Path) -> None:
-    """SIGTERM, as `timeout` sends it: nothing that the run started goes on."""
+    """SIGTERM, as `timeout` sends it: nothing that the run started goes on, no further stage begins, and what the stage
+    had kept is there."""
     pid = tmp_path / "pid"
-    code = f"import os, signal, time; open({str(pid)!r}, 'w').write(str(os.getpid())); "
+    code = f"{KEEPS}import os, signal, time; open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
     code += "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
-    with pytest.raises(SystemExit, match="143"):
-        run(context, ("stage", code, 30.0))
+    found = run(context, ("keeps", code, 30.0), ("second", "pass", 30.0))
+    assert (found["keeps"]["status"], found["keeps"]["result"]) == ("interrupted", {"first": 1})
+    assert "second" not in found
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 
@@ -212,8 +214,8 @@ def test_candidates_by_mass_are_those_by_the_bound_or_fewer() -> None:
     """A row of 5,000: p = 1/2, 1/4 and so on needs 25 tokens, the rest being 2^-24 and more before."""
     z = np.full((1, 5000), -40.0, dtype=np.float32)
     z[0, :60] = -math.log(2) * np.arange(60)
-    assert candidates.by_mass(z).tolist() == [25]
-    assert candidates.by_bound(z).tolist() == [37]
+    assert candidates.by_mass(z, 2.0**-24).tolist() == [25]
+    assert candidates.by_bound(z, 2.0**-24).tolist() == [37]
     with DiffusionModel(demo_model_path()) as model:
         steps = candidates.count(model, "What colour is the sky?", 2)
         assert steps[0]["most"] <= model.config.n_vocab

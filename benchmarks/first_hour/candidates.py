@@ -17,26 +17,27 @@ from pydiffgguf._binding import functions
 from pydiffgguf._binding.functions import sample
 from pydiffgguf.cli.bench import PROMPT
 
-#: What may be left out of a row's softmax (csrc/cuda/row.h).
-REST = 2.0**-24
+#: What may weigh together what is left out of a row's softmax (csrc/base/signal_cut.h), by whether the embedding is
+#: quantized.
+REST = {True: 1e-4 / 16, False: 1e-6 / 16}
 CANVASES = 2
 
 Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 
 
-def by_bound(z: Floats) -> Counts:
-    """Tokens above the bound below which all others together, however many, weigh less than REST; z [rows, tokens],
+def by_bound(z: Floats, rest: float) -> Counts:
+    """Tokens above the bound below which all others together, however many, weigh less than `rest`; z [rows, tokens],
     over the temperature."""
-    lowest = math.log(REST) - math.log(z.shape[1])
+    lowest = math.log(rest) - math.log(z.shape[1])
     return (z - z.max(axis=1, keepdims=True) > lowest).sum(axis=1)
 
 
-def by_mass(z: Floats) -> Counts:
-    """The fewest tokens whose rest weighs less than REST, measured."""
+def by_mass(z: Floats, rest: float) -> Counts:
+    """The fewest tokens whose others weigh less than `rest`, measured."""
     p = np.exp((z - z.max(axis=1, keepdims=True)).astype(np.float64))
     p = np.sort(p / p.sum(axis=1, keepdims=True), axis=1)
-    return z.shape[1] - (p.cumsum(axis=1) < REST).sum(axis=1)
+    return z.shape[1] - (p.cumsum(axis=1) < rest).sum(axis=1)
 
 
 def count(model: DiffusionModel, prompt: str, n_canvases: int) -> list[dict[str, Any]]:
@@ -44,6 +45,8 @@ def count(model: DiffusionModel, prompt: str, n_canvases: int) -> list[dict[str,
     ids = model._engine.prompts.turn(prompt)
     n_vocab, canvas = model.config.n_vocab, model.config.canvas_length
     sampling = model.sampling
+    kinds = {tensor.name: tensor.type for tensor in model.tensors()}
+    rest = REST[kinds["token_embd.weight"].lower() not in ("f32", "f16", "bf16")]
     found: dict[int, list[tuple[Counts, Counts]]] = {}
     with model.session() as session:
         session.encode(ids)
@@ -55,7 +58,7 @@ def count(model: DiffusionModel, prompt: str, n_canvases: int) -> list[dict[str,
                 z = session.denoise(rows, signal)
                 t = sampling.t_min + (sampling.t_max - sampling.t_min) * (sampling.steps - step) / sampling.steps
                 signal = z / np.float32(t)
-                found.setdefault(step, []).append((by_bound(signal), by_mass(signal)))
+                found.setdefault(step, []).append((by_bound(signal, rest), by_mass(signal, rest)))
                 uniform = functions.noise_uniform(seed, 0, step, canvas)
                 renoise = functions.noise_renoise(seed, 0, step, canvas, n_vocab)
                 out = sample(z, sampling, step=step, uniform=uniform, renoise=renoise)

@@ -208,7 +208,7 @@ def table(run: dict[str, Any]) -> str:
     errors = [
         f"### {name}: {stage['status']}\n\n```\n{stage['error']}\n```"
         for name, stage in run["stages"].items()
-        if stage["status"] in ("failed", "timed out", "not run")
+        if stage["status"] in ("failed", "timed out", "interrupted", "not run")
     ]
     parts = [
         "# A GPU's first hour",

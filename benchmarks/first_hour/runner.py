@@ -63,15 +63,20 @@ def run_stage(words: Sequence[str], context: Context) -> dict[str, Any]:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
         )
+        code: int | None = None
+        status = "timed out"
         try:
-            code: int | None = process.wait(timeout=context.limit)
+            code = process.wait(timeout=context.limit)
         except subprocess.TimeoutExpired:
-            code = None
+            pass
+        except (KeyboardInterrupt, Terminated):
+            status = "interrupted"
         finally:
             end(process)
-    found: dict[str, Any] = {"status": "done", "seconds": round(time.monotonic() - began, 1), "limit": context.limit}
+    seconds = round(time.monotonic() - began, 1)
+    found: dict[str, Any] = {"status": "done", "seconds": seconds, "limit": context.limit}
     if code is None:
-        found |= {"status": "timed out", "error": f"ended after {context.limit:.0f} s"}
+        found |= {"status": status, "error": f"ended after {seconds:.0f} s"}
     elif code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         found |= {"status": "failed", "error": "\n".join(lines[-LAST_LINES:]) or f"exit status {code}"}
@@ -80,9 +85,13 @@ def run_stage(words: Sequence[str], context: Context) -> dict[str, Any]:
     return found
 
 
+class Terminated(BaseException):
+    """The run got SIGTERM."""
+
+
 def on_terminate(number: int, frame: object) -> None:
-    """SIGTERM ends the run as an exception, so that the stage under way is ended with it."""
-    raise SystemExit(128 + number)
+    """SIGTERM is an exception, so that the stage under way is ended with the run, and what it found is kept."""
+    raise Terminated(number)
 
 
 def why_not(one: Stage, place: str, stages: dict[str, Any]) -> dict[str, Any] | None:
@@ -142,6 +151,8 @@ def run_all(
             results["load"] = max(results["load"], round(os.getloadavg()[0], 1))
             results["stages"] = {one.name: stages[one.name] for one in (*STAGES, *chosen) if one.name in stages}
             write_json(context.out / "results.json", results)
+            if found["status"] == "interrupted":
+                break
     finally:
         signal.signal(signal.SIGTERM, handler)
         shutil.rmtree(context.out / "work", ignore_errors=True)
