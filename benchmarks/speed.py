@@ -47,6 +47,7 @@ TORCH_LEVELS = {
     "avx_vnni": ("avx2", "AVX2_VNNI", "AVX2"),
     "avx512": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
     "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+    "amx": ("avx512", "AVX512_CORE_AMX", "AVX512"),
 }
 
 #: What times are taken by; `--processor-time` makes it the time of this process on the processor.

@@ -5,6 +5,10 @@
 #if defined(__x86_64__) || defined(__i386__)
 #    define DG_X86 1
 #    include <cpuid.h>
+#    if defined(__linux__) && defined(__x86_64__)
+#        include <sys/syscall.h>
+#        include <unistd.h>
+#    endif
 #elif defined(_M_X64) // MinGW has both names
 #    define DG_X86 1
 #    define DG_MSVC_INTRINSICS 1
@@ -35,6 +39,7 @@ constexpr Name NAMES[] = {
     {FEATURE_AVX512_VNNI, "avx512_vnni"},
     {FEATURE_AVX512_BF16, "avx512_bf16"},
     {FEATURE_AVX512_NEW, "avx512_vbmi2"},
+    {FEATURE_AMX_BF16, "amx_bf16"},
     {FEATURE_DOTPROD, "dotprod"},
     {FEATURE_I8MM, "i8mm"},
     {FEATURE_FP16, "fp16"},
@@ -71,6 +76,19 @@ uint64_t xcr0() {
 #    endif
 }
 
+// Asks the system for tiles, which a process has from then on, on all threads. No for a system that is too old, or
+// where a thread's stack for signals is too small: tiles are 8 KB of it. Numbers: Linux,
+// Documentation/arch/x86/xstate.rst.
+bool asks_for_tiles() {
+#    if defined(__linux__) && defined(__x86_64__)
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023;
+    constexpr long XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#    else
+    return false;
+#    endif
+}
+
 bool has(uint32_t bits, int bit) { return (bits >> bit & 1) != 0; }
 
 // Bit numbers: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2A, CPUID.
@@ -99,6 +117,8 @@ uint32_t detect() {
         add(FEATURE_AVX512_VNNI, has(seven.c, 11));
         add(FEATURE_AVX512_BF16, has(seven_one.a, 5));
         add(FEATURE_AVX512_NEW, has(seven.c, 6) && has(seven.c, 12) && has(seven.c, 14));
+        const bool saves_tiles = (saved & 0x60000) == 0x60000;
+        add(FEATURE_AMX_BF16, saves_tiles && has(seven.d, 22) && has(seven.d, 24) && asks_for_tiles());
     }
     return found;
 }

@@ -23,6 +23,7 @@ enum Feature : uint32_t {
     FEATURE_I8MM = 1u << 12,
     FEATURE_FP16 = 1u << 13, // arithmetic
     FEATURE_SVE = 1u << 14,
+    FEATURE_AMX_BF16 = 1u << 15, // where the system lets this process use tiles
 };
 
 // Asks the processor. Runs before anything else may: it is compiled for the oldest processor of its kind.

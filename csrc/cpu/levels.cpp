@@ -24,6 +24,7 @@ DG_DECLARE(avx2)
 DG_DECLARE(avx_vnni)
 DG_DECLARE(avx512)
 DG_DECLARE(avx512_bf16)
+DG_DECLARE(amx)
 #elif defined(DG_HAS_neon)
 DG_DECLARE(neon)
 DG_DECLARE(dotprod)
@@ -51,6 +52,8 @@ std::vector<Level> all_levels() {
         {"avx512", "x86-64-v4 with VNNI", V4, DG_KERNELS(DG_HAS_avx512, avx512)},
         {"avx512_bf16", "x86-64-v4 with VNNI and products of bfloat16", V4 | FEATURE_AVX512_BF16,
          DG_KERNELS(DG_HAS_avx512_bf16, avx512_bf16)},
+        {"amx", "the same with tiles of bfloat16", V4 | FEATURE_AVX512_BF16 | FEATURE_AMX_BF16,
+         DG_KERNELS(DG_HAS_amx, amx)},
 #elif defined(DG_HAS_neon)
         {"neon", "ARMv8.0", 0, DG_KERNELS(DG_HAS_neon, neon)},
         {"dotprod", "with dot products of bytes", FEATURE_DOTPROD, DG_KERNELS(DG_HAS_dotprod, dotprod)},

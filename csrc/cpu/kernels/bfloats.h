@@ -1,6 +1,7 @@
-// Products in bfloat16, with sums in float32, where the processor multiplies pairs of them (AVX512-BF16): twice as many
-// a cycle as of float32. Weights that the file has in bfloat16 stay as they are; activations are rounded to it, which
-// needs no scales. Everything else is as in tile.h: column blocks, and sums in a fixed order.
+// Products in bfloat16, with sums in float32, where the processor multiplies pairs of them (AVX512-BF16: twice as many
+// a cycle as of float32) or tiles of them (AMX: 16 times as many, more than of bytes without it). Weights that the file
+// has in bfloat16 stay as they are; activations are rounded to it, which needs no scales. Everything else is as in
+// tile.h: column blocks, and sums in a fixed order.
 #pragma once
 
 #include "cpu/kernels/tile.h"
@@ -11,6 +12,11 @@
 #    define DG_HAS_BFLOATS 1
 #else
 #    define DG_HAS_BFLOATS 0
+#endif
+#if defined(__AMX_BF16__)
+#    define DG_HAS_TILES 1
+#else
+#    define DG_HAS_TILES 0
 #endif
 
 namespace dg::DG_LEVEL {
@@ -27,14 +33,28 @@ void round_two(const float *first, const float *second, int64_t n, BfloatPair *o
 // [depth, COLUMNS] floats -> pairs; an odd last value has a zero beside it.
 void round_columns(const float *block, int64_t depth, BfloatPair *out);
 
+// n floats, n a multiple of 2 * LANES -> n / 2 pairs
+void round_row(const float *from, int64_t n, BfloatPair *out);
+
+// While one of these lives, the thread's tiles are configured; needed around multiply_bfloats. Not for longer: a system
+// saves tiles that are in use whenever it switches threads.
+class Tiles {
+  public:
+    Tiles();
+    ~Tiles();
+    Tiles(const Tiles &) = delete;
+    Tiles &operator=(const Tiles &) = delete;
+};
+
 // out [rows, COLUMNS] = w times one block of columns (or is added to). Pair i of row r is at[r * row + i * step].
-// `narrow`: only the first LANES columns count.
+// `narrow`: only the first LANES columns count. Where there are tiles and step is 1, depth is a multiple of 32, and the
+// rows up to the next multiple of 16 may be read.
 struct BfloatRows {
     const BfloatPair *at;
     int64_t row;
     int64_t step;
 };
-void multiply_bfloats(BfloatRows w, int64_t rows, int64_t depth, const BfloatPair *x, float *out, bool narrow,
+void multiply_bfloats(const BfloatRows &w, int64_t rows, int64_t depth, const BfloatPair *x, float *out, bool narrow,
                       bool add);
 
 #endif

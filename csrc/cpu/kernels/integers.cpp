@@ -15,22 +15,6 @@ namespace dg::DG_LEVEL {
 
 #if DG_HAS_INTEGERS
 
-Form integers_for(ggml_type type) {
-    switch (type) {
-#    if defined(DG_INT8_PAIRS)
-        case GGML_TYPE_Q8_0: return Form::WORDS;
-#    else
-        case GGML_TYPE_Q8_0:
-#    endif
-        case GGML_TYPE_Q4_0:
-        case GGML_TYPE_Q5_0:
-        case GGML_TYPE_Q4_K:
-        case GGML_TYPE_Q5_K:
-        case GGML_TYPE_Q6_K: return Form::BYTES;
-        default: return Form::FLOATS;
-    }
-}
-
 namespace {
 
 // What a type's quants are, as unpack_quants leaves them.
@@ -237,11 +221,8 @@ void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns 
 #    endif
 
 // The columns' groups that a type's quants are multiplied with, and the bytes that its quants take.
-#    if defined(DG_INT8_PAIRS)
-template <ggml_type TYPE> using Group = std::conditional_t<TYPE == GGML_TYPE_Q8_0, GroupWords, GroupColumns>;
-#    else
-template <ggml_type> using Group = GroupColumns;
-#    endif
+template <ggml_type TYPE>
+using Group = std::conditional_t<TYPE == GGML_TYPE_Q8_0 && Q8_FORM == Form::WORDS, GroupWords, GroupColumns>;
 
 // R rows and V vectors of columns, the first at `column`.
 template <ggml_type TYPE, int R, int V>
@@ -404,7 +385,7 @@ void quantize_columns(const float *block, int64_t depth, Form form, float *out) 
 }
 
 void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows, int64_t row) {
-    if (integers_for(type) == Form::WORDS) {
+    if (type == GGML_TYPE_Q8_0 && Q8_FORM == Form::WORDS) {
         unpack_words(data, n, reinterpret_cast<int16_t *>(rows.quants + row * IntRows::ROW),
                      rows.scales + row * IntRows::SCALES);
         return;

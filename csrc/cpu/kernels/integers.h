@@ -8,6 +8,7 @@
 // pairs, and activations are rounded to 16 bits instead of 8.
 #pragma once
 
+#include "cpu/kernels/bfloats.h"
 #include "cpu/kernels/tile.h"
 
 #include "ggml.h"
@@ -15,7 +16,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if DG_HAS_TILES
+#    define DG_HAS_INTEGERS 0 // tiles of bfloat16 are faster, and closer
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #    define DG_HAS_INTEGERS 1
 #    define DG_INT8_VNNI 1
 #elif defined(__SSSE3__)
@@ -35,8 +38,12 @@ namespace dg::DG_LEVEL {
 
 #if DG_HAS_INTEGERS
 
-// The integers that weights of the type are multiplied by here; FLOATS: none.
-Form integers_for(ggml_type type);
+// What the quants of Q8_0 are multiplied by; those of fewer bits: BYTES.
+#    if defined(DG_INT8_PAIRS)
+constexpr Form Q8_FORM = Form::WORDS;
+#    else
+constexpr Form Q8_FORM = Form::BYTES;
+#    endif
 
 // Values of a column that are side by side.
 #    if defined(DG_INT8_MATRICES)

