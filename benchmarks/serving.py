@@ -321,7 +321,7 @@ async def full(server: Server) -> dict[str, Any]:
     count: Counter[int] = Counter()
     refused: list[float] = []
     answers: list[Any] = []
-    slow = {**LONG, "stream": False, "max_tokens": 256, "diffusion": {"steps": 200, "confidence_threshold": 0.0}}
+    slow = {**LONG, "stream": False, "max_tokens": 128, "diffusion": {"steps": 150, "confidence_threshold": 0.0}}
 
     async def one(seed: int) -> None:
         plain = await Plain.of(server)
@@ -334,7 +334,7 @@ async def full(server: Server) -> dict[str, Any]:
 
     everybody = asyncio.Event()
     all_of_them = asyncio.gather(*(one(seed) for seed in range(64)))
-    await asyncio.sleep(1)
+    await asyncio.sleep(0.3)
     again: list[float] = []
     plain = await Plain.of(server)
     for _ in range(500):
@@ -404,6 +404,7 @@ async def run(model: Path, seconds: float, only: list[str]) -> dict[str, Any]:
             }
             for name in only or parts:
                 found[name] = await parts[name]()
+                print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
     finally:
         log = server.stop()
     found["tracebacks"] = log.count("Traceback")
