@@ -201,7 +201,7 @@ def test_options_reach_the_library(
         ("--template a<gap/>b<gap/> --until line", "--until says where a text ends that nothing follows"),
         ("FILE --at 3 --gap 3 --until line", "--until and --gap N both say how long the gap is"),
         ("--template a", "--template: the template has no gap: mark it with <gap/>"),
-        ("--template <gap/><gap/>b", "--template: two gaps stand side by side"),
+        ("--template <gap/><gap/>b", "--template: two gaps are side by side"),
         ("--template a<gap/>b<gap/>c --gap 2", "--gap is for one gap, and the template has several"),
         ("--template a<gap/>b<gap/>c -n 2", "-n ranks the fillings of one gap, and the template has several"),
         ("--template a<gap$len=3/>b --gap 2", "the template says that its gap has 3 tokens: leave out --gap"),

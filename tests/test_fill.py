@@ -85,7 +85,7 @@ def test_a_text_may_hold_a_marker_of_its_own(model: DiffusionModel) -> None:
         ("a<gap max=x/>b", "max is 'x': it must be a number of tokens"),
         ("a<gap len=0/>b", "len of <gap len=0/> is 0: it must be from 1"),
         ("a<gap min=9 max=3/>b", "min is 9: it must be at most max, 3"),
-        ("a<gap/><gap/>b", "two gaps stand side by side"),
+        ("a<gap/><gap/>b", "two gaps are side by side"),
         ("a<gap len=3 max=5/>b", "<gap len=3 max=5/>: len says how long the gap is; leave out min and max"),
         ("a<gap max=3 max=5/>b", "max is given twice"),
         ("a<\\gap/>b", "the template has no gap"),
