@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 #: Bytes of a canvas's struct, its decision in it (csrc/cuda/canvas.h).
-CANVAS = 224
+CANVAS = 208
 
 Run = Callable[..., dict[str, Any]]
 

@@ -295,13 +295,35 @@ void Session::compute(Executor &executor, const Graph &graph) {
     if (profiled_) {
         run_timed(graph);
     } else {
-        run([&] { return executor.compute(graph); });
+        try {
+            run([&] { return executor.compute(graph); });
+        } catch (const Error &error) {
+            if (error.status() != DG_ERROR_CANCELLED && !model_->devices().empty()) {
+                set_aside();
+            }
+            throw;
+        }
     }
     if (std::any_of(graph.work.begin(), graph.work.end(),
                     [](const auto &work) { return work->unsound.load(std::memory_order_relaxed); })) {
         throw Error(DG_ERROR_INTERNAL,
                     "an activation is NaN or infinite: the weights hold such numbers, or lead to them");
     }
+}
+
+// Behind a pass that failed on a device no graph is used again, and none is freed before the session. ggml's CUDA
+// backend knows a graph by the address of its first node and captures it when it comes the second time. An error in the
+// middle of a capture leaves a counter of ggml's raised, and then every backend waits forever when it is freed: so the
+// next try has to come as a new graph, which is only launched.
+void Session::set_aside() {
+    for (auto &kept : pass_graphs_) {
+        failed_graphs_.push_back(std::move(kept.second));
+    }
+    for (auto &kept : signal_graphs_) {
+        failed_graphs_.push_back(std::move(kept.second));
+    }
+    pass_graphs_.clear();
+    signal_graphs_.clear();
 }
 
 template <typename Compute> void Session::run(const Compute &compute) {

@@ -104,6 +104,7 @@ class Session final : private Passes {
     template <typename Key> using KeptGraphs = std::vector<std::pair<Key, Graph>>;
     KeptGraphs<Pass> pass_graphs_;                          // keys: of all passes with the same graph, one
     KeptGraphs<std::pair<int32_t, int32_t>> signal_graphs_; // first row, rows
+    std::vector<Graph> failed_graphs_;                      // see set_aside
     std::optional<Pass> inputs_;                            // whose positions, slots and masks are in io_
     std::unique_ptr<Importance> importance_;
     std::unique_ptr<ActiveAdapters> adapters_; // null: none
@@ -153,6 +154,7 @@ class Session final : private Passes {
     void compute_pass() override { compute(*passes_, pass_graphs_.back().second); }
     void compute_signal(int32_t first_row, int32_t first_logit, int32_t n_rows) override;
     void compute(Executor &executor, const Graph &graph);
+    void set_aside();
     template <typename Compute> void run(const Compute &compute);
     void run_timed(const Graph &graph);
     bool should_stop();
