@@ -131,25 +131,31 @@ def test_no_graph_is_made_behind_the_first_canvas(
     assert made[0] >= 3 and made[1] == 0
 
 
-def test_what_a_view_has_beyond_a_pass_is_masked() -> None:
+def test_what_a_view_has_beyond_a_pass_is_masked(net: Callable[[str], Path]) -> None:
     """ggml's operators read 512 rows of the cache where a pass sees fewer. With those behind it zero, or full
     of another text's keys and values, logits are the same to the bit; and with a cache that ends where the pass does,
-    except for the order of sums, which in a few rows moves an activation to the next integer."""
-    canvas, prefix = np.arange(64), np.arange(70) * 7 % 896
-    with DiffusionModel(demo_model_path(), n_gpu_layers=0) as model, model.session(ggml_operators=True) as session:
-        session.encode(prefix)
-        zeros = session.denoise(canvas)
-        session.reset()
-        session.encode(np.arange(300) * 5 % 896)
-        session.reset()
-        session.encode(prefix)
-        np.testing.assert_array_equal(session.denoise(canvas), zeros)
+    except for the order of sums (in float32: where activations become integers, a build of ggml for this processor
+    moved most rows by 2e-3)."""
+    prefix = ids(70) % 896
+    for path, type_kv in ((demo_model_path(), "f16"), (net("f32"), "f32")):
+        with (
+            DiffusionModel(path, type_kv=type_kv, n_gpu_layers=0) as model,
+            model.session(ggml_operators=True) as session,
+        ):
+            rows = ids(model.config.canvas_length) % 896
+            session.encode(prefix)
+            zeros = session.denoise(rows)
+            session.reset()
+            session.encode(ids(300, 3) % 896)
+            session.reset()
+            session.encode(prefix)
+            np.testing.assert_array_equal(session.denoise(rows), zeros)
     with (
-        DiffusionModel(demo_model_path(), n_gpu_layers=0, n_ctx=70 + 64) as model,
+        DiffusionModel(net("f32"), type_kv="f32", n_gpu_layers=0, n_ctx=70 + C) as model,
         model.session(ggml_operators=True) as session,
     ):
         session.encode(prefix)
-        assert usual(session.denoise(canvas), zeros) < 2e-5
+        assert worst(session.denoise(rows), zeros) < 5e-6
 
 
 @pytest.mark.parametrize(("type_kv", "bound"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 3e-2)])
