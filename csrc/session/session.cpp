@@ -316,14 +316,14 @@ void Session::compute(Executor &executor, const Graph &graph) {
 // middle of a capture leaves a counter of ggml's raised, and then every backend waits forever when it is freed: so the
 // next try has to come as a new graph, which is only launched.
 void Session::set_aside() {
-    for (auto &kept : pass_graphs_) {
-        failed_graphs_.push_back(std::move(kept.second));
-    }
-    for (auto &kept : signal_graphs_) {
-        failed_graphs_.push_back(std::move(kept.second));
-    }
-    pass_graphs_.clear();
-    signal_graphs_.clear();
+    const auto set = [this](auto &graphs) {
+        for (auto &kept : graphs) {
+            failed_graphs_.push_back(std::move(kept.second));
+        }
+        graphs.clear();
+    };
+    set(pass_graphs_);
+    set(signal_graphs_);
 }
 
 template <typename Compute> void Session::run(const Compute &compute) {
