@@ -58,13 +58,13 @@ def step_times(path: Path, lengths: Sequence[int], repeat: int) -> dict[int, flo
         rng = np.random.default_rng(0)
         n_vocab = model.config.n_vocab
         session.encode(rng.integers(0, n_vocab, 256))
-        signal = {n: session.denoise(rng.integers(0, n_vocab, n)) for n in lengths}
+        signal = {n: session.denoise(rng.integers(0, n_vocab, n), n_rows=n) for n in lengths}
         for _ in range(repeat):
             for n in lengths:
                 canvas = rng.integers(0, n_vocab, n)
-                session.denoise(canvas, signal[n])
+                session.denoise(canvas, signal[n], n_rows=n)
                 began = time.perf_counter()
-                session.denoise(canvas, signal[n])
+                session.denoise(canvas, signal[n], n_rows=n)
                 times[n].append(time.perf_counter() - began)
     return {n: statistics.median(seconds) for n, seconds in times.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import canvas_length
 import numpy as np
 import pytest
 
@@ -135,3 +136,9 @@ def test_the_command_has_it(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", str(demo_model_path()), "-p", PROMPT, "--seed", "7", "--narrow", "--no-live"]
     assert cli.main(command) == 0
     assert "1 7 9" in capsys.readouterr().out
+
+
+def test_steps_of_shorter_canvases_can_be_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    """benchmarks/canvas_length.py --model times each length that it is asked for."""
+    assert canvas_length.main(["--model", str(demo_model_path()), "--lengths", "16,8", "--repeat", "1"]) == 0
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["16", "8"]
