@@ -433,8 +433,10 @@ class DeviceLoop:
         return int(getattr(self.library, f"dgk_loop_{what}")(self.handle))
 
     @property
-    def dense(self) -> bool:
-        return bool(self.library.dgk_loop_dense(self.handle))
+    def flat(self) -> list[int]:
+        """Rows that the last step left out of the signal."""
+        rows = np.empty(self.n_rows, dtype=np.int32)
+        return rows[: self.library.dgk_loop_flat(self.handle, pointer(rows))].tolist()
 
     def read(self, index: int, n: int) -> Decision:
         argmax, canvas = np.empty(n, dtype=np.int32), np.empty(n, dtype=np.int32)
@@ -506,7 +508,7 @@ def test_whole_trajectories_are_the_engines(kernels: ctypes.CDLL, tiny_gguf: Pat
             uploads = loop.count("uploads")
             loop.step()
             assert loop.count("uploads") == uploads, "a step depends on what the host wrote"
-            assert not loop.dense
+            assert loop.flat == []
             place = 0
             for i in live:
                 n = specs[i].rows(32)
@@ -584,8 +586,9 @@ def test_handed_in_draws_replace_the_generators(kernels: ctypes.CDLL) -> None:
     loop.close()
 
 
-def test_the_device_says_when_the_signal_is_dense(kernels: ctypes.CDLL) -> None:
-    """A flat row does not fit into its candidates: the caller is told, and the processed logits are there for it."""
+def test_the_device_says_which_rows_are_flat(kernels: ctypes.CDLL) -> None:
+    """A flat row does not fit into its candidates: the caller is told, the processed logits are there for it, and the
+    other row is gathered all the same."""
     rng = np.random.default_rng(32)
     loop = DeviceLoop(kernels, 2, rng.standard_normal((300, 8)).astype(np.float32), capacity=20, backwards=False)
     sampling = Sampling(4, 0, 1, 0.5, 0.5, 0.1, 0.005)
@@ -594,11 +597,12 @@ def test_the_device_says_when_the_signal_is_dense(kernels: ctypes.CDLL) -> None:
     z[0, 5] = 40.0
     loop.logits[:] = z
     loop.step()
-    assert loop.dense
+    assert loop.flat == [1]
+    assert np.isfinite(loop.soft[0]).all() and np.isnan(loop.soft[1]).all()
     np.testing.assert_array_equal(loop.logits, z * 2)
     loop.logits[:] = z[0]
     loop.step()
-    assert not loop.dense
+    assert loop.flat == []
     loop.logits[:] = np.nan
     with pytest.raises(RuntimeError, match="NaN"):
         loop.step()

@@ -61,7 +61,7 @@ struct Canvas {
         int32_t converged;
         int32_t finished;
         int32_t broken; // a row of logits holds NaN or has no finite maximum; nothing else is defined then
-        int32_t dense;  // a row has more candidates than there is room for: the signal needs the processed logits
+        int32_t flat;   // a row has more candidates than there is room for: its signal is made of processed logits
     } decision;
 };
 
@@ -101,7 +101,7 @@ struct CanvasShared {
     double mean_entropy;
     bool same; // the argmax canvas as the last one
     bool broken;
-    bool dense;
+    bool flat;
 };
 
 // After process_row of every row: one step of the canvas is complete, and the next one's ids stand ready. n_candidates:
@@ -112,7 +112,7 @@ DG_HD void finish_step(CanvasBlock &block, CanvasShared &s, Canvas &c, const int
         if (thread == 0) {
             s.same = c.step > 0;
             s.broken = false;
-            s.dense = false;
+            s.flat = false;
         }
     });
     block.phase([&](int thread) {
@@ -126,7 +126,7 @@ DG_HD void finish_step(CanvasBlock &block, CanvasShared &s, Canvas &c, const int
                 s.broken = true;
             }
             if (n_candidates && n_candidates[i] > capacity) {
-                s.dense = true;
+                s.flat = true;
             }
         }
     });
@@ -187,7 +187,7 @@ DG_HD void finish_step(CanvasBlock &block, CanvasShared &s, Canvas &c, const int
             ++c.step;
             c.decision.finished = c.decision.converged || c.step == c.n_steps ? 1 : 0;
             c.decision.broken = s.broken ? 1 : 0;
-            c.decision.dense = s.dense ? 1 : 0;
+            c.decision.flat = s.flat ? 1 : 0;
         }
     });
 }

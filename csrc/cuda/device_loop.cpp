@@ -67,7 +67,7 @@ DeviceLoop::DeviceLoop(Device &device, const Target &target) : device_(device), 
     if (!target.signal) {
         return;
     }
-    step_.keeps_logits = true; // for the steps whose signal is dense
+    step_.keeps_logits = true; // for rows that turn out to be flat
     step_.n_embd = target.n_embd;
     step_.signal = target.signal;
     if (!target.embedding) {
@@ -162,6 +162,7 @@ void DeviceLoop::begin(const std::vector<CanvasStart> &starts) {
     canvases_.clear();
     placed_.clear();
     memories_.clear();
+    forget_places();
     rules_.clear();
     uniform_.clear();
     renoise_.clear();
@@ -177,6 +178,7 @@ void DeviceLoop::begin(const std::vector<CanvasStart> &starts) {
         n_rows += start.n_rows;
     }
     canvases_memory_ = std::make_unique<Memory>(device_, starts.size() * sizeof(Canvas));
+    places_memory_ = std::make_unique<Memory>(device_, static_cast<size_t>(n_rows) * sizeof(int32_t));
     canvases_ = std::move(canvases);
     for (size_t i = 0; i < starts.size(); ++i) {
         placed_.push_back(static_cast<int32_t>(i));
@@ -226,6 +228,7 @@ void DeviceLoop::place(const std::vector<int32_t> &which) {
     }
     canvases_ = std::move(canvases);
     placed_ = which;
+    forget_places();
     upload_canvases();
 }
 
@@ -265,6 +268,24 @@ void DeviceLoop::set_rules(int32_t index, const RowRules &rules) {
     upload_canvases();
 }
 
+void DeviceLoop::forget_places() {
+    places_.clear();
+    step_.places = nullptr;
+}
+
+void DeviceLoop::set_places(const std::vector<int32_t> &places) {
+    if (places == places_) {
+        return;
+    }
+    forget_places();
+    if (std::is_sorted(places.begin(), places.end()) && places.front() == 0 && places.back() + 1 == step_.n_rows) {
+        return; // each has that of its number
+    }
+    device_.upload(places_memory_->data(), places.data(), places.size() * sizeof places[0]);
+    places_ = places;
+    step_.places = reinterpret_cast<const int32_t *>(places_memory_->data());
+}
+
 void DeviceLoop::step(const dg_noise *noise) {
     bool changed = false;
     for (size_t i = 0; i < canvases_.size(); ++i) {
@@ -293,9 +314,27 @@ void DeviceLoop::step(const dg_noise *noise) {
 
 const Canvas::Decision &DeviceLoop::decision(int32_t index) const { return canvases_[place_of(index)].decision; }
 
-bool DeviceLoop::wants_dense_signal() const {
+bool DeviceLoop::has_flat_rows() const {
     return (step_.signal && !step_.embedding) ||
-           std::any_of(canvases_.begin(), canvases_.end(), [](const Canvas &c) { return c.decision.dense != 0; });
+           std::any_of(canvases_.begin(), canvases_.end(), [](const Canvas &c) { return c.decision.flat != 0; });
+}
+
+FlatRows DeviceLoop::flat_rows() const {
+    FlatRows flat;
+    if (!has_flat_rows()) {
+        return flat;
+    }
+    std::vector<int32_t> counts(static_cast<size_t>(step_.n_rows), step_.capacity + 1);
+    if (step_.counts) {
+        device_.download(counts.data(), step_.counts, counts.size() * sizeof counts[0]);
+    }
+    for (int32_t row = 0; row < step_.n_rows; ++row) {
+        if (counts[static_cast<size_t>(row)] > step_.capacity) {
+            flat.rows.push_back(row);
+            flat.logits.push_back(places_.empty() ? row : places_[static_cast<size_t>(row)]);
+        }
+    }
+    return flat;
 }
 
 void DeviceLoop::read(int32_t index, const CanvasRows &out) {

@@ -21,6 +21,11 @@ namespace dg::cuda {
 int32_t candidate_capacity(int32_t n_vocab);
 size_t candidate_bytes(int32_t n_rows, int32_t capacity);
 
+struct FlatRows {
+    std::vector<int32_t> rows;
+    std::vector<int32_t> logits;
+};
+
 class DeviceLoop {
   public:
     // Where the session's tensors lie, and their shapes.
@@ -31,11 +36,11 @@ class DeviceLoop {
         float *logits;         // [R, n_vocab]
         int32_t *ids;          // [R]
         float *signal;         // [R, n_embd]; null: the file has no self-conditioning
-        const void *embedding; // null: of a type that is not gathered here, so that the signal is always dense
+        const void *embedding; // null: of a type that is not gathered here, so that every row counts as flat
         RowType embedding_type;
         int32_t n_embd;
         void *candidates; // [candidate_bytes(R, capacity)], where signal and embedding are given
-        int32_t capacity; // candidates that a row has room for: beyond, the signal is dense
+        int32_t capacity; // candidates that a row has room for: beyond, it is flat
         double lost;      // of a row that is gathered, at most
     };
     // Throws Error: UNSUPPORTED for a vocabulary beyond MAX_VOCAB, else what Device throws.
@@ -52,13 +57,19 @@ class DeviceLoop {
     // Other pins and allowed ids for a placed canvas; newly pinned rows hold their ids at once, and stability begins
     // anew.
     void set_rules(int32_t index, const RowRules &rules);
+    // Of each placed row, which row of the logits is its own; -1: none, it is pinned. Until this is called, and after
+    // place(), each has that of its number.
+    void set_places(const std::vector<int32_t> &places);
     // After a pass of the placed canvases. `noise`: null, or one for each of the canvases that were begun. INTERNAL
     // when a row of logits holds NaN or has no finite maximum.
     void step(const dg_noise *noise);
     // Of the last step, by the canvas's number in begin(). Throws ARGUMENT for one that is not placed, as read() does.
     const Canvas::Decision &decision(int32_t index) const;
-    // Whether the last step left Target::signal incomplete: the processed logits then make it, as they do on the host.
-    bool wants_dense_signal() const;
+    // Whether the last step left rows of Target::signal out, which are too flat to be gathered: their processed logits
+    // then make them, as they do on the host.
+    bool has_flat_rows() const;
+    // Which rows these are, ascending, and which rows of the logits are theirs.
+    FlatRows flat_rows() const;
     void read(int32_t index, const CanvasRows &out);
 
   private:
@@ -81,14 +92,17 @@ class DeviceLoop {
     std::vector<std::unique_ptr<Memory>> memories_; // of each canvas, by its number
     std::vector<std::unique_ptr<Memory>> rules_;    // likewise, where set_rules has been called
     std::unique_ptr<Memory> canvases_memory_;       // Canvas [n_canvases]: the placed ones
+    std::unique_ptr<Memory> places_memory_;         // int32_t [n_rows]
     std::vector<Canvas> canvases_;                  // the placed ones, as they were after the last step
     std::vector<int32_t> placed_;                   // their numbers
+    std::vector<int32_t> places_;                   // of each placed row; empty: its own number
     std::vector<double *> uniform_;                 // of each canvas, by its number: room for handed-in draws
     std::vector<int32_t *> renoise_;
     Step step_ = {};
 
     Canvas make_canvas(const CanvasStart &start, int32_t first_row);
     void upload_canvases();
+    void forget_places();
     size_t place_of(int32_t index) const;
 };
 

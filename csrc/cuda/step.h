@@ -21,14 +21,15 @@ struct Step {
     int32_t n_canvases;
     int32_t n_rows; // of all of them
     int32_t n_vocab;
-    float softcap;        // 0: the logits are softcapped already
-    bool keeps_logits;    // they become the processed ones, for the generic signal
-    float *logits;        // [n_rows, n_vocab]
-    int32_t *tokens;      // [n_rows, capacity]: candidates (row.h)
-    float *probabilities; // [n_rows, capacity]
-    int32_t *counts;      // [n_rows]
-    int32_t capacity;     // 0: no candidates, no gather
-    double lost;          // of a row that is gathered, at most (row.h)
+    float softcap;         // 0: the logits are softcapped already
+    bool keeps_logits;     // they become the processed ones, for the generic signal
+    float *logits;         // [n_rows, n_vocab]
+    const int32_t *places; // [n_rows]: where in them a row's are; below 0: a pinned row has none. Null: at its number
+    int32_t *tokens;       // [n_rows, capacity]: candidates (row.h)
+    float *probabilities;  // [n_rows, capacity]
+    int32_t *counts;       // [n_rows]
+    int32_t capacity;      // 0: no candidates, no gather
+    double lost;           // of a row that is gathered, at most (row.h)
     const uint8_t *embedding;
     RowType embedding_type;
     int32_t n_embd;
@@ -49,8 +50,9 @@ DG_HD void step_row(RowBlock &block, RowShared &s, const Step &step, int32_t ind
     }
     const Canvas &c = step.canvases[k];
     const int32_t row = index - c.first_row;
+    const int32_t at = step.places ? step.places[index] : index;
     RowInput in;
-    in.logits = step.logits + int64_t{index} * step.n_vocab;
+    in.logits = step.logits + int64_t{at < 0 ? 0 : at} * step.n_vocab;
     in.n_vocab = step.n_vocab;
     in.softcap = step.softcap;
     in.temperature = static_cast<float>(temperature(c));
@@ -60,7 +62,7 @@ DG_HD void step_row(RowBlock &block, RowShared &s, const Step &step, int32_t ind
     in.watched = c.watched ? c.watched[row] : -1;
     in.n_allowed = range_size(c.allowed_ends, row);
     in.allowed = c.allowed_ids + range_start(c.allowed_ends, row);
-    in.keeps_logits = step.keeps_logits;
+    in.keeps_logits = step.keeps_logits && at >= 0;
     const int64_t place = int64_t{index} * step.capacity;
     process_row(block, s, in,
                 {step.tokens + place, step.probabilities + place, step.counts + index, step.capacity, step.lost});
@@ -81,7 +83,7 @@ DG_HD void step_canvas(CanvasBlock &block, CanvasShared &s, const Step &step, in
     finish_step(block, s, c, step.capacity > 0 ? step.counts + c.first_row : nullptr, step.capacity);
 }
 
-// A row with more candidates than there is room for is left alone: Canvas::Decision::dense tells the host.
+// A flat row, which has more candidates than there is room for, is left alone: Canvas::Decision::flat tells the host.
 template <RowType TYPE> DG_HD void step_gather(GatherBlock &block, const Step &step, int32_t index) {
     const int32_t row = index / gather_slices(step);
     const int32_t first = index % gather_slices(step) * GATHER_THREADS;

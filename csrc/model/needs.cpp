@@ -56,8 +56,8 @@ class Needs {
         }
         const int64_t pass = figures_.largest_pass();
         const int64_t masks = pass * (int64_t{figures_.slots(false)} + figures_.slots(true)) / 2;
-        return 4 * std::max<int64_t>(pass, figures_.n_rows) + masks + (widest + 1) * figures_.pass_rows +
-               int64_t{figures_.n_rows} * c_.n_embd;
+        return 4 * std::max<int64_t>(pass, figures_.n_rows) + masks + widest * figures_.pass_rows +
+               int64_t{figures_.n_rows} * (c_.n_embd + 1);
     }
 
     // The most floats that exist at a time within a layer.
@@ -96,6 +96,7 @@ class Needs {
         }
         if (with_kernels_) {
             bytes += cuda::candidate_bytes(figures_.n_rows, cuda::candidate_capacity(c_.n_vocab));
+            bytes += 2 * static_cast<size_t>(figures_.pass_rows) * sizeof(int32_t); // which rows are flat
         }
         const size_t pass = sizeof(float) * static_cast<size_t>(intermediate());
         return bytes + (in_pass > pass ? in_pass - pass : 0);

@@ -268,7 +268,8 @@ class PassBuilder {
     // released shape).
     void head(ggml_tensor *x) {
         if (!pass_.logit_rows.empty()) {
-            x = ops_->rows(x, ggml_view_1d(ctx_, io_.logit_rows, pass_.n_logits(), 0));
+            x = ops_->rows(x, ggml_view_1d(ctx_, io_.logit_rows, pass_.n_logits(),
+                                           static_cast<size_t>(pass_.first_row) * io_.logit_rows->nb[0]));
         }
         Operand h = {ops_->norm(x, model_.weights().output_norm), pass_.n_logits(), {}};
         ggml_tensor *logits = ops_->multiply(model_.weights().token_embd, h, pass_.uncapped ? 0.0f : c_.logit_softcap);
@@ -281,8 +282,10 @@ class PassBuilder {
             sample_ops(ctx_, graph_.nodes, io_.step->sample, logits, pass_.sampled, pass_.watched);
         }
         if (pass_.sampled && c_.has_self_conditioning) {
-            add_signal(ctx_, graph_.nodes, model_.weights().token_embd, ggml_soft_max_inplace(ctx_, logits),
-                       rows_of_io(ctx_, io_.step->next_signal, pass_.first_row, n_), &io_.step->sample);
+            ggml_tensor *signal = signal_of(ctx_, model_.weights().token_embd, ggml_soft_max_inplace(ctx_, logits),
+                                            &io_.step->sample, n_);
+            ggml_tensor *out = rows_of_io(ctx_, io_.step->next_signal, pass_.first_row, n_);
+            ggml_build_forward_expand(graph_.nodes, ggml_cpy(ctx_, signal, out));
         }
     }
 };
@@ -323,7 +326,22 @@ Graph build_signal(const Model &model, const GraphIo &io, int32_t first_row, int
     ggml_tensor *logits = rows_of_io(ctx, io.step->logits, first_logit, n_rows);
     ggml_tensor *out = rows_of_io(ctx, io.step->next_signal ? io.step->next_signal : io.signal, first_row, n_rows);
     Settler settler(graph, model.devices());
-    add_signal(ctx, graph.nodes, model.weights().token_embd, ggml_soft_max(ctx, logits), out, nullptr);
+    ggml_tensor *signal = signal_of(ctx, model.weights().token_embd, ggml_soft_max(ctx, logits), nullptr, n_rows);
+    ggml_build_forward_expand(graph.nodes, ggml_cpy(ctx, signal, out));
+    settler.settle(model.placement().head);
+    return graph;
+}
+
+Graph build_flat_signal(const Model &model, const GraphIo &io, int32_t n_rows) {
+    const StepIo &step = *io.step;
+    Graph graph = make_graph(signal_nodes(model.config().n_vocab, model.config().n_embd));
+    ggml_context *ctx = graph.context.get();
+    Settler settler(graph, model.devices());
+    ggml_tensor *logits = ggml_get_rows(ctx, step.logits, ggml_view_1d(ctx, step.flat_logits, n_rows, 0));
+    ggml_tensor *rows = signal_of(ctx, model.weights().token_embd, ggml_soft_max_inplace(ctx, logits), nullptr, n_rows);
+    ggml_tensor *out = step.next_signal ? step.next_signal : io.signal;
+    ggml_tensor *numbers = ggml_view_1d(ctx, step.flat_rows, n_rows, 0);
+    ggml_build_forward_expand(graph.nodes, ggml_set_rows(ctx, out, rows, numbers));
     settler.settle(model.placement().head);
     return graph;
 }

@@ -28,5 +28,7 @@ Graph build_pass(const Model &model, const KvCache &cache, const GraphIo &io, co
 // n_rows of logits (processed), from first_logit on -> those of io.signal from first_row on: the softmax of each row
 // times the embedding, over the whole vocabulary, in slices that bound the memory for the transposed embedding.
 Graph build_signal(const Model &model, const GraphIo &io, int32_t first_row, int32_t first_logit, int32_t n_rows);
+// The same for those rows alone that are in StepIo::flat_rows, the first n_rows of it.
+Graph build_flat_signal(const Model &model, const GraphIo &io, int32_t n_rows);
 
 } // namespace dg

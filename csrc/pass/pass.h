@@ -31,14 +31,17 @@ struct DeviceIo {
 struct StepIo {
     ggml_tensor *logits = nullptr;      // F32 [n_vocab, rows of logits]: R, the session's n_rows, or those of a pass
     ggml_tensor *next_signal = nullptr; // F32 [n_embd, R]: where a step leaves the next one's; null: in signal itself
-    SampleIo sample;                    // of a pass that is sampled or watched
+    // I32 [pass_rows]: rows of the signal that are made alone, and where their logits are; null: none are.
+    ggml_tensor *flat_rows = nullptr;
+    ggml_tensor *flat_logits = nullptr;
+    SampleIo sample; // of a pass that is sampled or watched
 };
 
 // Tensors that a graph reads and writes from outside; they keep their memory between graphs. Sizes are the largest.
 struct GraphIo {
     std::vector<DeviceIo> devices;     // empty ones where no layer is; the CPU's is last
     ggml_tensor *ids = nullptr;        // I32 [pass], or R where that is more
-    ggml_tensor *logit_rows = nullptr; // I32 [pass_rows]: Pass::logit_rows, where there are any
+    ggml_tensor *logit_rows = nullptr; // I32 [R]: Pass::logit_rows, where there are any, from first_row on
     ggml_tensor *signal = nullptr;     // F32 [n_embd, R]: (p @ embed) * sqrt(n_embd), zero for no signal
     const StepIo *step = nullptr;      // not owned
     // The CPU's own operators (product.h, attention.h) serve a session that has scratch memory for them; elsewhere, and
@@ -72,6 +75,7 @@ struct Pass {
     int32_t first_position() const { return mode == Mode::SCORE ? n_past - 1 : n_past; }
     int32_t rows() const;                                               // of all segments
     int32_t n_logits() const;                                           // rows of logits
+    int32_t logit_row(int32_t i) const;                                 // whose logits are the i-th
     int32_t end(int32_t rows) const { return first_position() + rows; } // of a segment
     int32_t end() const;                                                // of the longest segment
     // Positions, slots and masks are the same.
@@ -86,10 +90,15 @@ struct Pass {
     }
 };
 
+// Rows that are chosen are made up to multiples of this. That costs nothing, since a product takes its columns 8 to 32
+// at a time, and rows that come and go between steps make few graphs.
+constexpr int32_t ROW_BLOCK = 16;
+// The next multiple of a block.
+constexpr int32_t whole_blocks(int32_t n, int32_t block = ROW_BLOCK) { return (n + block - 1) / block * block; }
+
 // Which of a pass's n rows get logits (Pass::logit_rows): those that are wanted, and the first others until there are a
-// multiple of 16. That costs nothing, since a product takes its columns 8 to 32 at a time, and pins that come and go
-// between steps make few graphs. At least one row does.
-std::vector<int32_t> rows_with_logits(const uint8_t *wanted, int32_t n);
+// multiple of `block`. At least one row does.
+std::vector<int32_t> rows_with_logits(const uint8_t *wanted, int32_t n, int32_t block);
 
 struct Graph {
     ggml_context_ptr context;

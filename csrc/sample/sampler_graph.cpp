@@ -160,12 +160,13 @@ void SampleIo::make(ggml_context *ctx, int64_t n_rows) {
     pinned = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
     is_pinned = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, n_rows);
     watched = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
+    logits_of = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
     chosen = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_rows, 3);
     sums = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rows, 6);
 }
 
 size_t SampleIo::bytes(int64_t n_rows) {
-    return static_cast<size_t>(n_rows) * (5 * sizeof(float) + 3 * sizeof(int32_t) + 6 * sizeof(float));
+    return static_cast<size_t>(n_rows) * (6 * sizeof(float) + 3 * sizeof(int32_t) + 6 * sizeof(float));
 }
 
 size_t sample_nodes(int64_t n_vocab, int64_t n_rows) {
@@ -189,8 +190,10 @@ void sample_ops(ggml_context *ctx, ggml_cgraph *graph, const SampleIo &io, ggml_
     }
 }
 
-ggml_tensor *with_pins(ggml_context *ctx, const SampleIo &io, ggml_tensor *sum, ggml_tensor *embedding) {
-    const int64_t n = sum->ne[1];
+ggml_tensor *with_pins(ggml_context *ctx, const SampleIo &io, ggml_tensor *sum, ggml_tensor *embedding, int64_t n) {
+    if (sum->ne[1] < n) {
+        sum = ggml_get_rows(ctx, sum, ggml_view_1d(ctx, io.logits_of, n, 0));
+    }
     ggml_tensor *is_pinned = ggml_view_2d(ctx, io.is_pinned, 1, n, io.is_pinned->nb[1], 0);
     ggml_tensor *own = ggml_get_rows(ctx, embedding, ggml_view_1d(ctx, io.pinned, n, 0));
     ggml_tensor *free = ggml_mul(ctx, sum, ggml_scale_bias(ctx, is_pinned, -1.0f, 1.0f));

@@ -19,15 +19,19 @@
 
 namespace dg {
 
-// Tensors of the sampler, for at most R rows.
+// Tensors of the sampler, for at most R rows. Rows of logits may be fewer than those of the pass: what is pinned needs
+// none.
 struct SampleIo {
+    // Of each row of logits.
     ggml_tensor *temperature = nullptr; // F32 [1, R]
     ggml_tensor *uniform = nullptr;     // F32 [1, R]
-    ggml_tensor *pinned = nullptr;      // I32 [R]: the id of a pinned row; any where it is free
-    ggml_tensor *is_pinned = nullptr;   // F32 [1, R]: 1 or 0
     ggml_tensor *watched = nullptr;     // I32 [R]
     ggml_tensor *chosen = nullptr;      // I32 [R, 3], results: argmax; block and place in it of the draw
     ggml_tensor *sums = nullptr;        // F32 [R, 6], results: see RowSums
+    // Of each row of the pass.
+    ggml_tensor *pinned = nullptr;    // I32 [R]: the id of a pinned row; any where it is free
+    ggml_tensor *is_pinned = nullptr; // F32 [1, R]: 1 or 0
+    ggml_tensor *logits_of = nullptr; // I32 [R]: which row of logits is its own; any where it has none
 
     // Makes them, without memory.
     void make(ggml_context *ctx, int64_t n_rows);
@@ -67,8 +71,8 @@ size_t sample_bytes(int64_t n_vocab, int64_t n_rows);
 void sample_ops(ggml_context *ctx, ggml_cgraph *graph, const SampleIo &io, ggml_tensor *logits, bool draws,
                 bool watched);
 
-// sum [n_embd, n] with the rows of `embedding` in place of those that are pinned.
-ggml_tensor *with_pins(ggml_context *ctx, const SampleIo &io, ggml_tensor *sum, ggml_tensor *embedding);
+// sum [n_embd, rows of logits] -> [n_embd, n], of the pass's rows: with those of `embedding` where they are pinned.
+ggml_tensor *with_pins(ggml_context *ctx, const SampleIo &io, ggml_tensor *sum, ggml_tensor *embedding, int64_t n);
 
 // The results of the first n rows of a graph that was computed.
 std::vector<RowResult> read_results(const SampleIo &io, int64_t n);

@@ -32,8 +32,8 @@ size_t signal_bytes(int64_t n_vocab, int64_t n_embd, int64_t n_rows) {
     return sizeof(float) * static_cast<size_t>((3 * slice_rows(n_vocab, n_embd) + 2 * n_rows) * n_embd);
 }
 
-void add_signal(ggml_context *ctx, ggml_cgraph *graph, ggml_tensor *embedding, ggml_tensor *p, ggml_tensor *out,
-                const SampleIo *pins) {
+ggml_tensor *signal_of(ggml_context *ctx, ggml_tensor *embedding, ggml_tensor *p, const SampleIo *pins,
+                       int64_t n_rows) {
     const int64_t n_embd = embedding->ne[0];
     const int64_t n_vocab = embedding->ne[1];
     const int64_t slice = slice_rows(n_vocab, n_embd);
@@ -57,10 +57,9 @@ void add_signal(ggml_context *ctx, ggml_cgraph *graph, ggml_tensor *embedding, g
         sum = sum ? ggml_add(ctx, sum, product) : product;
     }
     if (pins) {
-        sum = with_pins(ctx, *pins, sum, embedding);
+        sum = with_pins(ctx, *pins, sum, embedding, n_rows);
     }
-    sum = ggml_scale(ctx, sum, std::sqrt(static_cast<float>(n_embd)));
-    ggml_build_forward_expand(graph, ggml_cpy(ctx, sum, out));
+    return ggml_scale(ctx, sum, std::sqrt(static_cast<float>(n_embd)));
 }
 
 } // namespace dg

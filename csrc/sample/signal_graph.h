@@ -12,12 +12,11 @@
 
 namespace dg {
 
-// Adds to `graph`: p [n_vocab, n], rows that sum to 1 -> `out` [n_embd, n]: p times the embedding [n_embd, n_vocab],
-// times sqrt(n_embd). With `pins`, what is pinned there has its id's own embedding.
-void add_signal(ggml_context *ctx, ggml_cgraph *graph, ggml_tensor *embedding, ggml_tensor *p, ggml_tensor *out,
-                const SampleIo *pins);
+// p [n_vocab, n], rows that sum to 1 -> [n_embd, n]: p times the embedding [n_embd, n_vocab], times sqrt(n_embd).
+// With `pins` -> [n_embd, n_rows], of all rows of the pass: what is pinned there has its id's own embedding.
+ggml_tensor *signal_of(ggml_context *ctx, ggml_tensor *embedding, ggml_tensor *p, const SampleIo *pins, int64_t n_rows);
 
-// Nodes that it adds, at most.
+// Nodes that it adds, at most, and what puts it somewhere.
 size_t signal_nodes(int64_t n_vocab, int64_t n_embd);
 // Bytes of its intermediate tensors, at most, beside p.
 size_t signal_bytes(int64_t n_vocab, int64_t n_embd, int64_t n_rows);

@@ -76,17 +76,6 @@ std::vector<int32_t> HostStepper::ids() const {
     return all;
 }
 
-std::vector<uint8_t> HostStepper::free_rows() const {
-    std::vector<uint8_t> all;
-    for (const int32_t i : placed_) {
-        const CanvasStart &start = canvases_[static_cast<size_t>(i)].start;
-        for (int32_t row = 0; row < start.n_rows; ++row) {
-            all.push_back(start.rules.is_pinned(row) ? 0 : 1);
-        }
-    }
-    return all;
-}
-
 void HostStepper::close_up(const std::vector<int32_t> &which) {
     int32_t from = 0;
     int32_t to = 0;

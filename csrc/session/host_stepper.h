@@ -47,11 +47,10 @@ class HostStepper : public Stepper {
 
     void start(const std::vector<CanvasStart> &canvases) override;
     void close_up(const std::vector<int32_t> &which) override;
+    const RowRules &rules_of(int32_t index) const override { return canvases_[static_cast<size_t>(index)].start.rules; }
     void shorten(int32_t index, int32_t n) override { canvases_[static_cast<size_t>(index)].shorten(n); }
     // Of the placed canvases, one after the other.
     std::vector<int32_t> ids() const;
-    // Of each row: 1 where it is free. A pinned row's logits are known.
-    std::vector<uint8_t> free_rows() const;
 };
 
 } // namespace dg

@@ -36,6 +36,10 @@ void KernelStepper::declare(ggml_context *head) {
     if (placement.layers.front() != placement.head) {
         next_ids_ = ggml_new_tensor_1d(head, GGML_TYPE_I32, n_rows);
     }
+    if (passes_.model().config().has_self_conditioning) {
+        io_.flat_rows = ggml_new_tensor_1d(head, GGML_TYPE_I32, passes_.figures().pass_rows);
+        io_.flat_logits = ggml_new_tensor_1d(head, GGML_TYPE_I32, passes_.figures().pass_rows);
+    }
     const size_t bytes = cuda::candidate_bytes(n_rows, cuda::candidate_capacity(n_vocab()));
     candidates_ = ggml_new_tensor_1d(head, GGML_TYPE_I8, static_cast<int64_t>(bytes));
 }
@@ -56,6 +60,8 @@ void KernelStepper::allocated() {
     target.candidates = candidates_->data;
     target.capacity = cuda::candidate_capacity(c.n_vocab);
     target.lost = signal_error(ggml_is_quantized(passes_.model().weights().token_embd->type)) * SHORTEST_SIGNAL;
+    // A pinned row has its signal from the gather, and needs no logits then.
+    gathers_ = target.embedding || !target.signal;
     device_ = make_device_();
     loop_ = std::make_unique<cuda::DeviceLoop>(*device_, target);
 }
@@ -71,16 +77,42 @@ void KernelStepper::pass(const dg_noise *) {
     }
     Pass kind;
     kind.uncapped = true;
-    passes_.each_pass(next_ids_ ? ids.data() : nullptr, segments(), nullptr, kind,
-                      [&](const Pass &) { passes_.compute_pass(); });
+    places_.assign(static_cast<size_t>(placed_rows()), -1);
+    const std::vector<uint8_t> wanted = free_rows();
+    passes_.each_pass(next_ids_ ? ids.data() : nullptr, segments(), gathers_ ? wanted.data() : nullptr, kind,
+                      [&](const Pass &pass) {
+                          passes_.compute_pass();
+                          for (int32_t i = 0; i < pass.n_logits(); ++i) {
+                              places_[static_cast<size_t>(pass.first_row + pass.logit_row(i))] = pass.first_logit + i;
+                          }
+                      });
 }
 
 void KernelStepper::decide(const dg_noise *noise) {
+    loop_->set_places(places_);
     loop_->step(noise);
-    signal_stands_ = !loop_->wants_dense_signal(); // some row was too flat to gather
+    signal_stands_ = !loop_->has_flat_rows();
 }
 
-void KernelStepper::set_rules(int32_t index, const RowRules &rules) { loop_->set_rules(index, rules); }
+// Rows too flat to be gathered go through a product with the whole embedding, all others of the placed canvases keep
+// what was gathered: a canvas beside a flat one has the numbers that it has alone.
+void KernelStepper::make_signal() {
+    const cuda::FlatRows flat = loop_->flat_rows();
+    passes_.compute_signal(flat.rows, flat.logits);
+}
+
+void KernelStepper::start(const std::vector<CanvasStart> &canvases) {
+    rules_.clear();
+    for (const CanvasStart &canvas : canvases) {
+        rules_.push_back(canvas.rules);
+    }
+    loop_->begin(canvases);
+}
+
+void KernelStepper::set_rules(int32_t index, const RowRules &rules) {
+    rules_[static_cast<size_t>(index)] = rules;
+    loop_->set_rules(index, rules);
+}
 
 void KernelStepper::shorten(int32_t, int32_t) {
     throw Error(DG_ERROR_UNSUPPORTED,

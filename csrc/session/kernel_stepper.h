@@ -33,10 +33,15 @@ class KernelStepper final : public Stepper {
     std::unique_ptr<cuda::DeviceLoop> loop_;
     ggml_tensor *next_ids_ = nullptr;   // I32 [R]: where a step leaves the ids, with the first layer elsewhere
     ggml_tensor *candidates_ = nullptr; // I8: the loop's own memory
+    bool gathers_ = false;              // signals of rows that are not flat; else each is made of its row's logits
+    std::vector<RowRules> rules_;       // of each canvas, by its number
+    std::vector<int32_t> places_;       // of each placed row, where in the logits its own are; -1: it has none
 
-    void start(const std::vector<CanvasStart> &canvases) override { loop_->begin(canvases); }
+    void start(const std::vector<CanvasStart> &canvases) override;
     void close_up(const std::vector<int32_t> &which) override { loop_->place(which); }
+    void make_signal() override;
     void shorten(int32_t index, int32_t n) override;
+    const RowRules &rules_of(int32_t index) const override { return rules_[static_cast<size_t>(index)]; }
 };
 
 } // namespace dg

@@ -57,21 +57,36 @@ void OperatorStepper::pass(const dg_noise *noise) {
     Pass kind;
     kind.sampled = true;
     kind.watched = !in.watched.empty();
-    const auto set = [](ggml_tensor *tensor, const auto &values, const Pass &pass) {
-        ggml_backend_tensor_set(tensor, values.data() + pass.first_row, 0,
-                                static_cast<size_t>(pass.rows()) * sizeof values[0]);
+    const auto set = [](ggml_tensor *tensor, const auto *values, int32_t n) {
+        ggml_backend_tensor_set(tensor, values, 0, static_cast<size_t>(n) * sizeof *values);
     };
-    passes_.each_pass(ids().data(), segments(), nullptr, kind, [&](const Pass &pass) {
-        set(io.temperature, in.temperature, pass);
-        set(io.uniform, in.uniform, pass);
-        set(io.pinned, in.pinned, pass);
-        set(io.is_pinned, in.is_pinned, pass);
+    const auto set_of_logits = [&](ggml_tensor *tensor, auto values, const Pass &pass) {
+        for (int32_t i = 0; i < pass.n_logits(); ++i) {
+            values[static_cast<size_t>(i)] = values[static_cast<size_t>(pass.first_row + pass.logit_row(i))];
+        }
+        set(tensor, values.data(), pass.n_logits());
+    };
+    passes_.each_pass(ids().data(), segments(), free_rows().data(), kind, [&](const Pass &pass) {
+        set_of_logits(io.temperature, in.temperature, pass);
+        set_of_logits(io.uniform, in.uniform, pass);
         if (pass.watched) {
-            set(io.watched, in.watched, pass);
+            set_of_logits(io.watched, in.watched, pass);
+        }
+        set(io.pinned, in.pinned.data() + pass.first_row, pass.rows());
+        set(io.is_pinned, in.is_pinned.data() + pass.first_row, pass.rows());
+        if (pass.n_logits() < pass.rows()) {
+            std::vector<int32_t> logits_of(static_cast<size_t>(pass.rows()));
+            for (int32_t i = 0; i < pass.n_logits(); ++i) {
+                logits_of[static_cast<size_t>(pass.logit_row(i))] = i;
+            }
+            set(io.logits_of, logits_of.data(), pass.rows());
         }
         passes_.compute_pass();
-        const std::vector<RowResult> rows = read_results(io, pass.rows());
-        results_.insert(results_.end(), rows.begin(), rows.end());
+        results_.resize(static_cast<size_t>(pass.first_row + pass.rows()));
+        const std::vector<RowResult> rows = read_results(io, pass.n_logits());
+        for (int32_t i = 0; i < pass.n_logits(); ++i) {
+            results_[static_cast<size_t>(pass.first_row + pass.logit_row(i))] = rows[static_cast<size_t>(i)];
+        }
     });
     // Only now, so that a step that was cancelled between two passes may be repeated.
     if (passes_.model().config().has_self_conditioning) {

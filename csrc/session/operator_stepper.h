@@ -18,7 +18,7 @@ class OperatorStepper final : public HostStepper {
     void decide(const dg_noise *noise) override;
 
   private:
-    // Of each placed row, for the graph.
+    // Of each placed row, for the graph, which takes the first two of rows that get logits, and what is watched.
     struct RowInputs {
         std::vector<float> temperature;
         std::vector<float> uniform;

@@ -27,6 +27,9 @@ class Passes {
     virtual void compute_pass() = 0;
     // n_rows of logits (processed), from first_logit on -> those of the signal from first_row on.
     virtual void compute_signal(int32_t first_row, int32_t first_logit, int32_t n_rows) = 0;
+    // The same for some rows, the others' signal left as it is: logits[i] is where the logits of rows[i] are. For a
+    // stepper whose StepIo has the tensors for it.
+    virtual void compute_signal(const std::vector<int32_t> &rows, const std::vector<int32_t> &logits) = 0;
 
   protected:
     ~Passes() = default;

@@ -22,6 +22,7 @@ namespace dg {
 namespace {
 
 constexpr size_t MOST_GRAPHS = 8;       // that are kept; each is a few MB at 30 layers
+constexpr int32_t FLAT_ROWS = -1;       // key of graphs that make the signal of rows that are listed
 constexpr int32_t MASK_PIECE = 1 << 18; // elements of a mask that are made and sent at a time
 constexpr auto POLL_INTERVAL = std::chrono::milliseconds(20);
 
@@ -191,6 +192,19 @@ void Session::prepare(const Pass &pass) {
         inputs_ = pass;
     }
     cache_->wrote(pass.mode == Mode::SCORE ? pass.end() + 1 : pass.end());
+}
+
+// Nothing is sent where the same rows get logits as in the step before.
+void Session::set_logit_rows(const Pass &pass) {
+    const std::vector<int32_t> &rows = pass.logit_rows;
+    logit_rows_.resize(static_cast<size_t>(figures_.n_rows), -1);
+    const auto place = logit_rows_.begin() + pass.first_row;
+    if (std::equal(rows.begin(), rows.end(), place)) {
+        return;
+    }
+    ggml_backend_tensor_set(io_.logit_rows, rows.data(), static_cast<size_t>(pass.first_row) * sizeof rows[0],
+                            rows.size() * sizeof rows[0]);
+    std::copy(rows.begin(), rows.end(), place);
 }
 
 int32_t Session::set_adapters(const Adapters &adapters, const std::vector<float> &scales) {
@@ -483,6 +497,13 @@ void Session::check_canvases(const std::vector<int32_t> &segments) const {
     }
 }
 
+// A device makes a new graph for each number of rows that get logits: a GPU launches its kernels one by one first and
+// then captures them, an RPC server is sent it whole. So passes of as many rows have four graphs at most.
+int32_t Session::block_of_logits(int32_t rows) const {
+    const bool on_cpu = model_->placement().head == model_->devices().cpu();
+    return on_cpu ? ROW_BLOCK : whole_blocks((rows + 3) / 4);
+}
+
 // Calls `run` for one pass after the other, each with its graph ready and its ids in place, where they are not already:
 // `ids` is null then.
 void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted, Pass pass,
@@ -500,10 +521,10 @@ void Session::each_pass(const int32_t *ids, const std::vector<int32_t> &segments
         }
         pass.first_logit = io_.step->logits->ne[1] == figures_.n_rows ? pass.first_row : 0;
         if (wanted && !importance_) { // which counts all rows
-            pass.logit_rows = rows_with_logits(wanted + pass.first_row, rows);
+            pass.logit_rows = rows_with_logits(wanted + pass.first_row, rows, block_of_logits(rows));
         }
         prepare(pass);
-        upload(io_.logit_rows, pass.logit_rows);
+        set_logit_rows(pass);
         if (ids) {
             ggml_backend_tensor_set(io_.ids, ids + pass.first_row, static_cast<size_t>(pass.first_row) * sizeof *ids,
                                     static_cast<size_t>(rows) * sizeof *ids);
@@ -523,6 +544,27 @@ void Session::compute_signal(int32_t first_row, int32_t first_logit, int32_t n_r
     make_last(signal_graphs_, {first_row, n_rows}, *signals_,
               [&] { return build_signal(*model_, io_, first_row, first_logit, n_rows); });
     compute(*signals_, signal_graphs_.back().second);
+}
+
+void Session::compute_signal(const std::vector<int32_t> &rows, const std::vector<int32_t> &logits) {
+    const StepIo &io = *io_.step;
+    const auto most = static_cast<size_t>(figures_.pass_rows);
+    for (size_t first = 0; first < rows.size(); first += most) {
+        const size_t n = std::min(most, rows.size() - first);
+        const int32_t n_made = std::min(figures_.pass_rows, whole_blocks(static_cast<int32_t>(n)));
+        // What fills the last block up is the first row again.
+        const auto part = [&](const std::vector<int32_t> &of) {
+            const auto begin = of.begin() + static_cast<std::ptrdiff_t>(first);
+            std::vector<int32_t> values(begin, begin + static_cast<std::ptrdiff_t>(n));
+            values.resize(static_cast<size_t>(n_made), values.front());
+            return values;
+        };
+        upload(io.flat_rows, part(rows));
+        upload(io.flat_logits, part(logits));
+        make_last(signal_graphs_, {FLAT_ROWS, n_made}, *signals_,
+                  [&] { return build_flat_signal(*model_, io_, n_made); });
+        compute(*signals_, signal_graphs_.back().second);
+    }
 }
 
 void Session::truncate(int32_t n) {

@@ -103,9 +103,10 @@ class Session final : private Passes {
     // Graphs of passes and signals, placed; the one that was asked for last is the last.
     template <typename Key> using KeptGraphs = std::vector<std::pair<Key, Graph>>;
     KeptGraphs<Pass> pass_graphs_;                          // keys: of all passes with the same graph, one
-    KeptGraphs<std::pair<int32_t, int32_t>> signal_graphs_; // first row, rows
+    KeptGraphs<std::pair<int32_t, int32_t>> signal_graphs_; // first row, or FLAT_ROWS; rows
     std::vector<Graph> failed_graphs_;                      // see set_aside
     std::optional<Pass> inputs_;                            // whose positions, slots and masks are in io_
+    std::vector<int32_t> logit_rows_;                       // what is in io_.logit_rows
     std::unique_ptr<Importance> importance_;
     std::unique_ptr<ActiveAdapters> adapters_; // null: none
     uint64_t encoder_key_ = 0;                 // of the prefix in the cache, too
@@ -144,6 +145,8 @@ class Session final : private Passes {
     template <typename Key, typename Build>
     void make_last(KeptGraphs<Key> &graphs, const Key &key, Executor &executor, const Build &build);
     void prepare(const Pass &pass);
+    void set_logit_rows(const Pass &pass);
+    int32_t block_of_logits(int32_t rows) const;
     void score_batch(const int32_t *ids, const int32_t *lengths, int32_t n_texts, double *logprob);
     void encode_chunk(const int32_t *ids, int32_t n);
     void check_canvases(const std::vector<int32_t> &segments) const;
@@ -153,6 +156,7 @@ class Session final : private Passes {
                    const std::function<void(const Pass &)> &run) override;
     void compute_pass() override { compute(*passes_, pass_graphs_.back().second); }
     void compute_signal(int32_t first_row, int32_t first_logit, int32_t n_rows) override;
+    void compute_signal(const std::vector<int32_t> &rows, const std::vector<int32_t> &logits) override;
     void compute(Executor &executor, const Graph &graph);
     void set_aside();
     template <typename Compute> void run(const Compute &compute);

@@ -45,6 +45,9 @@ void Session::make_executors(bool allocate) {
     if (model_->config().has_self_conditioning) {
         std::vector<Graph> signal;
         signal.push_back(build_signal(*model_, io_, 0, 0, figures_.pass_rows));
+        if (io_.step->flat_rows) {
+            signal.push_back(build_flat_signal(*model_, io_, figures_.pass_rows));
+        }
         signals_ = make_executor(signal, allocate);
     }
     memory_.weights = model_->files().n_bytes();
@@ -139,7 +142,7 @@ void Session::make_io(bool allocate) {
         }
     }
     io_.ids = ggml_new_tensor_1d(on(placement.input), GGML_TYPE_I32, std::max<int64_t>(pass, figures_.n_rows));
-    io_.logit_rows = ggml_new_tensor_1d(on(placement.head), GGML_TYPE_I32, figures_.pass_rows);
+    io_.logit_rows = ggml_new_tensor_1d(on(placement.head), GGML_TYPE_I32, figures_.n_rows);
     io_.signal = ggml_new_tensor_2d(on(placement.layers.front()), GGML_TYPE_F32, c.n_embd, figures_.n_rows);
     if (own_operators_) {
         io_.scratch =

@@ -20,7 +20,7 @@ void Stepper::begin(const std::vector<CanvasStart> &canvases) {
 
 void Stepper::place(const std::vector<int32_t> &which) {
     if (!signal_stands_) {
-        logits_.make_signal(placed_rows());
+        make_signal();
         signal_stands_ = true;
     }
     close_up(which);
@@ -44,6 +44,16 @@ std::vector<int32_t> Stepper::segments() const {
 int32_t Stepper::placed_rows() const {
     const std::vector<int32_t> rows = segments();
     return std::accumulate(rows.begin(), rows.end(), 0);
+}
+
+std::vector<uint8_t> Stepper::free_rows() const {
+    std::vector<uint8_t> all;
+    for (const int32_t i : placed_) {
+        for (int32_t row = 0; row < rows_of(i); ++row) {
+            all.push_back(rules_of(i).is_pinned(row) ? 0 : 1);
+        }
+    }
+    return all;
 }
 
 bool Stepper::is_placed(int32_t index) const {

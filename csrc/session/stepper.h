@@ -61,18 +61,24 @@ class Stepper {
     StepIo io_;
     StepLogits logits_;
     std::vector<int32_t> placed_; // numbers of the canvases whose rows stand in logits and signal, in this order
-    bool signal_stands_ = true;   // of the placed rows; else it is to be made of the processed logits
+    bool signal_stands_ = true;   // of all placed rows; else it is to be made of the processed logits
 
     // What begin() and place() are to a body: canvases as they start; which rows stay, before placed_ changes.
     virtual void start(const std::vector<CanvasStart> &canvases) = 0;
     virtual void close_up(const std::vector<int32_t> &which) = 0;
+    // Of the placed rows, where signal_stands_ is false.
+    virtual void make_signal() { logits_.make_signal(placed_rows()); }
     virtual void shorten(int32_t index, int32_t n) = 0;
     // Rows of a canvas: as logits and signal have them, and as the next place() leaves them.
     int32_t rows_of(int32_t index) const { return rows_[static_cast<size_t>(index)]; }
     int32_t kept_of(int32_t index) const { return kept_[static_cast<size_t>(index)]; }
+    // Of a placed canvas; what they point to is the caller's.
+    virtual const RowRules &rules_of(int32_t index) const = 0;
     // Rows of the placed canvases, one after the other, and of all of them.
     std::vector<int32_t> segments() const;
     int32_t placed_rows() const;
+    // Of each of them: 1 where it is free. A pinned row's logits are known.
+    std::vector<uint8_t> free_rows() const;
 
     int32_t n_vocab() const { return passes_.model().config().n_vocab; }
 

@@ -74,14 +74,20 @@ def steps_of(session: Any, model: DiffusionModel, specs: list[CanvasSpec]) -> li
 def differences(session: Any, model: DiffusionModel) -> list[str]:
     """Steps of two canvases side by side, one of them pinned, against the C++ sampler on the same logits."""
     c, v = model.config.canvas_length, model.config.n_vocab
-    pinned = np.where(np.arange(c) % 3 == 0, np.arange(c) % v, -1).astype(np.int32)
+    pinned = np.where(np.arange(c) % 3 == 0, -1, np.arange(c) % v).astype(np.int32)
     specs = [CanvasSpec(seed=5), CanvasSpec(seed=6, canvas_index=2, pinned=pinned)]
+    # Free rows, and the first pinned ones up to the next quarter of the pass, one after the other.
+    free = np.concatenate([np.full(c, True), pinned < 0])
+    n_others = -free.sum() % (2 * c // 4)
+    with_logits = np.sort(np.concatenate([np.flatnonzero(free), np.flatnonzero(~free)[:n_others]]))
+    assert len(with_logits) < 2 * c
     batch = CanvasBatch(session, specs, model.sampling)
     found = []
     for step in range(4):
         launch = counts()["n_row_kernels"]
         steps = batch.step()
-        z = logits(2 * c, v, launch, model.config.logit_softcap)
+        z = np.zeros((2 * c, v), dtype=np.float32)
+        z[with_logits] = logits(len(with_logits), v, launch, model.config.logit_softcap)
         for spec, got, rows in zip(specs, steps, (z[:c], z[c:]), strict=True):
             expected = sample(
                 rows,

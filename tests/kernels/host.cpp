@@ -3,6 +3,7 @@
 #include "cuda/device_loop.h"
 #include "host_device.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -139,7 +140,11 @@ int dgk_loop_step(Loop *l, const dg_noise *noise) {
 }
 int32_t dgk_loop_uploads(const Loop *l) { return l->device.n_uploads; }
 int32_t dgk_loop_arguments(const Loop *l) { return l->device.n_arguments; }
-int dgk_loop_dense(const Loop *l) { return l->loop.wants_dense_signal() ? 1 : 0; }
+int32_t dgk_loop_flat(const Loop *l, int32_t *rows) {
+    const FlatRows flat = l->loop.flat_rows();
+    std::copy(flat.rows.begin(), flat.rows.end(), rows);
+    return static_cast<int32_t>(flat.rows.size());
+}
 int dgk_loop_read(Loop *l, int32_t index, int32_t *argmax, int32_t *canvas, uint8_t *accepted, double *entropy,
                   double *logprob, double *mean_entropy, int32_t *flags) {
     return guarded(l, [&] {
