@@ -193,6 +193,15 @@ def dense_signal(type: str) -> Part:
     return Part("self-conditioning, generic", n_bytes, 2 * CANVAS * embedding.n_elements, "half")
 
 
+def copied_signal(type: str) -> Part:
+    """The generic one with `signal_copy`: the softmax written and read, scaled in place (read and written), and the
+    transposed embedding in F16 read by the product."""
+    (embedding,) = (t for t in tensors(type) if t.kind == "embedding")
+    softmax = CANVAS * CONFIG.vocab_size * 4
+    n_bytes = 5 * softmax + 2 * embedding.n_elements
+    return Part("self-conditioning, generic with the copy", n_bytes, 2 * CANVAS * embedding.n_elements, "half")
+
+
 def n_launches() -> int:
     return N_LAYERS * LAUNCHES_PER_LAYER + LAUNCHES_BESIDES
 
@@ -344,7 +353,7 @@ def tables(n_past: int) -> dict[str, str]:
     """The generated tables of docs/PERFORMANCE.md, by name."""
     out = {}
     for type in ("q4_k_m", "q8_0"):
-        parts = [*step_parts(type, n_past), dense_signal(type)]
+        parts = [*step_parts(type, n_past), dense_signal(type), copied_signal(type)]
         out[f"parts {type}"] = markdown_table(
             ["part", "GB", "TOP", *(f"{d.name}, ms" for d in DEVICES)],
             [

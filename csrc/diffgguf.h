@@ -53,7 +53,7 @@
 
 /* Changes when a struct or a signature below changes; the shared library's number. A program that loads the library at
  * run time compares it with dg_abi_version(). */
-#define DG_ABI_VERSION 9
+#define DG_ABI_VERSION 10
 
 #ifdef __cplusplus
 extern "C" {
@@ -191,11 +191,16 @@ typedef struct dg_model_options {
     const char *const *rpc; /* "host:port" of servers; one that does not answer: DG_ERROR_IO */
     int32_t n_rpc;
     dg_session_options expected; /* the session that "as many as fit" makes room for */
-    const char *cpu; /* the level of instructions that the CPU's own operators use, by its name (dg_local_cpu_level);
-                        NULL (default): the best that is compiled in and that this processor has. Any other that is
-                        not both: DG_ERROR_UNSUPPORTED */
-    size_t adapters; /* bytes of adapters (dg_adapter_info.n_bytes) that "as many as fit" makes room for, shared out
-                        evenly to the layers */
+    const char *cpu;  /* the level of instructions that the CPU's own operators use, by its name (dg_local_cpu_level);
+                         NULL (default): the best that is compiled in and that this processor has. Any other that is
+                         not both: DG_ERROR_UNSUPPORTED */
+    size_t adapters;  /* bytes of adapters (dg_adapter_info.n_bytes) that "as many as fit" makes room for, shared out
+                         evenly to the layers */
+    bool signal_copy; /* the main device holds the embedding once more, transposed, in F16 (2 * n_vocab * n_embd bytes):
+                         the self-conditioning signal that operators of a graph make is one product with it then, and
+                         they need not transpose the embedding in every step; default false. DG_ERROR_UNSUPPORTED where
+                         the head is on the CPU, for a file without self-conditioning, and for an embedding with numbers
+                         beyond F16's; DG_ERROR_MEMORY where the device refuses it */
 } dg_model_options;
 
 DG_API dg_model_options dg_model_options_default(void);
@@ -280,7 +285,7 @@ typedef struct dg_device {
     const char *endpoint; /* of its RPC server; "" for this machine's */
     size_t memory_free;   /* when the model was opened, before it took its part */
     size_t memory_total;
-    size_t weights; /* bytes of this model's weights on it */
+    size_t weights; /* bytes of this model's weights on it, with the signal's copy of the embedding */
     int32_t n_layers;
     int32_t n_cpu_moe; /* of these, so many have their experts on the CPU */
     bool is_main;      /* the head, the logits and the sampler are on it */
@@ -299,9 +304,10 @@ typedef struct dg_memory {
     size_t weights_mapped;     /* of which are file pages, shared and reclaimable */
     size_t weights_on_devices; /* and which lie on devices; the CPU needs no pages for them */
     size_t kv_cache;
-    size_t compute;  /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
-    size_t logits;   /* the logits of a step, V * R floats */
-    size_t adapters; /* those that the session runs; shared with other sessions that run the same */
+    size_t compute;     /* inputs, scratch memory of the threads, and intermediate tensors for the largest graph */
+    size_t logits;      /* the logits of a step, V * R floats */
+    size_t adapters;    /* those that the session runs; shared with other sessions that run the same */
+    size_t signal_copy; /* of dg_model_options; beside the weights, on the main device */
 } dg_memory;
 
 /* The n_ctx of a session with these options: what 0 comes to. DG_ERROR_CONTEXT as at dg_session_create. */
@@ -343,7 +349,8 @@ typedef struct dg_plan {
     size_t reserve; /* bytes that every device with layers keeps free: contexts, kernels, a library's workspace */
 } dg_plan;
 
-/* Which layers go where: what dg_model_open does, as a function of sizes. `head`: bytes of the embedding. `devices`: as
+/* Which layers go where: what dg_model_open does, as a function of sizes. `head`: bytes of the embedding, and of its
+ * transposed copy where signal_copy is asked for (of which these options tell nothing here). `devices`: as
  * dg_model_device gives them, the main one last; of each, memory_free and endpoint count, and of the options those that
  * place layers. With n_gpu_layers -1, what the devices report free, less the reserve, `needs` and the head, takes:
  *

@@ -81,6 +81,9 @@ class DiffusionModel:
         tensor_split: each device's share of the layers; None: in proportion to their free memory.
         main_gpu: index in `devices()`-order of the device with the head and the sampler; None: the last.
         offload_kv: True puts a layer's cache where the layer is, False on the CPU.
+        signal_copy: True holds the embedding once more on the main device, transposed, in half precision: 2 bytes a
+            weight, for steps that move fewer bytes where ggml's operators make the self-conditioning signal
+            (docs/DEVICES.md). Refused where the head is on the CPU.
         rpc: "host:port" of servers that `pydiffgguf rpc-server` runs; docs/DEVICES.md.
         sampler: what makes the work on a step's logits. "host": C++ on the CPU; "operators": ggml's, where the logits
             are; "kernels": own ones, on CUDA; "auto": the last of these that the main device has.
@@ -99,8 +102,8 @@ class DiffusionModel:
     Raises:
         OSError: no such file, a directory, not readable; no RPC server at an address.
         ModelFormatError: not a GGUF of this architecture, or a broken one; says which key or tensor.
-        UnsupportedError: GPU layers where there is no device, kernels that the main one does not have, a level that
-            the processor lacks, or a file that needs what is not built.
+        UnsupportedError: GPU layers where there is no device, kernels that the main one does not have, a signal_copy
+            where the head is on the CPU, a level that the processor lacks, or a file that needs what is not built.
         DeviceError: an RPC server was lost; any later call may raise it too.
         ContextOverflowError: n_ctx below canvas + 1, or beyond the file's context_length.
         ValueError, TypeError: an option out of range or of the wrong type.
@@ -118,6 +121,7 @@ class DiffusionModel:
         tensor_split: Sequence[float] | None = None,
         main_gpu: int | None = None,
         offload_kv: bool = True,
+        signal_copy: bool = False,
         rpc: Sequence[str] = (),
         sampler: SamplerName = "auto",
         type_kv: KvType = "f16",
@@ -129,7 +133,9 @@ class DiffusionModel:
         verbose: bool = False,
     ) -> None:
         options = session_options(n_ctx, n_batch, n_threads, type_kv, sampler)
-        placing = model_options(n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv, rpc, cpu, use_mmap)
+        placing = model_options(
+            n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv, signal_copy, rpc, cpu, use_mmap
+        )
         integer("n_sessions", n_sessions, 1, 1024)
         flag("verbose", verbose)
         if progress is not None and not callable(progress):
@@ -693,8 +699,12 @@ class DiffusionModel:
         return f"<DiffusionModel {self.path.name}{' (closed)' if self.closed else ''}>"
 
 
+#: Memory that is there once, however many sessions there are.
+_OF_THE_MODEL = ("weights", "weights_mapped", "weights_on_devices", "signal_copy")
+
+
 def _together(parts: Sequence[Memory]) -> Memory:
     """The memory of several sessions on one model: its weights are there once."""
     sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Memory)}
-    once = {name: getattr(parts[0], name) for name in ("weights", "weights_mapped", "weights_on_devices")}
+    once = {name: getattr(parts[0], name) for name in _OF_THE_MODEL}
     return Memory(**{**sums, **once})

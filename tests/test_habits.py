@@ -137,6 +137,7 @@ def test_what_is_no_prompt_says_what_it_is(model: DiffusionModel, prompt: Any, a
         (lambda model: model.infill("a", "b", ends=0), "ends"),
         (lambda model: DiffusionModel(model.path, use_mmap="false"), "use_mmap"),
         (lambda model: DiffusionModel(model.path, offload_kv="no"), "offload_kv"),
+        (lambda model: DiffusionModel(model.path, signal_copy=1), "signal_copy"),
         (lambda model: DiffusionModel(model.path, verbose=2), "verbose"),
     ],
 )

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pydiffgguf._binding.functions import memory_available, plan_layers
 from pydiffgguf._text import human
-from pydiffgguf.errors import ModelFormatError
+from pydiffgguf.errors import ModelFormatError, UnsupportedError
 
 from .inspect import FileReport
 from .report import table
@@ -93,12 +93,20 @@ def parse_size(text: str) -> int:
     return size
 
 
-def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None, adapter_bytes: int = 0) -> FitPlan:
+def plan(
+    report: FileReport,
+    device_bytes: int,
+    *,
+    n_rows: int | None = None,
+    adapter_bytes: int = 0,
+    signal_copy: bool = False,
+) -> FitPlan:
     """The plan for a device with `device_bytes` free, at the context and cache type that the report is for.
 
     `n_rows`: rows that are denoised together, by default the file's canvas. `adapter_bytes`: of adapters that will run
-    beside the weights, as the engine counts them: the same for each layer. Raises ValueError for options out of range,
-    ModelFormatError when the file's keys do not tell its shape.
+    beside the weights, as the engine counts them: the same for each layer. `signal_copy`: the embedding is there once
+    more, transposed, in F16. Raises ValueError for options out of range, ModelFormatError when the file's keys do not
+    tell its shape, UnsupportedError for the copy where the file has no self-conditioning.
     """
     if device_bytes < 1:
         raise ValueError(f"device_bytes: {device_bytes}, expected at least 1")
@@ -112,8 +120,11 @@ def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None, ad
         needs = figures.needs(n_ctx=needs.n_ctx, type_kv=memory.type_kv, n_rows=n_rows)
     n = len(figures.layers)
     head, dense, experts = sum_tensors(report, n)
+    if signal_copy and not figures.values["has_self_conditioning"]:
+        raise UnsupportedError(f"signal_copy: {report.path} has no self-conditioning, so there is no signal")
+    copy = 2 * figures.values["n_vocab"] * figures.values["n_embd"] if signal_copy else 0
     placed = plan_layers(
-        list(zip(dense, experts, strict=True)), head, needs, [(device_bytes, "")], adapters=adapter_bytes
+        list(zip(dense, experts, strict=True)), head + copy, needs, [(device_bytes, "")], adapters=adapter_bytes
     )
     used = placed.n_gpu_layers > 0
     first_dense, first_expert = n - placed.n_gpu_layers, max(placed.n_cpu_moe, n - placed.n_gpu_layers)
@@ -138,6 +149,7 @@ def plan(report: FileReport, device_bytes: int, *, n_rows: int | None = None, ad
             whole(f"logits, {needs.n_rows} rows", needs.logits),
             whole("working buffers, at most", needs.passes + needs.sampling),
             whole("embedding, which is the head", head),
+            *([Share("the signal's copy of the embedding", copy if used else 0, 0)] if copy else ()),
             split(f"layers without experts, {placed.n_gpu_layers} of {n}", dense, first_dense),
             split(f"KV cache, {needs.n_ctx} positions in {memory.type_kv}", needs.cache, first_dense),
             split(f"experts, {n - first_expert} of {n} layers", experts, first_expert),

@@ -82,6 +82,7 @@ dg_device dg_model_device(const dg_model *model, int32_t index) {
     out.memory_total = device.total;
     out.weights = model->model->weights_on(index);
     const dg::Placement &placement = model->model->placement();
+    out.weights += placement.head == index ? model->model->signal_copy_bytes() : 0;
     for (size_t i = 0; i < placement.layers.size(); ++i) {
         out.n_layers += placement.layers[i] == index;
         out.n_cpu_moe += placement.layers[i] == index && placement.experts[i] != index;

@@ -9,10 +9,16 @@
 namespace dg {
 namespace {
 
-// An upload goes in pieces: ggml's RPC copies what it sends, and the experts of a layer are hundreds of megabytes.
-constexpr size_t PIECE = 8 << 20;
+constexpr size_t PIECE = 8 << 20; // of an upload; the experts of a layer are hundreds of megabytes
 
 } // namespace
+
+void upload(ggml_tensor *tensor, const void *data, size_t offset, size_t size) {
+    for (size_t done = 0; done < size; done += PIECE) {
+        ggml_backend_tensor_set(tensor, static_cast<const char *>(data) + done, offset + done,
+                                std::min(PIECE, size - done));
+    }
+}
 
 DeviceWeights::DeviceWeights(const Devices &devices, size_t n_tensors) : devices_(devices) {
     for (size_t i = 0; i <= devices.size(); ++i) {
@@ -44,8 +50,8 @@ ggml_tensor *DeviceWeights::add(int32_t device, std::vector<float> values, int64
     return tensor;
 }
 
-ggml_tensor *DeviceWeights::add(int32_t device, int64_t ne0, int64_t ne1, int64_t ne2) {
-    return ggml_new_tensor_3d(contexts_[static_cast<size_t>(device)].get(), GGML_TYPE_F32, ne0, ne1, ne2);
+ggml_tensor *DeviceWeights::add(int32_t device, int64_t ne0, int64_t ne1, int64_t ne2, ggml_type type) {
+    return ggml_new_tensor_3d(contexts_[static_cast<size_t>(device)].get(), type, ne0, ne1, ne2);
 }
 
 void DeviceWeights::load(const char *what) {
@@ -59,11 +65,7 @@ void DeviceWeights::load(const char *what) {
         ggml_backend_buffer_set_usage(buffers_.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     }
     for (const Source &source : sources_) {
-        const auto *data = static_cast<const char *>(source.data ? source.data : source.values.data());
-        const size_t size = ggml_nbytes(source.tensor);
-        for (size_t done = 0; done < size; done += PIECE) {
-            ggml_backend_tensor_set(source.tensor, data + done, done, std::min(PIECE, size - done));
-        }
+        upload(source.tensor, source.data ? source.data : source.values.data(), 0, ggml_nbytes(source.tensor));
     }
     sources_.clear();
 }

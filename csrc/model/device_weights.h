@@ -10,6 +10,9 @@
 
 namespace dg {
 
+// Sends `size` bytes to `offset` of the tensor, in pieces: ggml's RPC copies what it sends.
+void upload(ggml_tensor *tensor, const void *data, size_t offset, size_t size);
+
 class DeviceWeights {
   public:
     // `n_tensors`: the most that add() will be called for.
@@ -22,8 +25,8 @@ class DeviceWeights {
     ggml_tensor *add(int32_t device, const ggml_tensor *tensor, const void *data);
     // A float32 tensor of these values.
     ggml_tensor *add(int32_t device, std::vector<float> values, int64_t ne0, int64_t ne1 = 1);
-    // A float32 tensor that the caller fills once it is allocated.
-    ggml_tensor *add(int32_t device, int64_t ne0, int64_t ne1, int64_t ne2 = 1);
+    // A tensor that the caller fills once it is allocated.
+    ggml_tensor *add(int32_t device, int64_t ne0, int64_t ne1, int64_t ne2 = 1, ggml_type type = GGML_TYPE_F32);
     // Allocates all of them and fills them; `what` they are, for messages. Throws MEMORY.
     void load(const char *what = "weights");
 

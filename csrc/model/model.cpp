@@ -6,6 +6,7 @@
 #include "cpu/levels.h"
 #include "file/names.h"
 #include "model/file_figures.h"
+#include "model/signal_copy.h"
 #include "sample/sampling.h"
 
 #include "ggml-backend.h"
@@ -41,9 +42,15 @@ class ModelReader {
 
     void read(const dg_model_options &options) {
         read_figures_of_file();
-        model_.placement_ = place_layers(sizes_of(files_, model_.config_, model_.layers(), options.expected),
-                                         *model_.devices_, options);
+        model_.placement_ =
+            place_layers(sizes_of(files_, model_.config_, model_.layers(), options), *model_.devices_, options);
+        if (options.signal_copy) {
+            check_signal_copy();
+        }
         bind();
+        if (options.signal_copy) {
+            copy_embedding();
+        }
     }
 
   private:
@@ -68,6 +75,19 @@ class ModelReader {
             layer.n_head_kv = shape.n_head_kv;
             layer.head_dim = shape.head_dim;
             model_.weights_.layers.push_back(layer);
+        }
+    }
+
+    // Before anything is sent anywhere.
+    void check_signal_copy() const {
+        if (!model_.config_.has_self_conditioning) {
+            fail(DG_ERROR_UNSUPPORTED, "signal_copy: the file has no self-conditioning, so there is no signal");
+        }
+        if (model_.placement_.head == model_.devices_->cpu()) {
+            fail(DG_ERROR_UNSUPPORTED,
+                 std::string("signal_copy is for a head on a device, and the head is on the CPU, which gathers the "
+                             "signal from the embedding itself") +
+                     (model_.devices_->empty() ? "" : "; no device has room for the head and that copy"));
         }
     }
 
@@ -157,6 +177,16 @@ class ModelReader {
             bind_layer(i, model_.weights_.layers[static_cast<size_t>(i)]);
         }
         model_.placed_->load();
+    }
+
+    void copy_embedding() {
+        const dg_config &c = model_.config_;
+        model_.signal_copy_ = std::make_unique<DeviceWeights>(*model_.devices_, 1);
+        ggml_tensor *copy = model_.signal_copy_->add(model_.placement_.head, c.n_vocab, c.n_embd, 1, GGML_TYPE_F16);
+        model_.signal_copy_->load("the embedding's transposed copy (signal_copy)");
+        const FileTensor &embedding = require(names::TOKEN_EMBD, {c.n_embd, c.n_vocab});
+        fill_signal_copy(embedding.tensor, embedding.data, copy);
+        model_.weights_.signal_copy = copy;
     }
 
     // Every device with full layers has the angles' divisors.

@@ -58,6 +58,7 @@ struct LayerWeights {
 
 struct Weights {
     ggml_tensor *token_embd = nullptr; // [n_embd, n_vocab]: the head, and what the self-conditioning signal is made of
+    ggml_tensor *signal_copy = nullptr; // F16 [n_vocab, n_embd], of a head on a device, where it was asked for
     ggml_tensor *input_embd = nullptr; // the same numbers, where the rows of the ids are taken from
     ggml_tensor *output_norm = nullptr;
     ggml_tensor *self_cond_pre_norm = nullptr; // the four are null in a file without self-conditioning
@@ -83,6 +84,8 @@ class Model {
     const Kernels *kernels() const { return kernels_; }
     // Bytes of weights on a device; what the CPU uses where it lies in the file is not among them.
     size_t weights_on(int32_t device) const { return placed_->bytes(device); }
+    // Bytes of Weights::signal_copy, which is beside those, on the head's device.
+    size_t signal_copy_bytes() const { return signal_copy_ ? signal_copy_->bytes() : 0; }
     // Weights that one row of a pass is multiplied with.
     int64_t active_parameters() const;
     // Differs between models whose caches are not exchangeable: a hash of the figures and of every tensor's name, type
@@ -97,6 +100,7 @@ class Model {
     std::unique_ptr<const Devices> devices_;
     Placement placement_;
     std::unique_ptr<DeviceWeights> placed_;
+    std::unique_ptr<DeviceWeights> signal_copy_; // null: not asked for
     dg_config config_ = {};
     dg_sampling sampling_ = {};
     Weights weights_;

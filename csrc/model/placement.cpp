@@ -3,6 +3,7 @@
 #include "base/error.h"
 #include "file/names.h"
 #include "model/needs.h"
+#include "model/signal_copy.h"
 
 #include <algorithm>
 #include <cmath>
@@ -150,10 +151,11 @@ class Planner {
 size_t reserve() { return RESERVE; }
 
 Sizes sizes_of(const GgufFiles &files, const dg_config &config, const std::vector<dg_layer_config> &layers,
-               const dg_session_options &session) {
+               const dg_model_options &options) {
     Sizes sizes;
     std::vector<size_t> cache;
-    sizes.needs = session_needs(config, layers, session, cache);
+    sizes.needs = session_needs(config, layers, options.expected, cache);
+    sizes.head = options.signal_copy ? signal_copy_bytes(config) : 0;
     for (const size_t bytes : cache) {
         sizes.layers.push_back({0, 0, bytes});
     }

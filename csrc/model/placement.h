@@ -33,7 +33,7 @@ struct Placement {
 // Bytes, from the file and the session that is to be expected.
 struct Sizes {
     std::vector<dg_layer_bytes> layers;
-    size_t head = 0; // the embedding
+    size_t head = 0; // the embedding, and its transposed copy where there is one
     dg_needs needs = {};
 };
 
@@ -50,7 +50,7 @@ struct Plan {
 
 // Of a model whose keys are read, before its tensors are bound.
 Sizes sizes_of(const GgufFiles &files, const dg_config &config, const std::vector<dg_layer_config> &layers,
-               const dg_session_options &session);
+               const dg_model_options &options);
 
 // Throws ARGUMENT for numbers below those that mean something.
 void check_placing(const dg_model_options &options);

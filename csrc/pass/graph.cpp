@@ -282,8 +282,8 @@ class PassBuilder {
             sample_ops(ctx_, graph_.nodes, io_.step->sample, logits, pass_.sampled, pass_.watched);
         }
         if (pass_.sampled && c_.has_self_conditioning) {
-            ggml_tensor *signal = signal_of(ctx_, model_.weights().token_embd, ggml_soft_max_inplace(ctx_, logits),
-                                            &io_.step->sample, n_);
+            ggml_tensor *signal = signal_of(ctx_, model_.weights().token_embd, model_.weights().signal_copy,
+                                            ggml_soft_max_inplace(ctx_, logits), &io_.step->sample, n_);
             ggml_tensor *out = rows_of_io(ctx_, io_.step->next_signal, pass_.first_row, n_);
             ggml_build_forward_expand(graph_.nodes, ggml_cpy(ctx_, signal, out));
         }
@@ -326,7 +326,8 @@ Graph build_signal(const Model &model, const GraphIo &io, int32_t first_row, int
     ggml_tensor *logits = rows_of_io(ctx, io.step->logits, first_logit, n_rows);
     ggml_tensor *out = rows_of_io(ctx, io.step->next_signal ? io.step->next_signal : io.signal, first_row, n_rows);
     Settler settler(graph, model.devices());
-    ggml_tensor *signal = signal_of(ctx, model.weights().token_embd, ggml_soft_max(ctx, logits), nullptr, n_rows);
+    ggml_tensor *signal = signal_of(ctx, model.weights().token_embd, model.weights().signal_copy,
+                                    ggml_soft_max(ctx, logits), nullptr, n_rows);
     ggml_build_forward_expand(graph.nodes, ggml_cpy(ctx, signal, out));
     settler.settle(model.placement().head);
     return graph;
@@ -338,7 +339,8 @@ Graph build_flat_signal(const Model &model, const GraphIo &io, int32_t n_rows) {
     ggml_context *ctx = graph.context.get();
     Settler settler(graph, model.devices());
     ggml_tensor *logits = ggml_get_rows(ctx, step.logits, ggml_view_1d(ctx, step.flat_logits, n_rows, 0));
-    ggml_tensor *rows = signal_of(ctx, model.weights().token_embd, ggml_soft_max_inplace(ctx, logits), nullptr, n_rows);
+    ggml_tensor *rows = signal_of(ctx, model.weights().token_embd, model.weights().signal_copy,
+                                  ggml_soft_max_inplace(ctx, logits), nullptr, n_rows);
     ggml_tensor *out = step.next_signal ? step.next_signal : io.signal;
     ggml_tensor *numbers = ggml_view_1d(ctx, step.flat_rows, n_rows, 0);
     ggml_build_forward_expand(graph.nodes, ggml_set_rows(ctx, out, rows, numbers));

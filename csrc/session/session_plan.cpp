@@ -35,6 +35,7 @@ void Session::plan(bool allocate) {
     for (size_t i = 0; i < model_->devices().size(); ++i) {
         memory_.weights_on_devices += model_->weights_on(static_cast<int32_t>(i));
     }
+    memory_.signal_copy = model_->signal_copy_bytes();
     memory_.weights_mapped = model_->files().mapped() ? memory_.weights : 0;
     memory_.kv_cache = cache_->bytes();
     memory_.logits = ggml_nbytes(io_.step->logits);

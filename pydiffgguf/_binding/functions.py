@@ -76,7 +76,8 @@ def plan_layers(
 ) -> LayerPlan:
     """Where NativeModel puts layers: dg_plan_layers in csrc/diffgguf.h, which has the policy.
 
-    `layers`: bytes of each without its experts, and of those; its cache is in `needs`. `head`: bytes of the embedding.
+    `layers`: bytes of each without its experts, and of those; its cache is in `needs`. `head`: bytes of the embedding,
+    and of its transposed copy (signal_copy) if there is to be one.
     `devices`: of each the bytes that it reports free and its RPC server, "" for this machine's; the main one last. The
     options are NativeModel's. Raises ValueError for options out of range.
     """

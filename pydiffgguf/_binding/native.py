@@ -88,10 +88,13 @@ class NativeModel:
         main_gpu: int = -1,
         offload_kv: bool = True,
         adapters: int = 0,
+        signal_copy: bool = False,
         rpc: Sequence[str] = (),
         expected: Mapping[str, Any] | None = None,
     ) -> None:
-        options, _split = placing_options(n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv, adapters)
+        options, _split = placing_options(
+            n_gpu_layers, n_cpu_moe, tensor_split, main_gpu, offload_kv, adapters, signal_copy
+        )
         options.use_mmap = bool(use_mmap)
         level = ffi.new("char[]", cpu.encode())
         options.cpu = level

@@ -145,6 +145,7 @@ class Memory:
     compute: int
     logits: int
     adapters: int
+    signal_copy: int
 
 
 @dataclass(frozen=True)

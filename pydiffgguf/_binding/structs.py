@@ -62,6 +62,7 @@ def placing_options(
     main_gpu: int,
     offload_kv: bool,
     adapters: int = 0,
+    signal_copy: bool = False,
 ) -> tuple[Any, object]:
     """A dg_model_options, and what must outlive its use."""
     options = ffi.new("dg_model_options *", lib.dg_model_options_default())
@@ -70,6 +71,7 @@ def placing_options(
     options.main_gpu = int32("main_gpu", main_gpu, low=-1)
     options.offload_kv = bool(offload_kv)
     options.adapters = integer("adapters", adapters, 0, 2**62)
+    options.signal_copy = bool(signal_copy)
     split = ffi.new("float[]", [real("a part of tensor_split", part) for part in tensor_split])
     options.tensor_split, options.n_tensor_split = split, len(tensor_split)
     return options, split

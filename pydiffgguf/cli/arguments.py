@@ -374,6 +374,7 @@ def _inspect(sub: Parser) -> None:
         help="show what goes onto a device with this much free memory, and what does not (GB: 10^9 bytes, GiB: 2^30); "
         "RAM: whether it fits into this machine's memory",
     )
+    sub.add_argument("--signal-copy", action="store_true", help="with --fit: make room for what the option takes")
     sub.add_argument(
         "--lora",
         action="append",
@@ -497,6 +498,12 @@ def add_model_options(sub: Any) -> None:
     )
     group.add_argument("--main-gpu", type=at_least(0), metavar="I", help="the device with the head (the last)")
     group.add_argument("--no-offload-kv", action="store_true", help="keep the cache, and attention, on the CPU")
+    group.add_argument(
+        "--signal-copy",
+        action="store_true",
+        default=None,
+        help="hold the embedding twice on the main device, for steps that move less (docs/DEVICES.md)",
+    )
     group.add_argument(
         "--rpc",
         type=words,

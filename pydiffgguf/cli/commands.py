@@ -78,6 +78,7 @@ def open_model(args: argparse.Namespace, **more: Any) -> Any:
         "tensor_split": args.tensor_split,
         "main_gpu": args.main_gpu,
         "offload_kv": False if args.no_offload_kv else None,
+        "signal_copy": args.signal_copy,
         "rpc": args.rpc,
         "sampler": args.sampler,
         "type_kv": args.type_kv,
@@ -310,6 +311,8 @@ def inspect(args: argparse.Namespace) -> int:
 
     if (args.file is None) == (args.diff is None):
         args.command.error("give one FILE, or two files behind --diff")
+    if args.signal_copy and (args.fit is None or args.fit.upper() == "RAM"):
+        args.command.error("--signal-copy goes with --fit SIZE: it is for devices")
     if args.diff is not None:
         return inspect_diff(args)
     if args.data:
@@ -329,7 +332,8 @@ def inspect(args: argparse.Namespace) -> int:
         from pydiffgguf.engine.adapters import bytes_of, find_all
 
         adapters = bytes_of(find_all(args.lora))
-    plan = None if device is None else fit.plan(report, device, adapter_bytes=adapters)
+    placing = {"adapter_bytes": adapters, "signal_copy": args.signal_copy}
+    plan = None if device is None else fit.plan(report, device, **placing)
     if in_memory:
         text, found = fit.in_memory(report, adapters)
         if args.json:

@@ -44,7 +44,8 @@ def describe(name: str, model: NativeModel, memory: Memory, *, automatic: bool) 
     for device in devices:
         where = f" ({device.endpoint})" if device.endpoint else ""
         away = f" ({device.n_cpu_moe} with their experts on the CPU)" if device.n_cpu_moe else ""
-        parts = f"{device.n_layers} layers{away}{', head' if device.is_main else ''}"
+        head = ", head, the signal's copy of the embedding" if memory.signal_copy else ", head"
+        parts = f"{device.n_layers} layers{away}{head if device.is_main else ''}"
         lines.append(
             f"{device.name}{where}: {parts}, weights {device.weights / 1e6:.1f} MB; "
             f"{device.memory_free / 1e6:.0f} MB were free"

@@ -184,6 +184,7 @@ class ModelOptions(TypedDict, total=False):
     tensor_split: Sequence[float] | None
     main_gpu: int | None
     offload_kv: bool
+    signal_copy: bool
     rpc: Sequence[str]
     sampler: SamplerName
     type_kv: KvType
