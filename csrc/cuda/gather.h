@@ -1,5 +1,5 @@
 // The self-conditioning signal of one row: the embeddings of its candidates (row.h), weighted by their probabilities.
-// The generic graph multiplies the whole softmax with the whole embedding (add_signal in csrc/sample/signal_graph.h),
+// The generic graph multiplies the whole softmax with the whole embedding (signal_of in csrc/sample/signal_graph.h),
 // which reads all of it for every canvas; here a row reads as many embeddings as it has candidates.
 //
 // Floor: the bytes of one embedding for each candidate. At the released shape (2,816 wide, Q6_K: 2,310 bytes) a canvas

@@ -57,9 +57,9 @@ struct LayerWeights {
 };
 
 struct Weights {
-    ggml_tensor *token_embd = nullptr; // [n_embd, n_vocab]: the head, and what the self-conditioning signal is made of
+    ggml_tensor *token_embd = nullptr;  // [n_embd, n_vocab]: the head, and what the self-conditioning signal is made of
     ggml_tensor *signal_copy = nullptr; // F16 [n_vocab, n_embd], of a head on a device, where it was asked for
-    ggml_tensor *input_embd = nullptr; // the same numbers, where the rows of the ids are taken from
+    ggml_tensor *input_embd = nullptr;  // the same numbers, where the rows of the ids are taken from
     ggml_tensor *output_norm = nullptr;
     ggml_tensor *self_cond_pre_norm = nullptr; // the four are null in a file without self-conditioning
     ggml_tensor *self_cond_gate = nullptr;
