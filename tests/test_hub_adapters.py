@@ -54,8 +54,15 @@ def test_adapters_of_a_hub_load_by_their_names(tmp_path: Path) -> None:
     }
     good = ["hf:a/lora", "hf:a/lora:checkpoint-9", "hf:a/lora:quick.gguf"]
     with serve(repos) as hub:
-        found = load(hub.url, tmp_path / "home", *good, f"hf:a/lora@{COMMIT}:quick.gguf", "hf:a/model", "hf:a/none",
-                     "hf:a/demo:demo.gguf")  # fmt: skip
+        found = load(
+            hub.url,
+            tmp_path / "home",
+            *good,
+            f"hf:a/lora@{COMMIT}:quick.gguf",
+            "hf:a/model",
+            "hf:a/none",
+            "hf:a/demo:demo.gguf",
+        )
         assert {*peft, "quick.gguf"} <= set(hub.downloaded())
         assert not {"optimizer.pt", "README.md"}.intersection(hub.downloaded())
     assert found[:3] == [["lora", 1], ["checkpoint-9", 1], ["quick", 1]]

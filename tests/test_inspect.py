@@ -82,8 +82,16 @@ def test_a_converted_file_lacks_nothing(model: Path) -> None:
         assert sum(getattr(s, field) for s in by_class) == sum(getattr(s, field) for s in report.types.values())
     assert report.n_parameters == 1_835_804
     assert set(report.classes) == {
-        "attention", "dense FFN", "embedding", "experts", "norm", "rope", "router", "scalar", "self-conditioning",
-    }  # fmt: skip
+        "attention",
+        "dense FFN",
+        "embedding",
+        "experts",
+        "norm",
+        "rope",
+        "router",
+        "scalar",
+        "self-conditioning",
+    }
     assert report.classes["router"] == {"F32": report.classes["router"]["F32"]}
     assert report.memory.weight_bytes == sum(t.n_bytes for t in report.tensors)
 

@@ -19,8 +19,20 @@ def test_a_real_terminal_sees_the_canvas(tiny_gguf: Path) -> None:
 
 def test_ctrl_c_on_a_real_terminal(tiny_gguf: Path) -> None:
     """While the canvas is drawn: exit code 130, the cursor is back, no traceback."""
-    child = Pty("generate", str(tiny_gguf), "-p", "hello", "-n", "100000", "--ctx", "2000", "--steps", "5000",
-                "--stability-threshold", "4000")  # fmt: skip
+    child = Pty(
+        "generate",
+        str(tiny_gguf),
+        "-p",
+        "hello",
+        "-n",
+        "100000",
+        "--ctx",
+        "2000",
+        "--steps",
+        "5000",
+        "--stability-threshold",
+        "4000",
+    )
     child.until("step ")
     child.type("\x03")
     assert child.wait() == 130

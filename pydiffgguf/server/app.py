@@ -26,8 +26,15 @@ __all__ = ["make_app"]
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 NOT_OFFERED = (
-    "/v1/embeddings", "/embeddings", "/v1/responses", "/responses", "/rerank", "/v1/rerank", "/slots", "/v1/messages",
-)  # fmt: skip
+    "/v1/embeddings",
+    "/embeddings",
+    "/v1/responses",
+    "/responses",
+    "/rerank",
+    "/v1/rerank",
+    "/slots",
+    "/v1/messages",
+)
 
 
 def make_app(service: Service) -> Guard:

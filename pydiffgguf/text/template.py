@@ -76,6 +76,7 @@ PLACEHOLDER = 500
 #: Most digits that ``round`` keeps or drops.
 MAX_ROUND = 20
 
+# Tables of words, packed by hand: formatted, each has as many lines as words.
 # fmt: off
 FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format", "groupby",

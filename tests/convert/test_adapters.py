@@ -170,21 +170,31 @@ NAN[3, 1] = np.nan
 REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], type[DiffGGUFError], str]] = {
     "dora": (GOOD, {"use_dora": True}, UnsupportedError, "uses DoRA"),
     "dora by its tensor": (
-        with_key(f"{PREFIX}decoder.{Q}.lora_magnitude_vector.weight"), {}, UnsupportedError, "uses DoRA",
+        with_key(f"{PREFIX}decoder.{Q}.lora_magnitude_vector.weight"),
+        {},
+        UnsupportedError,
+        "uses DoRA",
     ),
     "whole weights": (
-        with_key(f"{PREFIX}decoder.self_conditioning.gate_proj.weight"), {}, UnsupportedError,
+        with_key(f"{PREFIX}decoder.self_conditioning.gate_proj.weight"),
+        {},
+        UnsupportedError,
         "holds whole weights of 1 modules (model.decoder.self_conditioning.gate_proj): only low-rank pairs",
     ),
     "embedding": (
-        with_key(f"{PREFIX}decoder.embed_tokens.lora_embedding_A"), {}, UnsupportedError, "adapts the token embedding",
+        with_key(f"{PREFIX}decoder.embed_tokens.lora_embedding_A"),
+        {},
+        UnsupportedError,
+        "adapts the token embedding",
     ),
     "bias": (GOOD, {"lora_bias": True}, UnsupportedError, "has biases"),
     "pissa": (GOOD, {"init_lora_weights": "pissa_niter_4"}, UnsupportedError, 'init_lora_weights="pissa_niter_4"'),
     "alora": (GOOD, {"alora_invocation_tokens": [1, 2]}, UnsupportedError, "needs alora_invocation_tokens"),
     "another method": (GOOD, {"peft_type": "LOHA"}, UnsupportedError, "needs peft_type 'LOHA'"),
     "foreign module": (
-        with_key(f"{PREFIX}decoder.layers.0.experts.7.gate_proj.lora_A.weight"), {}, ModelFormatError,
+        with_key(f"{PREFIX}decoder.layers.0.experts.7.gate_proj.lora_A.weight"),
+        {},
+        ModelFormatError,
         "belongs to no module of DiffusionGemma",
     ),
     "half a pair": ({A_KEY: GOOD[A_KEY]}, {}, ModelFormatError, "has no lora_B"),
@@ -199,11 +209,14 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], type[DiffGGUFError], 
     "endless pattern": (GOOD, {"rank_pattern": {"([a-z.]+)+!": 4}}, ModelFormatError, "too involved"),
     "broken pattern": (GOOD, {"rank_pattern": {"(": 4}}, ModelFormatError, "no regular expression"),
     "two keys": (
-        with_key(f"{PREFIX}decoder.{Q}.lora_A.other.weight"), {}, ModelFormatError, "both adapt",
+        with_key(f"{PREFIX}decoder.{Q}.lora_A.other.weight"),
+        {},
+        ModelFormatError,
+        "both adapt",
     ),
     "nothing left": (changed(b=np.zeros((32, 4), np.float32)), {}, ModelFormatError, "holds nothing that acts"),
     "head alone": (with_key("base_model.model.lm_head.base_layer.weight"), {}, UnsupportedError, "whole weights"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -328,14 +341,18 @@ Q_WEIGHT = "blk.0.attn_q.weight"
         ([gguf_text("adapter.type") + struct.pack("<I", 8) + gguf_text("ia3")], [], UnsupportedError, "ia3"),
         (
             [gguf_text("diffusion.adapter.region") + struct.pack("<I", 8) + gguf_text("left")],
-            [], ModelFormatError, "region is 'left'",
+            [],
+            ModelFormatError,
+            "region is 'left'",
         ),
         (
             [gguf_text("adapter.lora.alpha") + struct.pack("<If", 6, float("nan"))],
-            [], ModelFormatError, "finite number",
+            [],
+            ModelFormatError,
+            "finite number",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_gguf_that_is_no_plain_adapter_is_refused(
     tmp_path: Path, keys: list[bytes], tensors: list[bytes], kind: type[DiffGGUFError], message: str
 ) -> None:

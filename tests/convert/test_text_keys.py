@@ -43,9 +43,7 @@ def test_the_eos_list_is_written_where_it_differs_from_the_texts(
     """`<eos>`, `<turn|>` and `<|tool_response>` (1, 6, 7 here) are found by text; another list gets its key."""
     edit_json(copy / "generation_config.json", lambda c: c.update(eos_token_id=eos))
     convert(copy, tmp_path / "x.gguf", type="f32")
-    assert read_keys(tmp_path / "x.gguf").get("diffusion.eos_token_ids") == (
-        written and ("ARRAY UINT32", written)
-    )  # fmt: skip
+    assert read_keys(tmp_path / "x.gguf").get("diffusion.eos_token_ids") == (written and ("ARRAY UINT32", written))
 
 
 @pytest.mark.parametrize(("mode", "written"), [("raw", ("STRING", "raw")), ("chat", ("STRING", "chat")), (None, None)])

@@ -42,13 +42,21 @@ def llama_vim(**fields: Any) -> dict[str, Any]:
         "t_max_prompt_ms": 500,
         "t_max_predict_ms": 1000,
         "response_fields": [
-            "content", "timings/prompt_n", "timings/prompt_ms", "timings/prompt_per_token_ms",
-            "timings/prompt_per_second", "timings/predicted_n", "timings/predicted_ms",
-            "timings/predicted_per_token_ms", "timings/predicted_per_second", "truncated", "tokens_cached",
+            "content",
+            "timings/prompt_n",
+            "timings/prompt_ms",
+            "timings/prompt_per_token_ms",
+            "timings/prompt_per_second",
+            "timings/predicted_n",
+            "timings/predicted_ms",
+            "timings/predicted_per_token_ms",
+            "timings/predicted_per_second",
+            "truncated",
+            "tokens_cached",
         ],
         "model": "",
         **fields,
-    }  # fmt: skip
+    }
 
 
 def test_llama_vim_gets_text_at_once_behind_the_colon(server: Running, model: DiffusionModel) -> None:
@@ -162,9 +170,21 @@ def test_a_gap_ends_at_stops_and_at_less_indentation(
 
 
 ZED_STOPS = [
-    "<|endoftext|>", "<|file_separator|>", "<|fim_pad|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
-    "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<PRE>", "<SUF>", "<MID>", "[PREFIX]", "[SUFFIX]",
-]  # fmt: skip
+    "<|endoftext|>",
+    "<|file_separator|>",
+    "<|fim_pad|>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<fim_prefix>",
+    "<fim_middle>",
+    "<fim_suffix>",
+    "<PRE>",
+    "<SUF>",
+    "<MID>",
+    "[PREFIX]",
+    "[SUFFIX]",
+]
 
 
 @pytest.mark.parametrize(
