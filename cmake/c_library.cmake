@@ -13,8 +13,13 @@ set_target_properties(diffgguf PROPERTIES OUTPUT_NAME diffgguf_engine)
 # takes from the system.
 set(private_libraries ${CMAKE_CXX_IMPLICIT_LINK_LIBRARIES})
 list(FILTER private_libraries INCLUDE REGEX "^(stdc\\+\\+|c\\+\\+)$")
+if(NOT private_libraries AND NOT MSVC)
+    set(private_libraries c++) # `zig c++` does not tell what it links, and has this one alone
+endif()
 if(APPLE)
     list(APPEND private_libraries "-framework Accelerate")
+elseif(WIN32)
+    list(APPEND private_libraries ws2_32) # RPC
 elseif(UNIX)
     list(APPEND private_libraries m ${CMAKE_DL_LIBS})
 endif()
@@ -30,7 +35,9 @@ set_target_properties(diffgguf_shared PROPERTIES
     SOVERSION ${abi_version}
 )
 if(WIN32)
-    set_target_properties(diffgguf_shared PROPERTIES ARCHIVE_OUTPUT_NAME diffgguf_shared) # diffgguf.lib is the static one
+    if(MSVC) # diffgguf.lib is the static one; elsewhere this is libdiffgguf.dll.a, which -ldiffgguf finds first
+        set_target_properties(diffgguf_shared PROPERTIES ARCHIVE_OUTPUT_NAME diffgguf_shared)
+    endif()
     target_compile_definitions(diffgguf_shared INTERFACE DG_SHARED)
 elseif(APPLE)
     target_link_options(diffgguf_shared PRIVATE LINKER:-exported_symbol,_dg_*)

@@ -181,6 +181,17 @@ def test_a_wrong_file_is_an_error_and_a_message(source: Path, prefix: Path, tmp_
     assert re.fullmatch(r"error 2: .*missing\.gguf: .*No such file or directory\n", done.stderr)
 
 
+def test_a_program_in_c_meets_what_the_header_says(library: Path, tmp_path: Path) -> None:
+    """tests/c_library/checks.c, which scripts run for other systems too: levels, files, errors, cancels, memory."""
+    need("pkg-config", "truncate")
+    sources = ROOT / "tests" / "c_library"
+    run(sources / "files", demo_model_path(), tmp_path / "files")
+    flags = "$(pkg-config --cflags diffgguf) $LIBRARY/libdiffgguf.a $STATIC"
+    command = f"cc -std=gnu11 -Wall -Wextra -Wpedantic -Werror {sources}/checks.c {flags} -o checks"
+    run("sh", "-c", command, cwd=tmp_path, **pkg_config(library))
+    assert run(tmp_path / "checks", demo_model_path(), "files", cwd=tmp_path).endswith("\n0 failures\n")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into ELF files")
 def test_nothing_but_dg_can_be_linked_against(library: Path) -> None:
     """The shared library exports dg_* alone. The static one has no other strong symbol either; what is weak are

@@ -19,10 +19,6 @@
 #include <new>
 #include <string>
 
-#ifdef __GLIBCXX__
-#    include <cxxabi.h>
-#endif
-
 struct dg_file {
     std::shared_ptr<const dg::GgufHead> head;
 };
@@ -68,11 +64,12 @@ template <typename Body> dg_status guarded_plain(char *err, size_t err_size, con
     } catch (const std::exception &error) {
         write_message(error.what(), err, err_size);
         return DG_ERROR_INTERNAL;
-#ifdef __GLIBCXX__
-    } catch (const abi::__forced_unwind &) {
-        throw; // the poll function ended its thread: CPython ends daemon threads so that want the GIL while it exits
-#endif
     } catch (...) {
+        if (!std::current_exception()) {
+            // None of C++'s: the poll function ended its thread, as CPython ends daemon threads that want the GIL while
+            // it exits. glibc ends the process where such an unwinding stops.
+            throw;
+        }
         write_message("an unknown exception", err, err_size);
         return DG_ERROR_INTERNAL;
     }

@@ -3,13 +3,20 @@
 #include "base/control_groups.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <fstream>
 #include <set>
 #include <sstream>
 #include <thread>
 
-#if defined(__linux__)
+#if defined(_WIN32)
+#    define WIN32_LEAN_AND_MEAN
+#    ifndef NOMINMAX
+#        define NOMINMAX
+#    endif
+#    include <windows.h>
+#elif defined(__linux__)
 #    include <sched.h>
 #elif defined(__APPLE__)
 #    include <sys/sysctl.h>
@@ -70,6 +77,38 @@ int32_t granted_to_this_process() {
     return granted;
 }
 
+#elif defined(_WIN32)
+
+// Cores of the best kind that the process may run on; 0 where the system does not tell. A process whose threads may run
+// in several groups of 64 processors has no mask: all count then.
+int32_t allowed_cores() {
+    DWORD_PTR mask = 0;
+    DWORD_PTR all = 0;
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &mask, &all) || mask == 0) {
+        mask = ~DWORD_PTR{0};
+    }
+    DWORD size = 0;
+    GetLogicalProcessorInformationEx(RelationProcessorCore, nullptr, &size);
+    std::vector<std::byte> records(size);
+    const auto record = [&](size_t at) {
+        return reinterpret_cast<SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX *>(records.data() + at);
+    };
+    if (size == 0 || !GetLogicalProcessorInformationEx(RelationProcessorCore, record(0), &size)) {
+        return 0;
+    }
+    int32_t n = 0;
+    BYTE best = 0; // efficiency cores have a lower class than others
+    for (size_t at = 0; at < size; at += record(at)->Size) {
+        const PROCESSOR_RELATIONSHIP &core = record(at)->Processor;
+        if ((core.GroupMask[0].Mask & mask) == 0 || core.EfficiencyClass < best) {
+            continue;
+        }
+        n = core.EfficiencyClass > best ? 1 : n + 1;
+        best = core.EfficiencyClass;
+    }
+    return n;
+}
+
 #endif
 
 } // namespace
@@ -128,6 +167,10 @@ int32_t usable_cores() {
     }
     if (const int32_t granted = granted_to_this_process(); granted > 0) {
         n = std::min(n, granted);
+    }
+#elif defined(_WIN32)
+    if (const int32_t allowed = allowed_cores(); allowed > 0) {
+        n = allowed;
     }
 #elif defined(__APPLE__)
     for (const char *name : {"hw.perflevel0.physicalcpu", "hw.physicalcpu"}) {

@@ -9,7 +9,8 @@ namespace dg {
 
 // Cores that the process may run on, one thread of each: two threads of a core share its units for vectors, and each
 // other's cache. No more than the control groups above the process grant, since threads that are stopped in the midst
-// of an operator let all others wait (both Linux). No efficiency cores beside others (Linux, macOS). At least 1.
+// of an operator let all others wait (masks and threads: Linux and Windows; groups: Linux). No efficiency cores beside
+// others. At least 1.
 int32_t usable_cores();
 
 // The same for given processors: those `allowed` that a Linux's files below `devices` (/sys/devices) tell apart.

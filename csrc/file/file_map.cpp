@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 #include <new>
 
 #ifdef _WIN32
@@ -43,6 +44,34 @@ std::wstring wide(const std::string &text) {
     return result;
 }
 
+// What the system says of an error of its own calls, which leave nothing in errno.
+std::string reason_of(DWORD error) {
+    wchar_t text[256];
+    const DWORD length =
+        FormatMessageW(FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS | FORMAT_MESSAGE_MAX_WIDTH_MASK,
+                       nullptr, error, 0, text, static_cast<DWORD>(std::size(text)), nullptr);
+    char bytes[3 * std::size(text) + 1];
+    const int size =
+        WideCharToMultiByte(CP_UTF8, 0, text, static_cast<int>(length), bytes, sizeof bytes, nullptr, nullptr);
+    std::string reason(bytes, static_cast<size_t>(size));
+    reason.erase(reason.find_last_not_of(" .") + 1);
+    return format("%s (error %lu)", reason.empty() ? "no reason told" : reason.c_str(), error);
+}
+
+[[noreturn]] void fail_system(const std::string &path, const char *what, DWORD error) {
+    const bool refused =
+        error == ERROR_NOT_ENOUGH_MEMORY || error == ERROR_OUTOFMEMORY || error == ERROR_COMMITMENT_LIMIT;
+    throw Error(refused ? DG_ERROR_MEMORY : DG_ERROR_IO,
+                format("%s: %s: %s", path.c_str(), what, reason_of(error).c_str()));
+}
+
+// Reading a console or a pipe would wait for somebody to write.
+void require_regular(const std::string &path, HANDLE file) {
+    if (GetFileType(file) != FILE_TYPE_DISK) {
+        throw Error(DG_ERROR_IO, format("%s: not a regular file", path.c_str()));
+    }
+}
+
 std::FILE *open_file(const std::string &path, const char *mode) {
     return _wfopen(wide(path).c_str(), wide(mode).c_str());
 }
@@ -51,7 +80,7 @@ void remove_file(const std::string &path) { _wremove(wide(path).c_str()); }
 
 std::string replace_file(const std::string &from, const std::string &to) {
     const bool moved = MoveFileExW(wide(from).c_str(), wide(to).c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
-    return moved ? "" : format("error %lu", GetLastError()); // this call leaves nothing in errno
+    return moved ? "" : reason_of(GetLastError());
 }
 #else
 std::FILE *open_file(const std::string &path, const char *mode) { return std::fopen(path.c_str(), mode); }
@@ -79,6 +108,7 @@ class OpenFile final : public ByteSource {
             fail_io(path, "cannot open");
         }
 #ifdef _WIN32
+        require_regular(path, reinterpret_cast<HANDLE>(_get_osfhandle(_fileno(file_.get()))));
         const int seek_failed = _fseeki64(file_.get(), 0, SEEK_END);
         const long long end = _ftelli64(file_.get());
 #else
@@ -140,28 +170,54 @@ class ReadFile final : public FileBytes {
 class MappedFile final : public FileBytes {
   public:
 #ifdef _WIN32
-    explicit MappedFile(const std::string &path) {
-        const HANDLE file =
-            CreateFileW(wide(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
-        if (file == INVALID_HANDLE_VALUE) {
-            throw Error(DG_ERROR_IO, format("%s: cannot open: error %lu", path.c_str(), GetLastError()));
+    // Others may read the file, and nobody may write to it, cut it, replace it or remove it as long as this handle is
+    // open: the mapping alone would not keep a writer out.
+    explicit MappedFile(const std::string &path)
+        : file_(CreateFileW(wide(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr)) {
+        if (file_.handle == INVALID_HANDLE_VALUE) {
+            fail_system(path, "cannot open", GetLastError());
         }
+        require_regular(path, file_.handle);
         LARGE_INTEGER size = {};
-        const bool sized = GetFileSizeEx(file, &size);
-        const HANDLE mapping = sized ? CreateFileMappingW(file, nullptr, PAGE_READONLY, 0, 0, nullptr) : nullptr;
-        const DWORD failure = GetLastError();
-        CloseHandle(file);
-        if (!mapping) {
-            throw Error(DG_ERROR_IO, format("%s: cannot map: error %lu", path.c_str(), failure));
-        }
-        data_ = static_cast<const unsigned char *>(MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0));
-        CloseHandle(mapping);
-        if (!data_) {
-            throw Error(DG_ERROR_IO, format("%s: cannot map: error %lu", path.c_str(), GetLastError()));
+        if (!GetFileSizeEx(file_.handle, &size)) {
+            fail_system(path, "cannot find its size", GetLastError());
         }
         size_ = static_cast<size_t>(size.QuadPart);
+        if (size_ == 0) { // there is no mapping of nothing
+            return;
+        }
+        const Handle mapping(CreateFileMappingW(file_.handle, nullptr, PAGE_READONLY, 0, 0, nullptr));
+        if (!mapping.handle) {
+            fail_system(path, "cannot map", GetLastError());
+        }
+        data_ = static_cast<const unsigned char *>(MapViewOfFile(mapping.handle, FILE_MAP_READ, 0, 0, 0));
+        if (!data_) {
+            fail_system(path, "cannot map", GetLastError());
+        }
     }
-    ~MappedFile() override { UnmapViewOfFile(data_); }
+    ~MappedFile() override {
+        if (data_) {
+            UnmapViewOfFile(data_);
+        }
+    }
+
+  private:
+    // Closes itself when the constructor throws, too.
+    struct Handle {
+        explicit Handle(HANDLE opened) : handle(opened) {}
+        Handle(const Handle &) = delete;
+        Handle &operator=(const Handle &) = delete;
+        ~Handle() {
+            if (handle && handle != INVALID_HANDLE_VALUE) {
+                CloseHandle(handle);
+            }
+        }
+        const HANDLE handle;
+    };
+
+    Handle file_;
+
+  public:
 #else
     explicit MappedFile(const std::string &path)
         : path_(path), file_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
