@@ -148,6 +148,7 @@ static void check_build(void) {
 }
 
 static void check_levels(const char *path) {
+    const char *best = "";
     for (int32_t i = 0; i < dg_n_cpu_levels(); ++i) {
         const dg_cpu_level level = dg_local_cpu_level(i);
         if (!level.offered || !level.compiled) {
@@ -158,6 +159,7 @@ static void check_levels(const char *path) {
                            "a level that is not there");
             continue;
         }
+        best = level.name;
         for (int32_t n_threads = 1; n_threads <= 2; ++n_threads) {
             dg_model *const model = open_model(path, level.name, n_threads == 1);
             expect(answers(model, n_threads), "%s, threads: %d, %s: the right words", dg_model_cpu_level(model),
@@ -165,6 +167,9 @@ static void check_levels(const char *path) {
             dg_model_free(model);
         }
     }
+    dg_model *const model = open_model(path, NULL, true);
+    expect(strcmp(dg_model_cpu_level(model), best) == 0, "by itself the best of them: %s", dg_model_cpu_level(model));
+    dg_model_free(model);
 }
 
 static void check_files(const char *path) {
