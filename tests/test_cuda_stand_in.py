@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import performance_model as paper
 import pytest
 import shapes
 import two_layers
@@ -55,11 +56,12 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run(device: dict[str, str]) -> Run:
-    """run(model, **options): what tests/cuda_stand_in/steps.py found."""
+    """run(model, **options): what tests/cuda_stand_in/steps.py found. `counts`: our kernels are counted alone."""
 
-    def run(model: Path, **options: Any) -> dict[str, Any]:
+    def run(model: Path, counts: bool = False, **options: Any) -> dict[str, Any]:
         command = [sys.executable, str(ROOT / "tests/cuda_stand_in/steps.py"), str(model), json.dumps(options)]
-        done = subprocess.run(command, capture_output=True, text=True, env=device, timeout=300, check=False)
+        env = device | ({"STAND_IN_COUNTS": "1"} if counts else {})
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -107,6 +109,35 @@ def test_the_next_canvas_finds_its_graphs(whole: dict[str, Any]) -> None:
         assert not {"to_device", "n_allocations"} & set(step)
     assert whole["second_encode"]["n_captures"] == 1
     assert whole["third_encode"]["n_graph_launches"] == 1 and "n_captures" not in whole["third_encode"]
+
+
+def test_pins_are_sent_once(whole: dict[str, Any]) -> None:
+    """Which rows get logits goes to the device in the first step. Their number is a graph of its own, captured once."""
+    first, second, *later = whole["pinned"]
+    assert first["to_device"] > 0 and second["n_captures"] == 1
+    for step in [second, *later]:
+        assert "to_device" not in step and step["to_host"] == CANVAS
+    for step in later:
+        assert step["n_graph_launches"] == 1 and "n_captures" not in step
+
+
+def test_a_layers_launches_are_those_of_the_model_on_paper(run: Run, tmp_path: Path) -> None:
+    """At the released widths, with layers of either kind taken away: what a step's graph holds is what
+    benchmarks/performance_model.py reckons with. Experts are narrower, which no launch depends on."""
+    counted = {}
+    for name, kinds in {"sf": "SF", "ssf": "SSF", "sff": "SFF"}.items():
+        layers = [{"S": "sliding_attention", "F": "full_attention"}[kind] for kind in kinds]
+        small = dict(layer_types=layers, num_hidden_layers=len(layers), moe_intermediate_size=64, vocab_size=16384)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(shapes.SHAPES, "wide", shapes.SHAPES["26b-a4b"] | small)
+            shapes.write(tmp_path / "x.gguf", "wide", type="q4_k_m")
+        first, second, *later = run(tmp_path / "x.gguf", counts=True, n_ctx=2048, only_launches=True)["quiet"]
+        assert "n_captures" not in first and second["n_captures"] == 1
+        assert all("n_captures" not in step and "to_device" not in step for step in later)
+        counted[name] = second["n_captured"]
+    sliding, full = counted["ssf"] - counted["sf"], counted["sff"] - counted["sf"]
+    assert (sliding, full) == (paper.SLIDING_LAUNCHES, paper.FULL_LAUNCHES)
+    assert counted["sf"] - sliding - full + 3 == paper.LAUNCHES_BESIDES  # with our three
 
 
 def test_no_router_is_multiplied_in_tf32(whole: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What tests/test_cuda_stand_in.py runs in a process of its own, on the stand-in device: prints one JSON object.
 
-`python steps.py MODEL OPTIONS`: OPTIONS is a JSON object of DiffusionModel's options.
+`python steps.py MODEL OPTIONS`: OPTIONS is a JSON object of DiffusionModel's options, and "only_launches": whether the
+steps of one canvas are all.
 """
 
 from __future__ import annotations
@@ -108,9 +109,21 @@ def differences(session: Any, model: DiffusionModel) -> list[str]:
     return found
 
 
+def launches(model: DiffusionModel) -> list[dict[str, int]]:
+    """The steps of one canvas behind 1,024 tokens."""
+    with model.session() as session:
+        session.encode(np.arange(2, 1026))
+        return steps_of(session, model, [CanvasSpec(seed=1, quiet=True)])
+
+
 def main() -> None:
     out: dict[str, Any] = {}
-    with DiffusionModel(sys.argv[1], type_kv="f16", **json.loads(sys.argv[2])) as model:
+    options = json.loads(sys.argv[2])
+    only_launches = options.pop("only_launches", False)
+    with DiffusionModel(sys.argv[1], type_kv="f16", **options) as model:
+        if only_launches:
+            print(json.dumps({"quiet": launches(model)}))
+            return
         out["devices"] = [asdict(device) for device in model.devices()]
         before = counts()
         c = model.config.canvas_length
@@ -130,6 +143,8 @@ def main() -> None:
             before = counts()
             session.encode(np.arange(2, 2 + c))
             out["third_encode"] = changes(before)
+            pinned = np.where(np.arange(c) < c // 4, -1, 7).astype(np.int32)
+            out["pinned"] = steps_of(session, model, [CanvasSpec(seed=4, pinned=pinned, quiet=True)])
             if session.sampler == "kernels":
                 out["differences"] = differences(session, model)
             with tempfile.TemporaryDirectory() as folder:
