@@ -308,7 +308,7 @@ class Estimate:
     `best`: ggml's kernels are as far above the floor as they were where they were timed, the signal is gathered.
     `worst`: their time goes with the card's instructions (its multiprocessors times its clock) and not with its
     bandwidth or tensor cores; attention's products are float32 ones, which cuBLAS makes in TF32 at half of FP16's rate;
-    one row has too many candidates, so the signal is the generic one; no launch is hidden.
+    rows are flat, so their signal is the generic one; no launch is hidden.
     """
 
     best: float

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _build_id(library: Path) -> str:
-    notes = subprocess.run(["readelf", "-n", str(library)], capture_output=True, text=True, check=False).stdout
+    if not (readelf := shutil.which("readelf")):
+        return ""
+    notes = subprocess.run([readelf, "-n", str(library)], capture_output=True, text=True, check=False).stdout
     found = re.search(r"Build ID: (\w+)", notes)
     return found.group(1) if found else ""
 
@@ -29,7 +32,7 @@ def find_build() -> Path | None:
 
     own = _build_id(Path(_diffgguf.__file__))
     for built in ROOT.glob("build/*/_diffgguf.abi3.so"):
-        if own and _build_id(built) == own and (built.parent / "libdiffgguf.a").exists():
+        if own and _build_id(built) == own and list(built.parent.glob("vendor/**/libggml.a")):
             return built.parent
     return None
 

@@ -14,12 +14,15 @@ import pytest
 import two_layers
 
 from pydiffgguf import demo_model_path
+from pydiffgguf._binding.functions import build_info
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++")
 BUILD = host_twin.find_build()
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, reason="links the engine's objects"),
+    pytest.mark.skipif(set(build_info()["backends"]) != {"RPC", "CPU"}, reason="a build that needs other libraries"),
+    pytest.mark.skipif("SANITIZE" in str(build_info()["flags"]), reason="a program of its own without the sanitizer"),
     pytest.mark.skipif(BUILD is None, reason="the objects of the installed build are not in this checkout"),
 ]
 
@@ -38,7 +41,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("sampler", ["operators", "kernels"])
+@pytest.mark.parametrize("sampler", ["host", "operators", "kernels"])
 def test_free_rows_alone_get_logits_and_nothing_changes(found: dict[str, Any], sampler: str) -> None:
     """With pins of every number, side by side: each result is that of a session where all rows get logits, to the bit;
     without a signal, argmax, canvas and accepted rows are the host sampler's."""

@@ -99,5 +99,5 @@ def flat_beside(path: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    rows = {sampler: some_rows(sys.argv[1], sampler) for sampler in ("operators", "kernels")}
+    rows = {sampler: some_rows(sys.argv[1], sampler) for sampler in ("host", "operators", "kernels")}
     print(json.dumps({"some rows": rows, "flat beside": flat_beside(sys.argv[2])}))
