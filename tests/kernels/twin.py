@@ -25,13 +25,19 @@ NAMES = ("argmax", "canvas", "accepted", "entropy", "logprob", "mean_entropy", "
 STEPS = 5
 
 
-def trajectory(session: Session, sampling: Sampling, specs: Sequence[CanvasSpec]) -> Iterator[list[Any]]:
-    """The canvases' results, step by step; whoever has finished keeps what it had."""
-    batch = CanvasBatch(session, list(specs), sampling)
-    for _ in range(STEPS):
-        if batch.finished:
-            return
+def trajectory(
+    session: Session, sampling: Sampling, specs: Sequence[CanvasSpec], changes: bool = False
+) -> Iterator[list[Any]]:
+    """The canvases' results, step by step. With `changes`, the first of several leaves on the way, and the last one's
+    pins become others, and then none."""
+    batch = CanvasBatch(session, list(specs), replace(sampling, stability_threshold=2 * STEPS))
+    for number in range(STEPS):
         yield [[np.copy(getattr(step, name)) for name in NAMES] for step in batch.step()]
+        if changes and number == 0 and len(specs) > 1:
+            batch.drop(0)
+        elif changes and number in (1, 2):
+            pinned = specs[-1].pinned
+            batch.rules(len(specs) - 1, np.roll(pinned, 9) if number == 1 and pinned is not None else None, {})
 
 
 def unlike(ours: Any, theirs: Any, names: Sequence[str] = NAMES) -> list[str]:
@@ -64,7 +70,7 @@ def some_rows(path: str, sampler: str) -> dict[str, Any]:
             specs = [
                 CanvasSpec(seed=n, pinned=pins(rng, c, n, v), watched=np.full(c, 7) if n % 2 else None) for n in n_frees
             ]
-            ways = (trajectory(session, model.sampling, specs) for session in (some, every, host))
+            ways = (trajectory(session, model.sampling, specs, changes=True) for session in (some, every, host))
             for step, (ours, all_rows, hosts) in enumerate(zip_longest(*ways, fillvalue=())):
                 found["steps"] += 1
                 for n, a, b in zip(n_frees, ours, all_rows, strict=True):
