@@ -6,6 +6,7 @@
 #include "file/gguf_head.h"
 #include "file/gguf_keys.h"
 #include "file/names.h"
+#include "file/quantize.h"
 
 #include "ggml-backend.h"
 
@@ -13,7 +14,6 @@
 #include <atomic>
 #include <cinttypes>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <set>
@@ -335,11 +335,7 @@ class AdapterReader {
 
     std::vector<float> values(const FactorTensor &t) const {
         std::vector<float> out(static_cast<size_t>(t.n_values()));
-        if (t.type() == GGML_TYPE_F32) {
-            std::memcpy(out.data(), t.data, out.size() * sizeof out[0]);
-        } else {
-            ggml_get_type_traits(t.type())->to_float(t.data, out.data(), t.n_values());
-        }
+        to_floats(t.type(), t.data, t.n_values(), out.data());
         if (!std::all_of(out.begin(), out.end(), [](float v) { return std::isfinite(v); })) {
             fail_format(std::string(t.name()) + " holds values that are not finite");
         }

@@ -20,6 +20,14 @@ struct LogitSums {
     bool has_nan = false;
 };
 
+// What a row's first look finds; for flat rows what the product needs.
+struct RowState {
+    float greatest;
+    float scale; // sqrt(n_embd) / sum
+    int32_t flat;
+    int32_t reserved;
+};
+
 // What activations are made into for a product, by the type of the weights that they meet.
 enum class Form : int32_t {
     FLOATS,
@@ -61,6 +69,11 @@ struct Kernels {
     ggml_custom_op_t weigh;
     ggml_custom_op_t add;
     ggml_custom_op_t finish;
+
+    // A row's first look, alone: what run_look does with it, `n_most` the tokens that are gathered at most, `row` room
+    // for one embedding. Not flat: `signal` [n_embd] is made.
+    RowState (*look_at)(const float *z, const ggml_tensor *embedding, float longest, int64_t n_most, float *row,
+                        float *signal);
 
     // Sums over logits whose greatest is known. Divides logits by t and returns the greatest, NaN left out.
     LogitSums (*sum_logits)(const float *z, int32_t n, float greatest);
@@ -153,14 +166,6 @@ constexpr int64_t VOCABULARY_CHUNK = 2048;
 struct SelfConditioningWork : Work {
     const float *longest = nullptr;
     int64_t first = 0; // of the vocabulary
-};
-
-// What a row's first look finds; for flat rows what the product needs.
-struct RowState {
-    float greatest;
-    float scale; // sqrt(n_embd) / sum
-    int32_t flat;
-    int32_t reserved;
 };
 
 // Static: each level of the kernels has its own.

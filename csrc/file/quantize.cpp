@@ -97,6 +97,18 @@ size_t row_bytes(int32_t type, int64_t row) {
     return block == 0 || row % block != 0 ? 0 : ggml_row_size(kind, row);
 }
 
+bool to_floats(ggml_type type, const void *data, int64_t n, float *out) {
+    if (type == GGML_TYPE_F32) {
+        std::memcpy(out, data, static_cast<size_t>(n) * sizeof *out);
+        return true;
+    }
+    const ggml_to_float_t convert = ggml_get_type_traits(type)->to_float;
+    if (convert) {
+        convert(data, out, n);
+    }
+    return convert != nullptr;
+}
+
 void quantize_rows(int32_t src_type, const void *src, int32_t dst_type, void *dst, Rows rows, const float *importance,
                    int32_t n_threads) {
     const ggml_type from = checked_type("src_type", src_type, rows.length, false);

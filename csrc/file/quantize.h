@@ -1,6 +1,8 @@
 // Rows of weights from one ggml type to another, for the converter. ggml's own row functions do the arithmetic.
 #pragma once
 
+#include "ggml.h"
+
 #include <cstddef>
 #include <cstdint>
 
@@ -8,6 +10,9 @@ namespace dg {
 
 // Bytes of a row; 0 for an unknown type, or a row that does not divide into the type's blocks.
 size_t row_bytes(int32_t type, int64_t row);
+
+// `n` numbers (a multiple of the type's block) -> floats; false for a type that ggml cannot read so.
+bool to_floats(ggml_type type, const void *data, int64_t n, float *out);
 
 struct Rows {
     int64_t count;

@@ -5,6 +5,7 @@
 #include "base/hash.h"
 #include "cpu/levels.h"
 #include "file/names.h"
+#include "file/quantize.h"
 #include "model/file_figures.h"
 #include "model/signal_copy.h"
 #include "sample/sampling.h"
@@ -140,11 +141,7 @@ class ModelReader {
         const unsigned char *data = found.data;
         const auto n = static_cast<size_t>(ggml_nelements(tensor));
         std::vector<float> out(n);
-        if (tensor->type == GGML_TYPE_F32) {
-            std::memcpy(out.data(), data, n * sizeof(float));
-        } else if (const ggml_to_float_t to_float = ggml_get_type_traits(tensor->type)->to_float) {
-            to_float(data, out.data(), static_cast<int64_t>(n));
-        } else {
+        if (!to_floats(tensor->type, data, static_cast<int64_t>(n), out.data())) {
             fail(DG_ERROR_UNSUPPORTED, format("tensor %s has type %s, which cannot be read as numbers", name.c_str(),
                                               ggml_type_name(tensor->type)));
         }

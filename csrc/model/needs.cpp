@@ -94,9 +94,9 @@ class Needs {
             in_pass = std::max(in_pass, signal);
             bytes += signal + sizeof(float) * static_cast<size_t>(figures_.pass_rows) * static_cast<size_t>(c_.n_vocab);
         }
+        bytes += 2 * static_cast<size_t>(figures_.pass_rows) * sizeof(int32_t); // which rows are flat
         if (with_kernels_) {
             bytes += cuda::candidate_bytes(figures_.n_rows, cuda::candidate_capacity(c_.n_vocab));
-            bytes += 2 * static_cast<size_t>(figures_.pass_rows) * sizeof(int32_t); // which rows are flat
         }
         const size_t pass = sizeof(float) * static_cast<size_t>(intermediate());
         return bytes + (in_pass > pass ? in_pass - pass : 0);

@@ -3,12 +3,12 @@
 #include "base/cores.h"
 #include "base/error.h"
 #include "base/parallel.h"
+#include "file/quantize.h"
 #include "model/device_weights.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 namespace dg {
@@ -18,15 +18,6 @@ constexpr int64_t PIECE = 64 << 20; // bytes of the copy that exist on the host 
 // Tokens that a thread decodes before it writes their numbers, side by side, into the transposed rows: those are half a
 // megabyte apart, and a cache line of each takes 32 tokens.
 constexpr int64_t TILE = 64;
-
-void decode(const ggml_tensor *embedding, const char *data, int64_t n, float *out) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(embedding->type)->to_float;
-    if (to_float) {
-        to_float(data, out, n);
-    } else {
-        std::memcpy(out, data, static_cast<size_t>(n) * sizeof *out);
-    }
-}
 
 } // namespace
 
@@ -53,8 +44,8 @@ void fill_signal_copy(const ggml_tensor *embedding, const void *data, ggml_tenso
             const int64_t n_ids = std::min(TILE, n_vocab - first_id);
             for (int64_t i = 0; i < n_ids; ++i) {
                 const size_t at = static_cast<size_t>(first_id + i) * embedding->nb[1];
-                decode(embedding, static_cast<const char *>(data) + at + ggml_row_size(embedding->type, begin),
-                       end - begin, decoded.data() + i * (end - begin));
+                to_floats(embedding->type, static_cast<const char *>(data) + at + ggml_row_size(embedding->type, begin),
+                          end - begin, decoded.data() + i * (end - begin));
             }
             for (int64_t k = 0; k < n; ++k) {
                 ggml_fp16_t *out = piece.data() + k * n_vocab + first_id;

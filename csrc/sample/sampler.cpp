@@ -182,47 +182,56 @@ void check_rules(const RowRules &rules, int32_t n_rows, int32_t n_vocab) {
     }
 }
 
+RowSample sample_row(const Kernels &kernels, float *z, int32_t n_vocab, float t, double u, const RowRules &rules,
+                     int32_t row) {
+    constexpr float NEVER = -std::numeric_limits<float>::infinity();
+    if (rules.is_pinned(row)) {
+        std::fill(z, z + n_vocab, NEVER);
+        z[rules.pinned[row]] = 0.0f;
+        return {rules.pinned[row], rules.pinned[row], 0.0, 0.0};
+    }
+    RowSample sample = {};
+    if (rules.watched) {
+        const int32_t watched = rules.watched[row];
+        const auto id = watched >= 0 ? watched : static_cast<int32_t>(std::max_element(z, z + n_vocab) - z);
+        sample.logprob = log_probability(kernels, z, n_vocab, id);
+    }
+    if (const int32_t n = rules.n_allowed(row); n > 0) {
+        thread_local std::vector<float> kept;
+        kept.clear();
+        for (int32_t k = 0; k < n; ++k) {
+            kept.push_back(z[rules.allowed(row)[k]]);
+        }
+        std::fill(z, z + n_vocab, NEVER);
+        for (int32_t k = 0; k < n; ++k) {
+            z[rules.allowed(row)[k]] = kept[static_cast<size_t>(k)];
+        }
+    }
+    const RowDraw drawn = draw_row(kernels, z, n_vocab, t, u);
+    sample.argmax = drawn.argmax;
+    sample.draw = drawn.draw;
+    sample.entropy = drawn.entropy;
+    return sample;
+}
+
+void put_row(const RowSample &sample, int32_t row, SamplerScratch &scratch, const StepOutput &out) {
+    out.argmax[row] = sample.argmax;
+    out.entropy[row] = sample.entropy;
+    scratch.draws[static_cast<size_t>(row)] = sample.draw;
+    if (out.logprob) {
+        out.logprob[row] = sample.logprob;
+    }
+}
+
 void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, int32_t step,
                  const dg_noise &noise, const RowRules &rules, int32_t n_threads, SamplerScratch &scratch,
                  const StepOutput &out) {
-    constexpr float NEVER = -std::numeric_limits<float>::infinity();
     const auto t = static_cast<float>(temperature(sampling, step));
     const Kernels &kernels = logit_kernels(scratch.kernels);
-    std::vector<int32_t> &draws = scratch.draws;
-    draws.resize(static_cast<size_t>(n_rows));
+    scratch.draws.resize(static_cast<size_t>(n_rows));
     parallel_rows(n_rows, n_vocab, n_threads, [&](int32_t row) {
         float *logits = z + static_cast<int64_t>(row) * n_vocab;
-        if (rules.is_pinned(row)) {
-            std::fill(logits, logits + n_vocab, NEVER);
-            logits[rules.pinned[row]] = 0.0f;
-            out.argmax[row] = rules.pinned[row];
-            out.entropy[row] = 0.0;
-            if (out.logprob) {
-                out.logprob[row] = 0.0;
-            }
-            return;
-        }
-        if (out.logprob) {
-            const int32_t watched = rules.watched[row];
-            const auto id =
-                watched >= 0 ? watched : static_cast<int32_t>(std::max_element(logits, logits + n_vocab) - logits);
-            out.logprob[row] = log_probability(kernels, logits, n_vocab, id);
-        }
-        if (const int32_t n = rules.n_allowed(row); n > 0) {
-            thread_local std::vector<float> kept;
-            kept.clear();
-            for (int32_t k = 0; k < n; ++k) {
-                kept.push_back(logits[rules.allowed(row)[k]]);
-            }
-            std::fill(logits, logits + n_vocab, NEVER);
-            for (int32_t k = 0; k < n; ++k) {
-                logits[rules.allowed(row)[k]] = kept[static_cast<size_t>(k)];
-            }
-        }
-        const RowDraw drawn = draw_row(kernels, logits, n_vocab, t, noise.uniform[row]);
-        out.argmax[row] = drawn.argmax;
-        out.entropy[row] = drawn.entropy;
-        draws[static_cast<size_t>(row)] = drawn.draw;
+        put_row(sample_row(kernels, logits, n_vocab, t, noise.uniform[row], rules, row), row, scratch, out);
     });
     finish_step(n_rows, sampling, noise, rules, scratch, out);
 }

@@ -104,6 +104,18 @@ struct StepOutput {
     double *logprob; // null unless rules.watched: log_probability of the watched id (-1: of the argmax) at temperature
                      // 1, before the rules; 0 on pinned rows
 };
+// One row of it, of which nothing else is known: z [V] becomes its processed logits.
+struct RowSample {
+    int32_t argmax;
+    int32_t draw;
+    double entropy;
+    double logprob; // 0 unless rules.watched
+};
+RowSample sample_row(const Kernels &kernels, float *z, int32_t n_vocab, float t, double u, const RowRules &rules,
+                     int32_t row);
+// A row's place in the outputs of its canvas; the draw goes into `scratch`.
+void put_row(const RowSample &sample, int32_t row, SamplerScratch &scratch, const StepOutput &out);
+
 void sample_step(float *z, int32_t n_rows, int32_t n_vocab, const dg_sampling &sampling, int32_t step,
                  const dg_noise &noise, const RowRules &rules, int32_t n_threads, SamplerScratch &scratch,
                  const StepOutput &out);

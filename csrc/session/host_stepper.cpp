@@ -56,6 +56,14 @@ void HostStepper::declare(ggml_context *head) {
     logits_.declare(head, here);
     if (!here) {
         io_.sample.make(head, passes_.figures().pass_rows); // texts are scored where the logits are
+        declare_device_rows(head);
+    }
+}
+
+void HostStepper::declare_device_rows(ggml_context *head) {
+    if (passes_.model().config().has_self_conditioning) {
+        io_.flat_rows = ggml_new_tensor_1d(head, GGML_TYPE_I32, passes_.figures().pass_rows);
+        io_.flat_logits = ggml_new_tensor_1d(head, GGML_TYPE_I32, passes_.figures().pass_rows);
     }
 }
 
@@ -92,9 +100,44 @@ void HostStepper::close_up(const std::vector<int32_t> &which) {
     }
 }
 
-void HostStepper::pass(const dg_noise *) { logits_.denoise(ids().data(), segments(), free_rows().data()); }
+void HostStepper::pass(const dg_noise *noise) {
+    samples_.clear();
+    if (logits_.are_here()) {
+        logits_.denoise(ids().data(), segments(), free_rows().data(), [this](const Pass &pass) {
+            // Rows that stand one after the other go where they belong, from the last one on: no place is further
+            // ahead.
+            float *logits = logits_.rows() + int64_t{pass.first_row} * n_vocab();
+            for (int32_t i = pass.n_logits() - 1; i >= 0 && pass.logit_row(i) != i; --i) {
+                std::copy_n(logits + int64_t{i} * n_vocab(), n_vocab(),
+                            logits + int64_t{pass.logit_row(i)} * n_vocab());
+            }
+        });
+        return;
+    }
+    std::vector<DeviceRows::Row> rows;
+    for (const int32_t i : placed_) {
+        Live &live = canvases_[static_cast<size_t>(i)];
+        const dg_noise draws = live.noise(noise ? noise + i : nullptr, n_vocab());
+        const auto t = static_cast<float>(temperature(live.start.sampling, live.step));
+        for (int32_t row = 0; row < live.start.n_rows; ++row) {
+            rows.push_back({&live.start.rules, row, t, draws.uniform[row]});
+        }
+    }
+    std::vector<RowSample> samples(rows.size());
+    logits_.denoise(ids().data(), segments(), free_rows().data(),
+                    [&](const Pass &pass) { device_rows_.take(pass, rows, samples); });
+    // Only now, so that a step that was cancelled between two passes may be repeated.
+    if (passes_.model().config().has_self_conditioning) {
+        logits_.take_next_signal(static_cast<int32_t>(rows.size()));
+    }
+    samples_ = std::move(samples);
+}
 
 void HostStepper::decide(const dg_noise *noise) {
+    if (!samples_.empty()) {
+        put_samples(noise);
+        return;
+    }
     signal_stands_ = false;
     float *logits = logits_.rows();
     for (const int32_t i : placed_) {
@@ -103,6 +146,24 @@ void HostStepper::decide(const dg_noise *noise) {
                     live.noise(noise ? noise + i : nullptr, n_vocab()), live.start.rules, passes_.n_threads(), scratch_,
                     live.output());
         logits += int64_t{live.start.n_rows} * n_vocab();
+        live.judge();
+    }
+}
+
+void HostStepper::put_samples(const dg_noise *noise) {
+    if (std::any_of(samples_.begin(), samples_.end(), [](const RowSample &sample) { return sample.draw < 0; })) {
+        throw_unsound_row();
+    }
+    const RowSample *sample = samples_.data();
+    for (const int32_t i : placed_) {
+        Live &live = canvases_[static_cast<size_t>(i)];
+        const CanvasStart &start = live.start;
+        scratch_.draws.resize(static_cast<size_t>(start.n_rows));
+        for (int32_t row = 0; row < start.n_rows; ++row) {
+            put_row(*sample++, row, scratch_, live.output());
+        }
+        finish_step(start.n_rows, start.sampling, live.noise(noise ? noise + i : nullptr, n_vocab()), start.rules,
+                    scratch_, live.output());
         live.judge();
     }
 }

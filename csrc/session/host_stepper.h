@@ -1,7 +1,8 @@
-// Between two passes on the host: sampler.h over rows of logits in this process's memory, wherever they were made. The
-// sampler divides a row by the temperature in place, and what that leaves is what the next signal is made of.
+// Between two passes on the host: sampler.h over rows of logits. The sampler divides a row by the temperature in place,
+// and what that leaves is what the next signal is made of. Where a device made them, device_rows.h brings them here.
 #pragma once
 
+#include "session/device_rows.h"
 #include "session/stepper.h"
 
 #include <vector>
@@ -20,6 +21,8 @@ class HostStepper : public Stepper {
     void read(int32_t index, const CanvasRows &out) override;
 
   protected:
+    // What device_rows_ needs beside the logits, to the context of their device.
+    void declare_device_rows(ggml_context *head);
     // A canvas between its steps; arrays [n_rows].
     struct Live {
         CanvasStart start;
@@ -44,6 +47,8 @@ class HostStepper : public Stepper {
     };
     std::vector<Live> canvases_;
     SamplerScratch scratch_;
+    DeviceRows device_rows_ = DeviceRows(passes_, logits_);
+    std::vector<RowSample> samples_; // of the placed rows, where a device made their logits
 
     void start(const std::vector<CanvasStart> &canvases) override;
     void close_up(const std::vector<int32_t> &which) override;
@@ -51,6 +56,8 @@ class HostStepper : public Stepper {
     void shorten(int32_t index, int32_t n) override { canvases_[static_cast<size_t>(index)].shorten(n); }
     // Of the placed canvases, one after the other.
     std::vector<int32_t> ids() const;
+    // The end of a step whose samples_ are there.
+    void put_samples(const dg_noise *noise);
 };
 
 } // namespace dg

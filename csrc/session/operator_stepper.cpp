@@ -9,6 +9,7 @@ namespace dg {
 void OperatorStepper::declare(ggml_context *head) {
     logits_.declare(head, false);
     io_.sample.make(head, passes_.figures().pass_rows);
+    declare_device_rows(head);
 }
 
 Pass OperatorStepper::kind() const {

@@ -5,17 +5,6 @@
 #include <algorithm>
 
 namespace dg {
-namespace {
-
-// Rows of logits that stand one after the other go where they belong, from the last one on: no place is further ahead.
-void spread(float *logits, const std::vector<int32_t> &places, int64_t n_vocab) {
-    for (auto i = static_cast<int64_t>(places.size()) - 1; i >= 0 && places[static_cast<size_t>(i)] != i; --i) {
-        std::copy_n(logits + i * n_vocab, n_vocab, logits + places[static_cast<size_t>(i)] * n_vocab);
-    }
-}
-
-} // namespace
-
 void StepLogits::declare(ggml_context *head, bool whole) {
     const Placement &placement = passes_.model().placement();
     const SessionFigures &f = passes_.figures();
@@ -34,28 +23,20 @@ bool StepLogits::are_here() const {
 
 size_t StepLogits::bytes(int32_t n_rows) const { return static_cast<size_t>(n_rows) * io_.logits->nb[1]; }
 
-float *StepLogits::rows() { return are_here() ? static_cast<float *>(io_.logits->data) : copy_.data(); }
-
-void StepLogits::denoise(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted) {
-    if (!are_here()) {
-        copy_.resize(static_cast<size_t>(passes_.figures().n_rows) * static_cast<size_t>(n_vocab()));
-    }
+void StepLogits::denoise(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted,
+                         const std::function<void(const Pass &)> &take) {
     passes_.each_pass(ids, segments, wanted, Pass(), [&](const Pass &pass) {
         passes_.compute_pass();
-        float *logits = rows() + int64_t{pass.first_row} * n_vocab();
-        if (!are_here()) {
-            ggml_backend_tensor_get(io_.logits, logits, bytes(pass.first_logit), bytes(pass.n_logits()));
-        }
-        spread(logits, pass.logit_rows, n_vocab());
+        take(pass);
     });
 }
 
-void StepLogits::set(const float *processed, int32_t n_rows) {
-    if (whole_) {
-        ggml_backend_tensor_set(io_.logits, processed, 0, bytes(n_rows));
-    } else {
-        copy_.assign(processed, processed + int64_t{n_rows} * n_vocab());
-    }
+void StepLogits::fetch(int32_t first, int32_t n, float *out) const {
+    ggml_backend_tensor_get(io_.logits, out, bytes(first), bytes(n));
+}
+
+void StepLogits::store(int32_t first, int32_t n, const float *logits) {
+    ggml_backend_tensor_set(io_.logits, logits, bytes(first), bytes(n));
 }
 
 void StepLogits::make_signal(int32_t n_rows) {
@@ -64,15 +45,34 @@ void StepLogits::make_signal(int32_t n_rows) {
     }
     const int32_t most = passes_.figures().pass_rows;
     for (int32_t first = 0; first < n_rows; first += most) {
-        const int32_t n = std::min(most, n_rows - first);
-        if (!whole_) {
-            ggml_backend_tensor_set(io_.logits, copy_.data() + int64_t{first} * n_vocab(), 0, bytes(n));
-        }
-        passes_.compute_signal(first, whole_ ? first : 0, n);
+        passes_.compute_signal(first, first, std::min(most, n_rows - first));
     }
     if (io_.next_signal) {
         take_next_signal(n_rows);
     }
+}
+
+void StepLogits::make_signal(const float *processed, int32_t n_rows) {
+    if (whole_) {
+        store(0, n_rows, processed);
+        make_signal(n_rows);
+        return;
+    }
+    if (!passes_.model().config().has_self_conditioning) {
+        return;
+    }
+    const int32_t most = passes_.figures().pass_rows;
+    for (int32_t first = 0; first < n_rows; first += most) {
+        const int32_t n = std::min(most, n_rows - first);
+        store(0, n, processed + int64_t{first} * n_vocab());
+        passes_.compute_signal(first, 0, n);
+    }
+    take_next_signal(n_rows);
+}
+
+void StepLogits::set_next_signal(const float *signal, int32_t first, int32_t n) {
+    const size_t row = io_.next_signal->nb[1];
+    ggml_backend_tensor_set(io_.next_signal, signal, static_cast<size_t>(first) * row, static_cast<size_t>(n) * row);
 }
 
 void StepLogits::take_next_signal(int32_t n_rows) {

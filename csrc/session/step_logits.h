@@ -6,6 +6,7 @@
 #include "ggml.h"
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace dg {
@@ -18,15 +19,25 @@ class StepLogits {
     // context of the head's device. `whole`: with room for all rows, else for those of a pass.
     void declare(ggml_context *head, bool whole);
 
-    // Passes over canvases; the raw logits of all rows [R, V], or of those that are wanted, are in rows() then.
-    void denoise(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted);
-    // In place: raw after denoise; the sampler turns them into the processed ones.
-    float *rows();
-    // Processed ones of a caller: the first n_rows.
-    void set(const float *processed, int32_t n_rows);
+    // Whether they are in this process's memory, with room for all rows.
+    bool are_here() const;
+    // Where they are here: of all rows [R, V].
+    float *rows() { return static_cast<float *>(io_.logits->data); }
 
-    // The processed logits of the first n_rows -> the signal of the next pass.
+    // Passes over canvases, one after the other. After each, `take` finds the raw logits of its rows, or of those that
+    // are wanted, in the tensor.
+    void denoise(const int32_t *ids, const std::vector<int32_t> &segments, const uint8_t *wanted,
+                 const std::function<void(const Pass &)> &take);
+    // Rows of the tensor, to here and from here.
+    void fetch(int32_t first, int32_t n, float *out) const;
+    void store(int32_t first, int32_t n, const float *logits);
+
+    // The processed logits of the first n_rows -> the signal of the next pass: where the tensor has all of them; and a
+    // caller's.
     void make_signal(int32_t n_rows);
+    void make_signal(const float *processed, int32_t n_rows);
+    // Into next_signal.
+    void set_next_signal(const float *signal, int32_t first, int32_t n);
     // The signal that passes left in next_signal becomes the next pass's.
     void take_next_signal(int32_t n_rows);
     void clear_signal();
@@ -37,10 +48,7 @@ class StepLogits {
     Passes &passes_;
     StepIo &io_;
     bool whole_ = false;
-    std::vector<float> copy_; // [R, V], where the tensor has not all of them, or not here, and they are wanted here
 
-    // The tensor is in this process's memory, and has room for all rows.
-    bool are_here() const;
     size_t bytes(int32_t n_rows) const;
     int64_t n_vocab() const { return io_.logits->ne[0]; }
 };

@@ -63,23 +63,32 @@ bool Stepper::is_placed(int32_t index) const {
 void Stepper::denoise(const int32_t *canvas, int32_t n_rows, const float *processed, const int32_t *out, int32_t n_out,
                       float *logits) {
     if (processed) {
-        logits_.set(processed, n_rows);
-        logits_.make_signal(n_rows);
+        logits_.make_signal(processed, n_rows);
     } else {
         logits_.clear_signal();
     }
     if (!out) {
-        logits_.denoise(canvas, {n_rows}, nullptr);
-        std::copy_n(logits_.rows(), int64_t{n_rows} * n_vocab(), logits);
+        logits_.denoise(canvas, {n_rows}, nullptr, [&](const Pass &pass) {
+            logits_.fetch(pass.first_logit, pass.n_logits(), logits + int64_t{pass.first_row} * n_vocab());
+        });
         return;
     }
     std::vector<uint8_t> wanted(static_cast<size_t>(n_rows));
     for (int32_t i = 0; i < n_out; ++i) {
         wanted[static_cast<size_t>(out[i])] = 1;
     }
-    logits_.denoise(canvas, {n_rows}, wanted.data());
+    std::vector<int32_t> place(static_cast<size_t>(n_rows)); // of each row, among those with logits
+    std::vector<float> some;
+    logits_.denoise(canvas, {n_rows}, wanted.data(), [&](const Pass &pass) {
+        some.resize(static_cast<size_t>(pass.n_logits()) * static_cast<size_t>(n_vocab()));
+        logits_.fetch(pass.first_logit, pass.n_logits(), some.data());
+        for (int32_t i = 0; i < pass.n_logits(); ++i) {
+            place[static_cast<size_t>(pass.logit_row(i))] = i;
+        }
+    });
     for (int32_t i = 0; i < n_out; ++i) {
-        logits = std::copy_n(logits_.rows() + int64_t{out[i]} * n_vocab(), n_vocab(), logits);
+        const int64_t at = place[static_cast<size_t>(out[i])];
+        logits = std::copy_n(some.data() + at * n_vocab(), n_vocab(), logits);
     }
 }
 

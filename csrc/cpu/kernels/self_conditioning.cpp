@@ -110,42 +110,46 @@ void gather(const float *z, int64_t n_vocab, float greatest, float cut, const gg
 
 } // namespace
 
+RowState look_at(const float *z, const ggml_tensor *embedding, float longest, int64_t n_most, float *row,
+                 float *signal) {
+    const int64_t n_embd = embedding->ne[0];
+    const int64_t n_vocab = embedding->ne[1];
+    const double error = signal_error(ggml_is_quantized(embedding->type));
+    RowState state = {};
+    state.greatest = greatest_of(z, n_vocab);
+    const Masses masses = measure(z, n_vocab, state.greatest);
+    state.scale = static_cast<float>(std::sqrt(static_cast<double>(n_embd)) / masses.sum);
+    state.flat = 1;
+    for (int c = 0; c < CUTS && state.flat; ++c) {
+        const double lost = masses.below[c] * static_cast<double>(longest);
+        // The signal is no longer than the longest row times the sum of the weights: most cuts are refused unseen.
+        if (lost > error * masses.sum * static_cast<double>(longest)) {
+            continue;
+        }
+        if (masses.kept[c] > n_most) {
+            break;
+        }
+        gather(z, n_vocab, state.greatest, signal_cut(c), embedding, row, signal);
+        if (lost <= error * vector_length(signal, n_embd)) {
+            state.flat = 0;
+            for (int64_t i = 0; i < n_embd; ++i) {
+                signal[i] *= state.scale;
+            }
+        }
+    }
+    return state;
+}
+
 // Every row's first look: peaked rows are done with it, flat ones are marked.
 void run_look(ggml_tensor *dst, int thread, int, void *userdata) {
     auto &work = *static_cast<SelfConditioningWork *>(userdata);
     const ggml_tensor *logits = dst->src[0];
     const ggml_tensor *embedding = dst->src[1];
     ggml_tensor *signal = dst->src[2];
-    const int64_t n_embd = embedding->ne[0];
-    const int64_t n_vocab = logits->ne[0];
     float *row = row_of(dst->src[3], thread);
-    const double error = signal_error(ggml_is_quantized(embedding->type));
     take_tasks(work, logits->ne[1], 1, [&](int64_t index, int64_t) {
-        const float *z = row_of(logits, index);
-        float *out = row_of(signal, index);
-        const float greatest = greatest_of(z, n_vocab);
-        const Masses masses = measure(z, n_vocab, greatest);
-        RowState &state = states(dst)[index];
-        state.greatest = greatest;
-        state.scale = static_cast<float>(std::sqrt(static_cast<double>(n_embd)) / masses.sum);
-        state.flat = 1;
-        for (int c = 0; c < CUTS && state.flat; ++c) {
-            const double lost = masses.below[c] * static_cast<double>(*work.longest);
-            // The signal is no longer than the longest row times the sum of the weights: most cuts are refused unseen.
-            if (lost > error * masses.sum * static_cast<double>(*work.longest)) {
-                continue;
-            }
-            if (masses.kept[c] > n_vocab / FLAT_SHARE) {
-                break;
-            }
-            gather(z, n_vocab, greatest, signal_cut(c), embedding, row, out);
-            if (lost <= error * vector_length(out, n_embd)) {
-                state.flat = 0;
-                for (int64_t i = 0; i < n_embd; ++i) {
-                    out[i] *= state.scale;
-                }
-            }
-        }
+        states(dst)[index] = look_at(row_of(logits, index), embedding, *work.longest, logits->ne[0] / FLAT_SHARE, row,
+                                     row_of(signal, index));
     });
 }
 

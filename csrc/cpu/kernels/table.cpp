@@ -32,6 +32,7 @@ const Kernels *kernels() {
         run_weigh,
         run_add,
         run_finish,
+        look_at,
         sum_logits,
         scale_logits,
     };

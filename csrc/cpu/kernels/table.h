@@ -33,6 +33,8 @@ void run_attention(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 
 // The self-conditioning signal: a first look at each row, weights of a chunk of the vocabulary, their product with the
 // embedding, the signal of flat rows.
+RowState look_at(const float *z, const ggml_tensor *embedding, float longest, int64_t n_most, float *row,
+                 float *signal);
 void run_look(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 void run_weigh(ggml_tensor *dst, int thread, int n_threads, void *userdata);
 void run_add(ggml_tensor *dst, int thread, int n_threads, void *userdata);
