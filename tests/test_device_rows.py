@@ -155,11 +155,12 @@ with DiffusionModel(sys.argv[1], n_ctx=512, n_threads=2, sampler="host", rpc=sys
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_step_of_logits_is_never_here_as_a_whole(tmp_path: Path, servers: tuple[str, str]) -> None:
+def test_a_step_of_logits_is_never_here_as_a_whole(tmp_path: Path) -> None:
     """67 MB on a server, which two threads take 4 MiB at a time."""
     two_layers.write(tmp_path / "x.gguf", "q8_0", vocab_size=65_536, hidden_size=64, canvas_length=256)
-    command = [sys.executable, "-c", GROWN, str(tmp_path / "x.gguf"), servers[0]]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    with rpc_server() as (server, _):
+        command = [sys.executable, "-c", GROWN, str(tmp_path / "x.gguf"), server]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     grown, logits = map(int, done.stdout.split())
     assert logits == 4 * 65_536 * 256
     assert grown < logits / 4, grown

@@ -130,11 +130,19 @@ Devices::~Devices() {
     held_.clear();
 }
 
-bool Devices::is_cuda(int32_t device) const {
+bool Devices::is_of(int32_t device, const char *backend) const {
     return device != cpu() &&
            std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(list_[static_cast<size_t>(device)].handle)),
-                       "CUDA") == 0;
+                       backend) == 0;
 }
+
+bool Devices::is_cuda(int32_t device) const { return is_of(device, "CUDA"); }
+
+bool Devices::is_remote(int32_t device) const {
+    return device != cpu() && !list_[static_cast<size_t>(device)].endpoint.empty();
+}
+
+bool Devices::waits_for_reads(int32_t device) const { return is_remote(device) || is_of(device, "Vulkan"); }
 
 ggml_backend_buffer_type_t Devices::buffer_type(int32_t device) const {
     return device == cpu() ? ggml_backend_cpu_buffer_type()

@@ -40,6 +40,10 @@ class Devices {
     const Device &operator[](size_t i) const { return list_[i]; }
     // Whether ggml's CUDA backend has it, in this process; the CPU's index is no such device.
     bool is_cuda(int32_t device) const;
+    // Whether it is behind a server: one thread at a time may speak to that.
+    bool is_remote(int32_t device) const;
+    // Whether each read of its memory is a wait, however little is read: for a server's answer, or for Vulkan's fence.
+    bool waits_for_reads(int32_t device) const;
     ggml_backend_buffer_type_t buffer_type(int32_t device) const;
     // Throws UNSUPPORTED where one of ctx's tensors is larger than a device takes; `what` they are, for the message.
     void check_sizes(ggml_context *ctx, int32_t device, const std::string &what) const;
@@ -63,6 +67,7 @@ class Devices {
     };
 
   private:
+    bool is_of(int32_t device, const char *backend) const;
     bool add_server(const std::string &endpoint);
 
     std::vector<Device> list_;

@@ -16,11 +16,12 @@
 namespace dg {
 namespace {
 
-// Bytes of logits that a thread takes at a time, or a row where that is more. A server is asked for each piece: on
-// loopback a step of 67 MB took as long in pieces of 1 to 8 MB, 3 % longer in pieces of 256 KB, and 4 % longer in one,
-// which one thread samples. On a network with a millisecond from one answer to the next, 268 MB wait 64 ms in these.
+// Bytes of logits that a thread takes at a time, or a row where that is more: what stays in a core's cache, and more
+// where each read is a wait. From a server on loopback a step of 67 MB took as long in pieces of 1 to 8 MB, 3 % longer
+// in pieces of 256 KB, and 4 % longer in one, which one thread samples. On a network with a millisecond from one answer
+// to the next, 268 MB wait 64 ms in these.
 constexpr int64_t PIECE = 1 << 20;
-constexpr int64_t SERVER_PIECE = 4 << 20;
+constexpr int64_t WAITED_PIECE = 4 << 20;
 // A row that is likely to be more tokens than this is multiplied by the device: a step of 256 such rows decodes 0.4 G
 // numbers here, 0.4 s of one core, where the device reads the whole embedding once.
 constexpr int64_t MOST_GATHERED = 512;
@@ -29,10 +30,9 @@ constexpr int64_t MOST_GATHERED = 512;
 
 void DeviceRows::take(const Pass &pass, const std::vector<Row> &rows, std::vector<RowSample> &samples) {
     const Model &model = passes_.model();
-    const int32_t head = model.placement().head;
-    served_ = head != model.devices().cpu() && !model.devices()[static_cast<size_t>(head)].endpoint.empty();
     const int64_t bytes = n_vocab() * int64_t{sizeof(float)};
-    const auto most = static_cast<int32_t>(std::max<int64_t>(1, (served_ ? SERVER_PIECE : PIECE) / bytes));
+    const int64_t piece_bytes = model.devices().waits_for_reads(model.placement().head) ? WAITED_PIECE : PIECE;
+    const auto most = static_cast<int32_t>(std::max<int64_t>(1, piece_bytes / bytes));
     if (is_signalled()) {
         find_embedding();
         signal_.resize(static_cast<size_t>(pass.rows()) * static_cast<size_t>(n_embd()));
@@ -64,7 +64,9 @@ void DeviceRows::take(const Pass &pass, const std::vector<Row> &rows, std::vecto
 }
 
 std::unique_lock<std::mutex> DeviceRows::speak() {
-    return served_ ? std::unique_lock<std::mutex>(server_) : std::unique_lock<std::mutex>();
+    const Model &model = passes_.model();
+    return model.devices().is_remote(model.placement().head) ? std::unique_lock<std::mutex>(server_)
+                                                             : std::unique_lock<std::mutex>();
 }
 
 std::vector<float> DeviceRows::take_buffer() {

@@ -39,8 +39,7 @@ class DeviceRows {
     float longest_ = 0.0f;       // longest_row() of it
     std::vector<float> signal_;  // [n_embd, rows of a pass]
     std::vector<uint8_t> flat_;  // of each row of logits of a pass
-    bool served_ = false;        // the logits are on a server,
-    std::mutex server_;          // to which one thread of this call at a time speaks; the call itself has its turn
+    std::mutex server_;          // one thread of this call at a time speaks to a server; the call itself has its turn
 
     std::mutex buffers_mutex_;
     std::vector<std::vector<float>> buffers_; // pieces of logits, one for each thread
