@@ -2,6 +2,7 @@
 
 #include "cpu/kernels/quantized_rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -65,10 +66,13 @@ Lanes to_float(IntLanes x) { return __builtin_convertvector(x, Lanes); }
 
 // The sums of R rows' products with V vectors of columns, over a group's values [first, last), added to `dots`.
 // `quants`: of the first row and of the group; `x`: the group's columns, from the first vector's on.
-#    if defined(DG_INT8_VNNI)
+#    if defined(DG_INT8_VNNI) || defined(DG_INT8_DOTS)
 
 IntLanes dot(IntLanes sum, IntLanes weights, IntLanes columns) {
-#        if defined(__AVX512F__)
+#        if defined(DG_INT8_DOTS)
+    return reinterpret_cast<IntLanes>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(weights),
+                                                reinterpret_cast<int8x16_t>(columns)));
+#        elif defined(__AVX512F__)
     return reinterpret_cast<IntLanes>(_mm512_dpbusd_epi32(
         reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights), reinterpret_cast<__m512i>(columns)));
 #        else
@@ -146,46 +150,50 @@ void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns 
     }
 }
 
-template <ggml_type, int R, int V>
-void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupWords &x, int64_t column, int first, int last) {
-#        pragma GCC unroll 4
-    for (int pair = first / 2; pair < last / 2; ++pair) {
-        Bytes columns[V];
+// The products of a pair of words, or added to `dots`. Inlined before anything else is: what GCC inlines later keeps
+// its arrays in memory.
+template <bool BEGINS, int R, int V>
+__attribute__((always_inline)) inline void add_pair(IntLanes (&dots)[R][V], const uint8_t *quants,
+                                                    const int16_t (*x)[2]) {
+    Bytes columns[V];
+    for (int v = 0; v < V; ++v) {
+        columns[v] = reinterpret_cast<Bytes>(load_int(x + v * LANES));
+        settle(columns[v]);
+    }
+    for (int r = 0; r < R; ++r) {
+        int32_t two_weights;
+        std::memcpy(&two_weights, quants + r * IntRows::ROW, sizeof two_weights);
+        const auto weights = reinterpret_cast<Bytes>(IntLanes{} + two_weights);
         for (int v = 0; v < V; ++v) {
-            columns[v] = reinterpret_cast<Bytes>(load_int(x.quants[pair][column + v * LANES]));
-            settle(columns[v]);
-        }
-        for (int r = 0; r < R; ++r) {
-            int32_t two_weights;
-            std::memcpy(&two_weights, quants + r * IntRows::ROW + pair * 4, sizeof two_weights);
-            const auto weights = reinterpret_cast<Bytes>(IntLanes{} + two_weights);
-            for (int v = 0; v < V; ++v) {
-                dots[r][v] += reinterpret_cast<IntLanes>(word_products(weights, columns[v]));
-                settle(dots[r][v]);
-            }
+            const auto both = reinterpret_cast<IntLanes>(word_products(weights, columns[v]));
+            dots[r][v] = BEGINS ? both : dots[r][v] + both;
+            settle(dots[r][v]);
         }
     }
 }
 
-#    elif defined(DG_INT8_DOTS)
+template <bool BEGINS, int R, int V>
+__attribute__((always_inline)) inline void add_four_pairs(IntLanes (&dots)[R][V], const uint8_t *quants,
+                                                          const int16_t (*x)[2]) {
+    constexpr int PAIR = 2 * sizeof(int16_t);
+    add_pair<BEGINS>(dots, quants, x);
+    add_pair<false>(dots, quants + PAIR, x + COLUMNS);
+    add_pair<false>(dots, quants + 2 * PAIR, x + 2 * COLUMNS);
+    add_pair<false>(dots, quants + 3 * PAIR, x + 3 * COLUMNS);
+}
 
-template <ggml_type, int R, int V>
-void add_dots(IntLanes (&dots)[R][V], const uint8_t *quants, const GroupColumns &x, int64_t column, int first,
-              int last) {
-    for (int four = first / 4; four < last / 4; ++four) {
-        int8x16_t columns[V];
-        for (int v = 0; v < V; ++v) {
-            columns[v] = vld1q_s8(x.quants[four][column + v * LANES]);
-        }
-        for (int r = 0; r < R; ++r) {
-            int32_t weights;
-            std::memcpy(&weights, quants + r * IntRows::ROW + four * 4, sizeof weights);
-            const int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(weights));
-            for (int v = 0; v < V; ++v) {
-                dots[r][v] =
-                    reinterpret_cast<IntLanes>(vdotq_s32(reinterpret_cast<int32x4_t>(dots[r][v]), all, columns[v]));
-            }
-        }
+// The sums of R rows' products with V vectors of columns, over a group of words. As a loop: with sixteen pairs in a row
+// GCC computes an address for each of them and runs out of registers.
+template <int R, int V>
+__attribute__((always_inline)) inline void word_dots(IntLanes (&dots)[R][V], const uint8_t *quants,
+                                                     const int16_t (*x)[2]) {
+    add_four_pairs<true>(dots, quants, x);
+#        pragma GCC unroll 1
+    for (int pair = 4; pair < GROUP / 2; pair += 4) {
+        quants += 4 * 2 * sizeof(int16_t);
+        x += 4 * COLUMNS;
+        __asm__("" : "+r"(x), "+r"(quants));
+        add_four_pairs<false>(dots, quants, x);
     }
 }
 
@@ -226,14 +234,12 @@ using Group = std::conditional_t<TYPE == GGML_TYPE_Q8_0 && Q8_FORM == Form::WORD
 
 // R rows and V vectors of columns, the first at `column`.
 template <ggml_type TYPE, int R, int V>
-void multiply_tile_integers(const IntRows &rows, int64_t first, int64_t depth, const Group<TYPE> *x, int64_t column,
+void multiply_tile_integers(const IntRows &rows, int64_t first, int64_t depth, const GroupColumns *x, int64_t column,
                             float *out, bool add) {
     constexpr Layout L = layout<TYPE>();
-    constexpr bool WORDS = std::is_same_v<Group<TYPE>, GroupWords>;
     constexpr int SOME = R % TOGETHER == 0 ? TOGETHER : 1;
     constexpr int PARTS = L.halves ? 2 : 1; // of a group, each with a scale of its own
     constexpr int PART = static_cast<int>(GROUP) / PARTS;
-    constexpr int GROUP_BYTES = static_cast<int>(GROUP) * (WORDS ? 2 : 1);
     Lanes sums[R][V] = {};
     const uint8_t *quants = rows.quants + first * IntRows::ROW;
     const float *scales = rows.scales + first * IntRows::SCALES;
@@ -244,17 +250,13 @@ void multiply_tile_integers(const IntRows &rows, int64_t first, int64_t depth, c
         IntLanes start[PARTS][V]; // what the integers' distance from the quants comes to
         for (int v = 0; v < V; ++v) {
             scale[v] = load(x->scale + column + v * LANES);
-            if constexpr (WORDS) {
-                start[0][v] = IntLanes{};
-            } else {
-                const IntLanes sum[2] = {load_int(x->sum[0] + column + v * LANES),
-                                         load_int(x->sum[1] + column + v * LANES)};
-                if (L.minimum) {
-                    low[v] = scale[v] * to_float(sum[0] + sum[1]);
-                }
-                for (int part = 0; part < PARTS; ++part) {
-                    start[part][v] = L.zero == 0 ? IntLanes{} : (PARTS == 2 ? sum[part] : sum[0] + sum[1]) * -L.zero;
-                }
+            const IntLanes sum[2] = {load_int(x->sum[0] + column + v * LANES),
+                                     load_int(x->sum[1] + column + v * LANES)};
+            if (L.minimum) {
+                low[v] = scale[v] * to_float(sum[0] + sum[1]);
+            }
+            for (int part = 0; part < PARTS; ++part) {
+                start[part][v] = L.zero == 0 ? IntLanes{} : (PARTS == 2 ? sum[part] : sum[0] + sum[1]) * -L.zero;
             }
         }
         for (int r = 0; r < R; r += SOME) {
@@ -265,8 +267,7 @@ void multiply_tile_integers(const IntRows &rows, int64_t first, int64_t depth, c
                         dots[i][v] = start[part][v];
                     }
                 }
-                add_dots<TYPE>(dots, quants + r * IntRows::ROW + g * GROUP_BYTES, *x, column, part * PART,
-                               (part + 1) * PART);
+                add_dots<TYPE>(dots, quants + r * IntRows::ROW + g * GROUP, *x, column, part * PART, (part + 1) * PART);
                 for (int i = 0; i < SOME; ++i) {
                     const float factor = scales[(r + i) * IntRows::SCALES + g * PARTS + part];
                     for (int v = 0; v < V; ++v) {
@@ -290,13 +291,52 @@ void multiply_tile_integers(const IntRows &rows, int64_t first, int64_t depth, c
     }
 }
 
+#    if defined(DG_INT8_PAIRS)
+
+// The same of words. All their groups share the columns' scales, so a group costs a multiplication less.
+template <ggml_type, int R, int V>
+void multiply_tile_integers(const IntRows &rows, int64_t first, int64_t depth, const GroupWords *x, int64_t column,
+                            float *out, bool add) {
+    const uint8_t *quants = rows.quants + first * IntRows::ROW;
+    const float *scales = rows.scales + first * IntRows::SCALES;
+    const float *scale = x->scale + column;
+    Lanes sums[R][V];
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) {
+            sums[r][v] = Lanes{};
+        }
+    }
+    for (const GroupWords *end = x + depth / GROUP; x < end; ++x, ++scales) {
+        IntLanes dots[R][V];
+        word_dots(dots, quants, x->quants[0] + column);
+        quants += GROUP * sizeof(int16_t);
+        for (int r = 0; r < R; ++r) {
+            const float factor = scales[r * IntRows::SCALES];
+            for (int v = 0; v < V; ++v) {
+                sums[r][v] += to_float(dots[r][v]) * factor;
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) {
+            float *to = out + r * COLUMNS + column + v * LANES;
+            Lanes sum = sums[r][v] * load(scale + v * LANES);
+            settle(sum); // else some tiles would round it before it is added and others not: bits by number of threads
+            store(to, add ? load(to) + sum : sum);
+        }
+    }
+}
+
+#    endif
+
 template <ggml_type TYPE, int V>
 void multiply_rows_integers(const IntRows &rows, int64_t n_rows, int64_t depth, const Group<TYPE> *x, int64_t column,
-                            float *out, bool add) {
+                            float *out, bool add, Ahead &ahead) {
     int64_t r = 0;
     const auto some = [&](auto count) {
         constexpr int R = decltype(count)::value;
         for (; r + R <= n_rows; r += R) {
+            ahead.ask(R);
             multiply_tile_integers<TYPE, R, V>(rows, r, depth, x, column, out + r * COLUMNS, add);
         }
     };
@@ -336,12 +376,14 @@ void store_integers(const IntLanes (&q)[4], int i, int64_t lane, GroupWords &out
 // `MOST`: the greatest integer.
 template <int MOST, typename G> void quantize_groups(const float *block, int64_t depth, G *out) {
     constexpr auto STEPS = static_cast<float>(MOST);
-    for (int64_t k = 0; k < depth; k += GROUP, block += GROUP * COLUMNS, ++out) {
+    constexpr int64_t VALUES = G::RUN * GROUP;
+    for (int64_t k = 0; k < depth; k += VALUES, block += VALUES * COLUMNS, out += G::RUN) {
+        const int64_t n = std::min(VALUES, depth - k);
         for (int half = 0; half < 2; ++half) {
             const int64_t lane = half * LANES;
             // As integers, magnitudes of floats have the same order, with NaN above infinity: neither is lost.
             IntLanes magnitude = {};
-            for (int i = 0; i < GROUP; ++i) {
+            for (int64_t i = 0; i < n; ++i) {
                 const IntLanes bits = load_int(block + i * COLUMNS + lane) & INT32_MAX;
                 magnitude = bits > magnitude ? bits : magnitude;
             }
@@ -351,19 +393,22 @@ template <int MOST, typename G> void quantize_groups(const float *block, int64_t
             const Lanes inverse = scale > 0.0f ? STEPS / most : Lanes{};
             // Else zeros: what NaN, or a magnitude too small for its inverse, becomes as an integer overflows the sums.
             const IntLanes usable = (scale > 0.0f) & (inverse < 3e38f);
-            IntLanes sum[2] = {};
-            for (int i = 0; i < GROUP; i += 4) {
-                IntLanes q[4];
-                for (int j = 0; j < 4; ++j) {
-                    q[j] = nearest(load(block + (i + j) * COLUMNS + lane) * inverse) & usable;
-                    sum[i / (GROUP / 2)] += q[j];
+            const float *values = block + lane;
+            for (G *group = out; group < out + n / GROUP; ++group, values += GROUP * COLUMNS) {
+                IntLanes sum[2] = {};
+                for (int i = 0; i < GROUP; i += 4) {
+                    IntLanes q[4];
+                    for (int j = 0; j < 4; ++j) {
+                        q[j] = nearest(load(values + (i + j) * COLUMNS) * inverse) & usable;
+                        sum[i / (GROUP / 2)] += q[j];
+                    }
+                    store_integers(q, i, lane, *group);
                 }
-                store_integers(q, i, lane, *out);
-            }
-            store(out->scale + lane, scale);
-            if constexpr (std::is_same_v<G, GroupColumns>) {
-                for (int part = 0; part < 2; ++part) {
-                    std::memcpy(out->sum[part] + lane, &sum[part], sizeof sum[part]);
+                store(group->scale + lane, scale);
+                if constexpr (std::is_same_v<G, GroupColumns>) {
+                    for (int part = 0; part < 2; ++part) {
+                        std::memcpy(group->sum[part] + lane, &sum[part], sizeof sum[part]);
+                    }
                 }
             }
         }
@@ -395,16 +440,16 @@ void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows
 }
 
 void multiply_integers(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const float *x, float *out,
-                       bool narrow, bool add) {
+                       bool narrow, bool add, Ahead &ahead) {
     const auto run = [&](auto tag) {
         constexpr ggml_type TYPE = decltype(tag)::value;
         const auto *groups = reinterpret_cast<const Group<TYPE> *>(x);
         if (TILE_VECTORS == 2 && !narrow) {
-            multiply_rows_integers<TYPE, TILE_VECTORS>(rows, n_rows, depth, groups, 0, out, add);
+            multiply_rows_integers<TYPE, TILE_VECTORS>(rows, n_rows, depth, groups, 0, out, add, ahead);
             return;
         }
         for (int64_t column = 0; column < (narrow ? LANES : COLUMNS); column += LANES) {
-            multiply_rows_integers<TYPE, 1>(rows, n_rows, depth, groups, column, out, add);
+            multiply_rows_integers<TYPE, 1>(rows, n_rows, depth, groups, column, out, add, ahead);
         }
     };
     switch (type) {

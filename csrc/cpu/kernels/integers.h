@@ -5,7 +5,7 @@
 // Four products of bytes are one instruction (AVX-512 VNNI, AVX-VNNI, ARM's dot products), or eight (ARM's matrices of
 // bytes), or pairs of them are summed in 16 bits (SSSE3, AVX2), where the quants of 4 to 6 bits leave room for the sums
 // of several. Those of 8 bits leave none: there both factors are words, of which one instruction multiplies and sums
-// pairs, and activations are rounded to 16 bits instead of 8.
+// pairs, and activations are rounded to 16 bits instead of 8, with a scale for 512 values.
 #pragma once
 
 #include "cpu/kernels/bfloats.h"
@@ -54,13 +54,18 @@ constexpr int ADJACENT_VALUES = 4;
 
 // GROUP values of each column of a block.
 struct GroupColumns {
+    static constexpr int64_t RUN = 1; // groups that share a scale
+
     int8_t quants[GROUP / ADJACENT_VALUES][COLUMNS][ADJACENT_VALUES];
     float scale[COLUMNS];    // NaN where a value is NaN or infinite
     int32_t sum[2][COLUMNS]; // of the quants of each half
 };
 
-// The same as words.
+// The same as words. What meets a piece of a row (product.cpp) shares a scale: an outlier takes digits from the other
+// 511, but a sum that it is part of is as exact as before.
 struct GroupWords {
+    static constexpr int64_t RUN = 16;
+
     int16_t quants[GROUP / 2][COLUMNS][2];
     float scale[COLUMNS];
 };
@@ -93,7 +98,7 @@ void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows
 // out [n_rows, COLUMNS] = rows times a block of columns (or is added to), over `depth` values. `x`: groups of the form
 // that the type wants. `narrow`: only the first LANES columns count.
 void multiply_integers(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const float *x, float *out,
-                       bool narrow, bool add);
+                       bool narrow, bool add, Ahead &ahead);
 
 #endif
 
