@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -43,9 +44,8 @@ def findings(report: FileReport) -> list[tuple[str, str]]:
 
 
 def as_text(report: FileReport, width: int = 120) -> str:
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as console
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(render(report, tensors=True))
-    console.file.close()
     return console.export_text()
 
 

@@ -23,7 +23,7 @@
 namespace dg {
 namespace {
 
-void lower(MemoryLeft &left, uint64_t bytes, const char *limit) {
+[[maybe_unused]] void lower(MemoryLeft &left, uint64_t bytes, const char *limit) { // macOS tells no limits
     if (bytes < left.bytes) {
         left = {static_cast<size_t>(bytes), limit};
     }

@@ -40,8 +40,10 @@ float scale_logits(float *z, int32_t n, float t);
 
 namespace {
 
+#if defined(DG_HAS_sse4)
 constexpr uint32_t V3 = FEATURE_SSE42 | FEATURE_AVX | FEATURE_AVX2 | FEATURE_FMA | FEATURE_F16C;
 constexpr uint32_t V4 = V3 | FEATURE_AVX512 | FEATURE_AVX512_VNNI;
+#endif
 
 std::vector<Level> all_levels() {
     return {

@@ -78,9 +78,21 @@ std::FILE *open_file(const std::string &path, const char *mode) {
 
 void remove_file(const std::string &path) { _wremove(wide(path).c_str()); }
 
+// Refused while somebody else has the file open or is putting another in its place, which two threads may do at once:
+// tried for half a second.
 std::string replace_file(const std::string &from, const std::string &to) {
-    const bool moved = MoveFileExW(wide(from).c_str(), wide(to).c_str(), MOVEFILE_REPLACE_EXISTING) != 0;
-    return moved ? "" : reason_of(GetLastError());
+    const std::wstring source = wide(from);
+    const std::wstring target = wide(to);
+    for (int tries = 50;; --tries) {
+        if (MoveFileExW(source.c_str(), target.c_str(), MOVEFILE_REPLACE_EXISTING)) {
+            return "";
+        }
+        const DWORD error = GetLastError();
+        if (tries == 0 || (error != ERROR_ACCESS_DENIED && error != ERROR_SHARING_VIOLATION)) {
+            return reason_of(error);
+        }
+        Sleep(10);
+    }
 }
 #else
 std::FILE *open_file(const std::string &path, const char *mode) { return std::fopen(path.c_str(), mode); }

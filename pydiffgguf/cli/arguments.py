@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -62,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has gone; Python would complain once more when it flushes at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
+        if _is_broken_pipe(error):
+            # The reader has gone; Python would complain once more when it flushes at exit.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         text = _one_line(error)
         # A value that the library refuses is bad usage, and is told by the flag that was typed.
         usage = flag_of_option(text, args.command.flags()) if type(error) in (ValueError, TypeError) else None
@@ -76,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"pydiffgguf: error: {usage or text}", file=sys.stderr)
         return 1 if usage is None else 2
+
+
+def _is_broken_pipe(error: Exception) -> bool:
+    """Windows has no error of its own for it: writing is then an invalid argument, of no file by name."""
+    if os.name == "nt" and isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None:
+        return True
+    return isinstance(error, BrokenPipeError)
 
 
 def _one_line(error: Exception) -> str:

@@ -73,7 +73,7 @@ def examine() -> dict[str, Any]:
         "machine": platform.machine(),
         "libc": " ".join(platform.libc_ver()).strip() or None,
         "cpu": _cpu_name(),
-        "memory": _memory(),
+        "memory": _memory(build),
         "memory_available": None if build is None else _available(),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": packages,
@@ -196,12 +196,13 @@ def _cpu_name() -> str | None:
     return _cpu_info("model name") or platform.processor() or None
 
 
-def _memory() -> int | None:
+def _memory(build: dict[str, Any] | None) -> int | None:
     """Bytes of the machine's memory; None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+    except (AttributeError, OSError, ValueError):  # Windows has no such function; ggml asks it another way
+        devices = [] if build is None else build["devices"]
+        return next((device["memory_total"] for device in devices if device["name"] == "CPU"), None)
 
 
 def _available() -> int | None:
