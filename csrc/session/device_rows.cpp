@@ -136,7 +136,7 @@ void DeviceRows::sample_piece(const Pass &pass, int32_t first, int32_t n, const 
             samples[at].draw = -1;
             continue;
         }
-        if (is_signalled() && !gather(z, row_of_pass)) {
+        if (is_signalled() && !(row.gathers && gather(z, row_of_pass))) {
             flat_[static_cast<size_t>(first + i)] = 1;
             any_flat = true;
         }

@@ -25,6 +25,7 @@ class DeviceRows {
         int32_t row;           // in its canvas
         float t;
         double u;
+        bool gathers; // its signal may be gathered here; else the device makes it, whatever the row is like
     };
 
     // Behind a pass that was computed: samples its rows, and leaves their signal in StepIo::next_signal. `rows`: all of

@@ -120,7 +120,7 @@ void HostStepper::pass(const dg_noise *noise) {
         const dg_noise draws = live.noise(noise ? noise + i : nullptr, n_vocab());
         const auto t = static_cast<float>(temperature(live.start.sampling, live.step));
         for (int32_t row = 0; row < live.start.n_rows; ++row) {
-            rows.push_back({&live.start.rules, row, t, draws.uniform[row]});
+            rows.push_back({&live.start.rules, row, t, draws.uniform[row], gathers(live.start.rules)});
         }
     }
     std::vector<RowSample> samples(rows.size());

@@ -56,6 +56,8 @@ class HostStepper : public Stepper {
     void shorten(int32_t index, int32_t n) override { canvases_[static_cast<size_t>(index)].shorten(n); }
     // Of the placed canvases, one after the other.
     std::vector<int32_t> ids() const;
+    // Whether such a canvas's signal may be gathered here, where a device made its logits.
+    virtual bool gathers(const RowRules &) const { return true; }
     // The end of a step whose samples_ are there.
     void put_samples(const dg_noise *noise);
 };

@@ -30,6 +30,8 @@ class OperatorStepper final : public HostStepper {
 
     // Sets of allowed ids are the one rule that operators do not know: logits come here for them.
     bool is_for_the_host() const;
+    // A canvas beside such a one has the numbers that it has alone.
+    bool gathers(const RowRules &rules) const override { return rules.allowed_ends != nullptr; }
     RowInputs inputs(const dg_noise *noise);
 };
 
