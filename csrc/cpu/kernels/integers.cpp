@@ -340,6 +340,9 @@ void multiply_rows_integers(const IntRows &rows, int64_t n_rows, int64_t depth, 
             multiply_tile_integers<TYPE, R, V>(rows, r, depth, x, column, out + r * COLUMNS, add);
         }
     };
+    if constexpr (V == 1 && std::is_same_v<Group<TYPE>, GroupWords>) { // a vector less a row leaves registers for them
+        some(std::integral_constant<int, 2 * MOST_TILE_ROWS>());
+    }
     some(std::integral_constant<int, MOST_TILE_ROWS>());
     some(std::integral_constant<int, TOGETHER>());
     some(std::integral_constant<int, 1>());

@@ -263,9 +263,16 @@ void unpack_words(const void *data, int64_t n, int16_t *__restrict quants, float
     const auto *__restrict block = static_cast<const uint8_t *>(data);
     for (int64_t i = 0; i < n; i += SMALL, block += 2 + SMALL, quants += SMALL) {
         *scales++ = half(block);
+#if defined(__AVX2__)
+        for (int j = 0; j < SMALL; j += 16) { // GCC would load 32 bytes and take them apart
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(block + 2 + j));
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(quants + j), _mm256_cvtepi8_epi16(bytes));
+        }
+#else
         for (int j = 0; j < SMALL; ++j) {
             quants[j] = static_cast<int8_t>(block[2 + j]);
         }
+#endif
     }
 }
 
