@@ -331,12 +331,11 @@ void multiply_tile_integers(const IntRows &rows, int64_t first, int64_t depth, c
 
 template <ggml_type TYPE, int V>
 void multiply_rows_integers(const IntRows &rows, int64_t n_rows, int64_t depth, const Group<TYPE> *x, int64_t column,
-                            float *out, bool add, Ahead &ahead) {
+                            float *out, bool add) {
     int64_t r = 0;
     const auto some = [&](auto count) {
         constexpr int R = decltype(count)::value;
         for (; r + R <= n_rows; r += R) {
-            ahead.ask(R);
             multiply_tile_integers<TYPE, R, V>(rows, r, depth, x, column, out + r * COLUMNS, add);
         }
     };
@@ -443,16 +442,16 @@ void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows
 }
 
 void multiply_integers(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const float *x, float *out,
-                       bool narrow, bool add, Ahead &ahead) {
+                       bool narrow, bool add) {
     const auto run = [&](auto tag) {
         constexpr ggml_type TYPE = decltype(tag)::value;
         const auto *groups = reinterpret_cast<const Group<TYPE> *>(x);
         if (TILE_VECTORS == 2 && !narrow) {
-            multiply_rows_integers<TYPE, TILE_VECTORS>(rows, n_rows, depth, groups, 0, out, add, ahead);
+            multiply_rows_integers<TYPE, TILE_VECTORS>(rows, n_rows, depth, groups, 0, out, add);
             return;
         }
         for (int64_t column = 0; column < (narrow ? LANES : COLUMNS); column += LANES) {
-            multiply_rows_integers<TYPE, 1>(rows, n_rows, depth, groups, column, out, add, ahead);
+            multiply_rows_integers<TYPE, 1>(rows, n_rows, depth, groups, column, out, add);
         }
     };
     switch (type) {

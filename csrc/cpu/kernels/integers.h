@@ -98,7 +98,7 @@ void unpack_row(ggml_type type, const void *data, int64_t n, const IntRows &rows
 // out [n_rows, COLUMNS] = rows times a block of columns (or is added to), over `depth` values. `x`: groups of the form
 // that the type wants. `narrow`: only the first LANES columns count.
 void multiply_integers(ggml_type type, const IntRows &rows, int64_t n_rows, int64_t depth, const float *x, float *out,
-                       bool narrow, bool add, Ahead &ahead);
+                       bool narrow, bool add);
 
 #endif
 

@@ -119,25 +119,27 @@ void decode_row(const Matrix &w, int64_t row, int64_t k, int64_t depth, Form for
     }
 }
 
-// What will be decoded after the values before k of rows first ..: their next values or, where there are none, the next
-// rows' first. What is beyond the last row is not loaded, or not used.
-Ahead ahead_of(const Matrix &w, int64_t first, int64_t rows, int64_t k, int64_t depth, int64_t blocks) {
+// Asks for what will be decoded next in a row's place, the values from k on or, where there are none, those of the row
+// `rows` further: pieces of rows are no pattern that the processor would load ahead of by itself. Experts of 16 rows
+// wait for memory: 1.1 to 1.25 times as fast with it. What is beyond the last row is not loaded, or not used.
+void prefetch_next(const Matrix &w, int64_t row, int64_t k, int64_t depth, int64_t rows) {
     const bool ended = k >= w.depth;
     const int64_t from = ended ? 0 : k;
-    const char *at =
-        w.data + static_cast<size_t>(ended ? first + rows : first) * w.row_bytes + ggml_row_size(w.type, from);
-    return {at, w.row_bytes, ggml_row_size(w.type, std::min(depth, w.depth - from)), rows, blocks};
+    const char *at = w.data + static_cast<size_t>(ended ? row + rows : row) * w.row_bytes + ggml_row_size(w.type, from);
+    const size_t bytes = ggml_row_size(w.type, std::min(depth, w.depth - from));
+    for (size_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(at + i, 0, 2);
+    }
 }
 
 // `rows` decoded rows times a block of columns -> out, or added to it.
 void multiply_decoded(ggml_type type, const float *decoded, int64_t rows, int64_t depth, Form form, const float *x,
-                      float *out, bool narrow, bool add, Ahead &ahead) {
+                      float *out, bool narrow, bool add) {
     switch (form) {
         case Form::FLOATS:
-            ahead.ask(rows);
             multiply_block<true>({decoded, DECODED_ROW, 1}, rows, depth, x, out, COLUMNS, narrow, add);
             return;
-        case Form::BFLOATS: ahead.ask(rows);
+        case Form::BFLOATS:
 #if DG_HAS_BFLOATS
             multiply_bfloats({reinterpret_cast<const BfloatPair *>(decoded), DECODED_ROW, 1}, rows, depth,
                              reinterpret_cast<const BfloatPair *>(x), out, narrow, add);
@@ -145,8 +147,7 @@ void multiply_decoded(ggml_type type, const float *decoded, int64_t rows, int64_
             return;
         default:
 #if DG_HAS_INTEGERS
-            multiply_integers(type, IntRows(const_cast<float *>(decoded), MOST_ROWS), rows, depth, x, out, narrow, add,
-                              ahead);
+            multiply_integers(type, IntRows(const_cast<float *>(decoded), MOST_ROWS), rows, depth, x, out, narrow, add);
 #else
             (void)type;
 #endif
@@ -167,11 +168,11 @@ void multiply_rows(const Matrix &w, int64_t first, int64_t rows, const Columns &
         const int64_t depth = std::min(depth_at_once, w.depth - k);
         for (int64_t r = 0; r < rows; ++r) {
             decode_row(w, first + r, k, depth, x.form, decoded, r);
+            prefetch_next(w, first + r, k + depth, depth_at_once, rows);
         }
-        Ahead ahead = ahead_of(w, first, rows, k + depth, depth_at_once, column_blocks(x.n));
         for (int64_t b = 0; b * COLUMNS < x.n; ++b) {
             multiply_decoded(w.type, decoded, rows, depth, x.form, x.at + b * x_block + block_floats(k, x.form),
-                             out + b * out_block, x.n - b * COLUMNS <= LANES, add || k > 0, ahead);
+                             out + b * out_block, x.n - b * COLUMNS <= LANES, add || k > 0);
         }
     }
 }

@@ -47,26 +47,6 @@ inline Lanes load(const float *from) {
 
 inline void store(float *to, Lanes v) { std::memcpy(to, &v, sizeof v); }
 
-// Rows of a file that will be decoded when all of a few rows have met all of their column blocks, asked for meanwhile:
-// pieces of rows are no pattern that the processor would load ahead of by itself, and asked for all of them at once it
-// waits for most.
-struct Ahead {
-    const char *at;
-    size_t row;   // bytes between rows
-    size_t bytes; // of each
-    int64_t rows; // left
-    int64_t blocks;
-
-    // Before `tile` rows meet a block.
-    void ask(int64_t tile) {
-        for (int64_t n = (tile + blocks - 1) / blocks; n > 0 && rows > 0; --n, --rows, at += row) {
-            for (size_t i = 0; i < bytes; i += 64) {
-                __builtin_prefetch(at + i, 0, 2);
-            }
-        }
-    }
-};
-
 // Rows of numbers to multiply with: element (r, k) is at[r * row + k * step].
 struct Rows {
     const float *at;
