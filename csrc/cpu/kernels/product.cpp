@@ -292,23 +292,10 @@ void apply_softcap(float *x, int64_t n, float cap) {
     }
 }
 
-// Rows that a thread takes at a time: few enough that all threads end at about the same time, and of these the number
-// that leaves the thread with most of them the fewest (512 rows on two threads: 8 times 32, not 6 times 48).
-int64_t rows_of_task(int64_t n_rows, int n_threads, Form form) {
-    const int64_t step = form == Form::BYTES || form == Form::WORDS ? 8 : TILE_ROWS; // whole tiles
-    const int64_t share = n_rows / (3 * n_threads) / step * step;
-    const int64_t most = std::clamp<int64_t>(share, step, MOST_ROWS / step * step);
-    int64_t best = most;
-    int64_t least = INT64_MAX;
-    for (int64_t rows = most; rows >= step && 2 * rows >= most; rows -= step) {
-        const int64_t tasks = (n_rows + rows - 1) / rows;
-        const int64_t load = (tasks + n_threads - 1) / n_threads * rows;
-        if (load < least) {
-            least = load;
-            best = rows;
-        }
-    }
-    return best;
+// Rows that a thread takes at a time: few enough that all threads end at about the same time.
+int64_t rows_of_task(int64_t n_rows, int n_threads) {
+    const int64_t share = n_rows / (3 * n_threads) / TILE_ROWS * TILE_ROWS;
+    return std::clamp<int64_t>(share, TILE_ROWS, MOST_ROWS / TILE_ROWS * TILE_ROWS);
 }
 
 } // namespace
@@ -340,7 +327,7 @@ void run_multiply(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
     const Matrix w(dst->src[0]);
     const ggml_tensor *x = dst->src[1];
     const Scratch scratch = scratch_of(dst->src[2], thread);
-    take_tasks(work, dst->ne[0], rows_of_task(dst->ne[0], n_threads, work.form), [&](int64_t first, int64_t rows) {
+    take_tasks(work, dst->ne[0], rows_of_task(dst->ne[0], n_threads), [&](int64_t first, int64_t rows) {
         for (int64_t column = 0; column < dst->ne[1]; column += MOST_COLUMNS) {
             const int64_t n = std::min(MOST_COLUMNS, dst->ne[1] - column);
             const int64_t tile_block = rows * COLUMNS;
@@ -386,7 +373,7 @@ void run_gated(ggml_tensor *dst, int thread, int n_threads, void *userdata) {
     const Scratch scratch = scratch_of(dst->src[3], thread);
     const int64_t n_ff = dst->ne[0] / COLUMNS;
     auto &work = *static_cast<MultiplyWork *>(userdata);
-    take_tasks(work, n_ff, rows_of_task(n_ff, n_threads, work.form), [&](int64_t first, int64_t rows) {
+    take_tasks(work, n_ff, rows_of_task(n_ff, n_threads), [&](int64_t first, int64_t rows) {
         for (int64_t column = 0; column < work.n; column += MOST_COLUMNS) {
             const int64_t n = std::min(MOST_COLUMNS, work.n - column);
             gated_rows(gate, up, first, rows, {row_of(x, column / COLUMNS), n, work.form},
