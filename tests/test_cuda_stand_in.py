@@ -205,6 +205,23 @@ def test_quantized_weights_stay_on_the_device(run: Run, tmp_path: Path, kind: st
     assert "n_foreign_kernels" not in last
 
 
+def test_the_signals_copy_lies_on_the_device(run: Run, tmp_path: Path) -> None:
+    """Counted apart from the weights, given back at the end, and no step sends or allocates anything for it: kernels
+    gather. Rows that they do not, here all, as of no embedding in Q4_0, are multiplied with it in a graph of their own,
+    which is replayed; only their numbers go there."""
+    found = run(demo_model_path(), signal_copy=True)
+    assert (found["differences"], found["fallbacks"], found["left"]) == ([], [], 0)
+    assert found["memory"]["signal_copy"] == 2 * 896 * 128
+    [device] = found["devices"]
+    assert device["weights"] == found["memory"]["weights_on_devices"] + found["memory"]["signal_copy"]
+    for step in found["quiet"][2:]:
+        assert "to_device" not in step and "n_allocations" not in step
+    two_layers.write(tmp_path / "x.gguf", tensor_types=["token_embd=q4_0"])
+    last = run(tmp_path / "x.gguf", signal_copy=True)["quiet"][-1]
+    assert (last["n_graph_launches"], last["to_device"]) == (2, 2 * 64 * 4)
+    assert not {"n_foreign_kernels", "n_allocations"} & set(last)
+
+
 def test_what_cuda_lacks_is_said(tmp_path: Path, device: dict[str, str]) -> None:
     """ggml-cuda reads rows in IQ4_NL only where 256 divides them."""
     two_layers.write(tmp_path / "x.gguf", tensor_types=["token_embd=iq4_nl"], hidden_size=128)
