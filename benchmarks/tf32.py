@@ -194,7 +194,11 @@ class Run:
 
 
 def trajectory(net: Net, model: DiffusionModel, prompt: Ids, seed: int) -> Run:
-    """The first canvas after a prompt, by the engine's sampler and draws."""
+    """The first canvas after a prompt, by the engine's sampler and draws.
+
+    tests/parity/reference.py has the loop and the temperature for torch. It judges the engine and shares nothing with
+    it, and this needs no torch.
+    """
     sampling, (c, v) = model.sampling, (model.config.canvas_length, model.config.n_vocab)
     net.reset()
     net.encode(prompt)
