@@ -162,17 +162,22 @@ class ReadFile final : public FileBytes {
         const OpenFile file(path);
         size_ = static_cast<size_t>(file.size());
         check_memory(path + ": the file", size_);
-        // ggml wants weights on 32-byte boundaries; a GGUF's tensors are aligned relative to the start of the file.
         bytes_.reset(static_cast<unsigned char *>(::operator new(size_ ? size_ : 1, ALIGNMENT, std::nothrow)));
         if (!bytes_) {
             throw Error(DG_ERROR_MEMORY, format("%s: %zu bytes of memory were refused", path.c_str(), size_));
         }
+#ifdef MADV_HUGEPAGE
+        madvise(bytes_.get(), size_ / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); // refused: small pages, as without it
+#endif
         file.read(0, bytes_.get(), size_);
         data_ = bytes_.get();
     }
 
   private:
-    static constexpr std::align_val_t ALIGNMENT{64};
+    // The best steps of Q8_0 at 724 M parameters take 0.97 of the time that they take on pages of 4 KB (docs/SPEED.md).
+    static constexpr size_t HUGE_PAGE = 2 << 20;
+    // ggml wants weights on 32-byte boundaries; a GGUF's tensors are aligned relative to the start of the file.
+    static constexpr std::align_val_t ALIGNMENT{HUGE_PAGE};
     struct Delete {
         void operator()(unsigned char *bytes) const { ::operator delete(bytes, ALIGNMENT); }
     };
