@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from math import prod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -246,7 +246,7 @@ class DiffusionModel:
         if options:
             return self._engine.native.memory(**{**self._engine.session.options, **options})
         sessions = [session.memory for session in self._engine.pool.sessions()] or [self._predicted]
-        return replace(_together(sessions), adapters=self._engine.adapters.n_bytes)
+        return replace(Memory.together(sessions), adapters=self._engine.adapters.n_bytes)
 
     # ---------------------------------------------------------------------------------------------------------- text
 
@@ -697,14 +697,3 @@ class DiffusionModel:
 
     def __repr__(self) -> str:
         return f"<DiffusionModel {self.path.name}{' (closed)' if self.closed else ''}>"
-
-
-#: Memory that is there once, however many sessions there are.
-_OF_THE_MODEL = ("weights", "weights_mapped", "weights_on_devices", "signal_copy")
-
-
-def _together(parts: Sequence[Memory]) -> Memory:
-    """The memory of several sessions on one model: its weights are there once."""
-    sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Memory)}
-    once = {name: getattr(parts[0], name) for name in _OF_THE_MODEL}
-    return Memory(**{**sums, **once})

@@ -18,6 +18,7 @@ from places import PLACES, Place, place_of
 from rpc_servers import rpc_server
 from tiny_checkpoint import make_checkpoint
 
+from pydiffgguf import DiffusionModel
 from pydiffgguf.convert import convert
 
 #: Only the tests in parity/ need the reference; a run without it says so in its last lines.
@@ -51,6 +52,13 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_checkpoint(folder / "checkpoint", canvas_length=32, sc_scale=0.3, tokenizer=True)
     convert(folder / "checkpoint", folder / "tiny.gguf", type="f32")
     return folder / "tiny.gguf"
+
+
+@pytest.fixture(scope="module")
+def here(tiny_gguf: Path) -> Iterator[DiffusionModel]:
+    """It on the CPU, with exact caches: what other places are compared with."""
+    with DiffusionModel(tiny_gguf, n_ctx=256, type_kv="f32", n_gpu_layers=0) as model:
+        yield model
 
 
 @pytest.fixture(scope="session")

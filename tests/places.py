@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
 from pydiffgguf import DiffusionModel
@@ -88,3 +89,8 @@ DEVICES = [name for name in PLACES if name == "cpu" or name not in ON_THE_CPU]
 def place_of(request: pytest.FixtureRequest, places: Mapping[str, Callable[[Servers], dict[str, Any]]]) -> Place:
     """The place that a fixture with these as its params is made for."""
     return Place(request.param, places[request.param](lambda: request.getfixturevalue("servers")))
+
+
+def furthest_apart(a: np.ndarray, b: np.ndarray) -> float:
+    """The greatest difference between two places' numbers, of the greatest magnitude in `b`."""
+    return float(np.abs(a - b).max() / np.abs(b).max())

@@ -35,12 +35,6 @@ def there(tiny_gguf: Path, servers: tuple[str, str]) -> Iterator[DiffusionModel]
         yield model
 
 
-@pytest.fixture(scope="module")
-def here(tiny_gguf: Path) -> Iterator[DiffusionModel]:
-    with DiffusionModel(tiny_gguf, n_ctx=256, type_kv="f32", n_gpu_layers=0) as model:
-        yield model
-
-
 def specs(n: int) -> list[CanvasSpec]:
     """n canvases of up to 32 rows: free ones, with pins and watched ids, with allowed ids, and short ones."""
     pinned = np.full(32, -1, dtype=np.int32)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import two_layers
 from gguf_rewrite import DROP, read_tensor, rewrite
-from places import LOCAL, PLACES, Place, Servers, on_servers, place_of
+from places import LOCAL, PLACES, Place, Servers, furthest_apart, on_servers, place_of
 from rpc_servers import Relay, rpc_server
 
 from pydiffgguf import CanvasBatch, CanvasSpec, DiffusionModel, OutOfMemoryError, UnsupportedError, cli
@@ -40,19 +40,9 @@ def device(request: pytest.FixtureRequest) -> Place:
 
 
 @pytest.fixture(scope="module")
-def here(tiny_gguf: Path) -> Iterator[DiffusionModel]:
-    with DiffusionModel(tiny_gguf, n_ctx=256, type_kv="f32", n_gpu_layers=0) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
 def there(tiny_gguf: Path, device: Place) -> Iterator[DiffusionModel]:
     with device.open(tiny_gguf, n_ctx=256, type_kv="f32", signal_copy=True) as model:
         yield model
-
-
-def apart(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 def test_logits_are_the_cpus_but_for_half_precision(here: DiffusionModel, there: DiffusionModel) -> None:
@@ -64,7 +54,7 @@ def test_logits_are_the_cpus_but_for_half_precision(here: DiffusionModel, there:
         first = a.denoise(canvas)
         for factor in (0.0, 1.0, 30.0):
             conditioned = b.denoise(canvas, first * np.float32(factor))
-            assert 0 < apart(conditioned, a.denoise(canvas, first * np.float32(factor))) <= TOLERANCE
+            assert 0 < furthest_apart(conditioned, a.denoise(canvas, first * np.float32(factor))) <= TOLERANCE
             np.testing.assert_array_equal(conditioned, again.denoise(canvas, first * np.float32(factor)))
 
 

@@ -1,11 +1,11 @@
 """What the C library's structs are in Python: plain records, their meanings and units.
 
-`_structs.py` fills and reads them; nothing here touches C.
+`structs.py` fills and reads them; nothing here touches C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypedDict
 
@@ -146,6 +146,13 @@ class Memory:
     logits: int
     adapters: int
     signal_copy: int
+
+    @classmethod
+    def together(cls, parts: Sequence[Memory]) -> Memory:
+        """The memory of several sessions on one model: what is the model's is there once."""
+        of_the_model = ("weights", "weights_mapped", "weights_on_devices", "signal_copy")
+        sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
+        return cls(**sums | {name: getattr(parts[0], name) for name in of_the_model})
 
 
 @dataclass(frozen=True)
