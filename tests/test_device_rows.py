@@ -23,9 +23,10 @@ from pydiffgguf._binding.records import RawStep
 
 PROMPT = [2, *(3 + i * 7 % 500 for i in range(150))]
 
-# Signals differ by 1e-6 of their length: the CPU leaves out so much of a row where it gathers tokens, and a device,
-# which multiplies with all of them, rounds by as much. Measured in entropies: 5e-6.
-ENTROPY_TOLERANCE = 1e-4
+# Of entropies and log-probabilities. Signals differ by 1e-6 of their length: the CPU leaves out as much of a row where
+# it gathers tokens, and a device, which multiplies with all of them, rounds by as much. Measured with AVX-512: 1.3e-5.
+# Other processors add in other orders, so there is room for eight times that.
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +67,11 @@ def test_rows_are_sampled_as_on_the_cpu(here: DiffusionModel, there: DiffusionMo
             np.testing.assert_array_equal(x.argmax, y.argmax)
             np.testing.assert_array_equal(x.canvas, y.canvas)
             np.testing.assert_array_equal(x.accepted, y.accepted)
-            tolerance = 0.0 if i == 0 else ENTROPY_TOLERANCE
+            tolerance = 0.0 if i == 0 else TOLERANCE
             np.testing.assert_allclose(y.entropy, x.entropy, rtol=0, atol=tolerance)
             assert (x.logprob is None) == (y.logprob is None)
             if x.logprob is not None and y.logprob is not None:
-                np.testing.assert_allclose(y.logprob, x.logprob, rtol=0, atol=10 * tolerance)
+                np.testing.assert_allclose(y.logprob, x.logprob, rtol=0, atol=tolerance)
 
 
 def test_a_row_without_a_number_ends_the_canvas(tiny_gguf: Path, tmp_path: Path, servers: tuple[str, str]) -> None:
